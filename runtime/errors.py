@@ -1,0 +1,19 @@
+"""The one error for faults that a user can mend; anything else is a bug and keeps its traceback."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A fault in what the user gave: the message says what, where, what was expected and what to do.
+
+    The command line prints it without a traceback and exits with 1.
+    """
+
+
+class MissingExtraError(UserError):
+    """A package of an optional dependency group is not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the package '{package}', which is not installed: pip install 'retnet-export[{extra}]'"
+        )
