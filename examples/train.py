@@ -22,32 +22,15 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+from retnet_export.export.checkpoints.fla import file_name
+from retnet_export.export.model import RetNet
+from retnet_export.runtime.config import ModelConfig
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
 
-from retnet_export.export.model import RetNet
-from retnet_export.runtime.config import ModelConfig
-
 VOCAB_SIZE = 4096
-FLA_NAMES = {
-    "embedding": "model.embeddings",
-    "norm": "model.norm",
-    "retention_norm": "attn_norm",
-    "retention": "attn",
-    "ffn_norm": "mlp_norm",
-    "ffn": "mlp",
-    "q": "q_proj",
-    "k": "k_proj",
-    "v": "v_proj",
-    "gate": "{gate}",
-    "out": "o_proj",
-    "head_norm": "g_norm_swish_gate",
-    "up": "up_proj",
-    "down": "down_proj",
-    "layers": "model.layers",
-}
 
 
 @dataclass(frozen=True)
@@ -140,7 +123,7 @@ def train(config: ModelConfig, recipe: Recipe, train_text: Text, valid_text: Tex
             logits = model.parallel(batch[:, :-1])
         loss = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % max(1, steps // 20) == 0 or step == steps:
@@ -156,12 +139,6 @@ def train(config: ModelConfig, recipe: Recipe, train_text: Text, valid_text: Tex
                 flush=True,
             )
     return best, best_cost
-
-
-def fla_name(name: str) -> str:
-    """The name that flash-linear-attention gives a canonical weight."""
-    gate = "gate_proj" if ".ffn." in name else "g_proj"
-    return ".".join(FLA_NAMES.get(part, part) for part in name.split(".")).replace("{gate}", gate)
 
 
 def fla_config(config: ModelConfig) -> dict[str, object]:
@@ -217,7 +194,7 @@ def main(
     for rate in dropout or [0.1, 0.2, 0.3]:
         recipe = Recipe(epochs, batch, length, learning_rate=2e-3, weight_decay=0.1, dropout=rate)
         attempts.append((*train(config, recipe, texts["train"], texts["valid"], device), recipe))
-    weights, valid_cost, recipe = min(attempts, key=lambda attempt: attempt[1])
+    weights, _, recipe = min(attempts, key=lambda attempt: attempt[1])
 
     model = RetNet.from_weights(config, lambda name: np.asarray(weights[name])).to(device)
     report = {
@@ -229,7 +206,11 @@ def main(
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "torch": torch.__version__,
     }
-    save_file({fla_name(name): value.contiguous() for name, value in weights.items()}, output / "model.safetensors", {"format": "pt"})
+    save_file(
+        {file_name(name, fused_norm=True): value.contiguous() for name, value in weights.items()},
+        output / "model.safetensors",
+        {"format": "pt"},
+    )
     (output / "config.json").write_text(json.dumps(fla_config(config), indent=2) + "\n")
     (output / "training.json").write_text(json.dumps(report, indent=2) + "\n")
     tokenizer.save(str(output / "tokenizer.json"))

@@ -12,16 +12,20 @@ the three forms agree wherever a sequence is cut.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import numpy as np
 import torch
+from retnet_export.graph.weights import ReadWeight, retention_inputs, weight_shapes
+from retnet_export.runtime.config import ModelConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from retnet_export.export.weights import ReadWeight, retention_inputs, weight_shapes
-from retnet_export.runtime.config import ModelConfig
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": lambda x: F.gelu(x), "relu": F.relu}
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ class Retention(nn.Module):
 
     def _split(self, name: str, x: Tensor) -> Tensor:
         heads = self.config.num_heads if name == "q" else self.config.num_kv_heads
-        return cast(Tensor, self.get_submodule(name)(x)).unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, heads, T, dim)
+        return cast(Tensor, self.get_submodule(name)(x).unflatten(-1, (heads, -1)).transpose(1, 2))  # (B, heads, T, dim)
 
     def join(self, x: Tensor, o: Tensor) -> Tensor:
         """x (B, T, D) and the heads' outputs o (B, H, T, Dv) -> (B, T, D)."""
@@ -141,7 +145,7 @@ class Retention(nn.Module):
         if self.config.head_norm_affine == "per_head":
             o = self._norm_per_head(o)
         else:
-            o = self.head_norm(o)
+            o = cast(Tensor, self.head_norm(o))
         o = o.flatten(2)
         if self.config.output_gate:
             o = F.silu(self.get_submodule("gate")(x)) * o
@@ -152,7 +156,7 @@ class Retention(nn.Module):
         weight, bias = self.head_norm.weight, self.head_norm.bias
         assert weight is not None
         plain = plain * weight.view(o.shape[-2:])
-        return plain if bias is None else plain + bias.view(o.shape[-2:])
+        return cast(Tensor, plain if bias is None else plain + bias.view(o.shape[-2:]))
 
     def parallel(self, x: Tensor, angles: Tensor, clamp_rows: bool) -> Tensor:
         q, k, v = self.heads(x, angles)
@@ -187,7 +191,7 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width, size, bias = config.hidden_size, config.ffn_size, config.ffn_bias
-        self.act = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}[config.ffn_activation]
+        self.act: Callable[[Tensor], Tensor] = ACTIVATIONS[config.ffn_activation]
         self.gate = nn.Linear(width, size, bias=bias) if config.ffn == "glu" else None
         self.up = nn.Linear(width, size, bias=bias)
         self.inner_norm = Norm(config.norm, size, config.norm_eps) if config.ffn_inner_norm else None
@@ -260,7 +264,8 @@ class RetNet(nn.Module):
         angles = self._angles(position, tokens.shape[1])
         x = self._embed(tokens)
         for layer in self._layers():
-            x = self._residual(x, layer.retention_norm, lambda y, r=layer.retention: r.parallel(y, angles, clamp_rows))
+            retention = partial(layer.retention.parallel, angles=angles, clamp_rows=clamp_rows)
+            x = self._residual(x, layer.retention_norm, retention)
             x = self._residual(x, layer.ffn_norm, layer.ffn)
         return self._logits(x)
 
@@ -276,7 +281,7 @@ class RetNet(nn.Module):
             return o
 
         for layer, before in zip(self._layers(), state.layers, strict=True):
-            x = self._residual(x, layer.retention_norm, lambda y, r=layer.retention, s=before: retention(y, r, s))
+            x = self._residual(x, layer.retention_norm, partial(retention, module=layer.retention, before=before))
             x = self._residual(x, layer.ffn_norm, layer.ffn)
         return self._logits(x), State(state.position + tokens.shape[1], tuple(after))
 
@@ -284,7 +289,7 @@ class RetNet(nn.Module):
         """Logits (B, T, V) of tokens (B, T), read `chunk_size` at a time (the last chunk may be shorter)."""
         state = self.initial_state(tokens.shape[0]) if state is None else state
         logits: list[Tensor] = []
-        for part in tokens.split(chunk_size, 1):
+        for part in torch.split(tokens, chunk_size, 1):
             out, state = self.chunk(part, state)
             logits.append(out)
         return torch.cat(logits, 1), state
@@ -315,8 +320,7 @@ class RetNet(nn.Module):
             x = self.embedding_norm(x)
         return cast(Tensor, self.dropout(x))
 
-    def _residual(self, x: Tensor, norm: nn.Module, block: nn.Module | object) -> Tensor:
-        assert callable(block)
+    def _residual(self, x: Tensor, norm: nn.Module, block: Callable[[Tensor], Tensor]) -> Tensor:
         if self.config.post_norm:
             return cast(Tensor, norm(x * self.config.residual_scale + self.dropout(block(x))))
         return x * self.config.residual_scale + cast(Tensor, self.dropout(block(norm(x))))

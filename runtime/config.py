@@ -11,7 +11,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-
 from retnet_export.runtime.errors import UserError
 
 
@@ -101,16 +100,17 @@ class ModelConfig:
     def gamma(self) -> NDArray[np.float64]:
         """γ, the decay of each head, (H,). Never to be rounded below float32: 1 - 2^-12 is 1 in float16."""
         if self.decay == "power_of_two":
-            return 1.0 - 2.0 ** (-5.0 - np.arange(self.num_heads))
+            return 1.0 - 2.0 ** (-5.0 - np.arange(self.num_heads, dtype=np.float64))
         return 1.0 - np.exp(np.linspace(np.log(1 / 32), np.log(1 / 512), self.num_heads))
 
     @property
     def theta(self) -> NDArray[np.float64]:
         """θ, the angle each rotary pair turns per token, (Dk/2,) in radians."""
         pairs = self.head_key_dim // 2
+        exponent = np.linspace(0.0, 1.0, pairs)
         if self.rotary_spacing == "geometric":
-            return self.rotary_base ** (-2.0 * np.arange(pairs) / self.head_key_dim)
-        return self.rotary_base ** (-np.linspace(0.0, 1.0, pairs))
+            exponent = 2.0 * np.arange(pairs, dtype=np.float64) / self.head_key_dim
+        return np.power(np.full(pairs, self.rotary_base), -exponent)
 
     @property
     def score_scale(self) -> float:

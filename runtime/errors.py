@@ -14,6 +14,4 @@ class MissingExtraError(UserError):
     """A package of an optional dependency group is not installed."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(
-            f"{purpose} needs the package '{package}', which is not installed: pip install 'retnet-export[{extra}]'"
-        )
+        super().__init__(f"{purpose} needs the package '{package}', which is not installed: pip install 'retnet-export[{extra}]'")

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
-
 from retnet_export.runtime.config import ModelConfig
 
 Array = NDArray[np.float64]
@@ -74,7 +73,10 @@ def retention(config: ModelConfig, w, name: str, x: Array, position: int, state:
     if config.head_norm_affine == "per_head":
         split = {key: np.asarray(w[key], np.float64).reshape(heads, -1) for key in w if key.startswith(f"{name}.head_norm.")}
         o = np.stack(
-            [norm(config.head_norm, o[h], {k: s[h] for k, s in split.items()}, f"{name}.head_norm", config.head_norm_eps) for h in range(heads)]
+            [
+                norm(config.head_norm, o[h], {k: s[h] for k, s in split.items()}, f"{name}.head_norm", config.head_norm_eps)
+                for h in range(heads)
+            ]
         )
     else:
         o = norm(config.head_norm, o, w, f"{name}.head_norm", config.head_norm_eps)

@@ -1,0 +1,22 @@
+"""Backends by name, and which of them works here."""
+
+from __future__ import annotations
+
+from retnet_export.runtime.backends.base import Backend
+from retnet_export.runtime.bundle import Bundle
+from retnet_export.runtime.errors import UserError
+
+NAMES = ("auto", "onnxruntime")
+
+
+def open_backend(name: str, bundle: Bundle, threads: int | None = None) -> Backend:
+    """Load a bundle into the backend called `name`; "auto" takes the fastest that works.
+
+    Raises:
+        UserError: no such backend, or it does not work here.
+    """
+    if name not in NAMES:
+        raise UserError(f"no backend {name!r}; there are {', '.join(NAMES)}")
+    from retnet_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
+
+    return OnnxRuntimeBackend(bundle, threads)

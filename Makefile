@@ -1,0 +1,36 @@
+# Everything a newcomer or a machine runs. `make` alone lists the targets.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# A CPU build of torch is enough here, and far smaller: set TORCH=torch where you want the default build.
+TORCH ?= torch==2.13.0
+
+.PHONY: help demo test check clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --editable '.[cpu,export,torch,dev]'
+	# TensorRT-RTX compiles without a GPU; where it cannot be installed its tests skip and say so.
+	$(BIN)/pip install --quiet '.[tensorrt-rtx]' || echo "tensorrt-rtx is not available here: its tests will skip"
+	touch $@
+
+demo: $(VENV)/.installed  ## export the bundled model, verify it, generate text
+	$(BIN)/retnet-export demo --force
+
+test: $(VENV)/.installed check  ## lint, types and tests
+	$(BIN)/pytest -n auto
+
+check: $(VENV)/.installed  ## lint and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	# mypy needs the package under its name: the root folder is the package, whatever the clone is called.
+	mkdir -p .cache && ln -sfn $(CURDIR) .cache/retnet_export
+	cd .cache && MYPYPATH=. ../$(BIN)/mypy --config-file ../pyproject.toml -p retnet_export
+
+clean:  ## remove what make made
+	rm -rf $(VENV) .cache build dist *.egg-info *.retnet

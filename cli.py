@@ -1,0 +1,47 @@
+"""The command `retnet-export`: a command per stage, each a thin layer over the Python API.
+
+Heavy packages are imported inside the commands, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from retnet_export.commands.common import Commands
+from retnet_export.commands.demo import demo
+from retnet_export.commands.doctor import doctor
+from retnet_export.commands.export import export
+from retnet_export.commands.generate import generate
+from retnet_export.commands.inspect import inspect
+from retnet_export.commands.verify import verify
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Run trained RetNets on embedded GPUs: export to a recurrent ONNX graph, quantize, compile, generate.",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"retnet-export {version('retnet-export')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+for command in (export, verify, generate, inspect, doctor, demo):
+    app.command()(command)

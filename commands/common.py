@@ -1,0 +1,99 @@
+"""What all commands share: options of one spelling, messages, tables, progress, and errors without tracebacks.
+
+Rule: stdout carries the result (text, a table, or with --json one JSON document), stderr everything else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from retnet_export.runtime.errors import UserError
+
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle: the folder that `export` wrote.", show_default=False)]
+CheckpointPath = Annotated[
+    Path, typer.Argument(metavar="CHECKPOINT", help="A trained RetNet: a Hugging Face folder.", show_default=False)
+]
+Output = Annotated[Path, typer.Option("-o", "--output", metavar="BUNDLE", help="The bundle to write.", show_default=False)]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
+BackendName = Annotated[str, typer.Option("--backend", help="What runs the graph.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="CPU threads; the backend's choice if not given.", show_default=False)
+]
+
+
+class Commands(typer.core.TyperGroup):
+    """Turns a fault that the user can mend into one message on stderr and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            print_error(str(error))
+            raise typer.Exit(1) from error
+        except BrokenPipeError as error:
+            # The reader of our output went away, as in `generate … | head`: nothing to say and nobody to say it to.
+            with contextlib.suppress(OSError):
+                sys.stdout = open("/dev/null", "w")  # noqa: SIM115 (lives until exit)
+            raise typer.Exit(1) from error
+
+
+def print_error(message: str) -> None:
+    typer.secho("error: ", fg="red", bold=True, err=True, nl=False)
+    typer.echo(message, err=True)
+
+
+def print_json(document: object) -> None:
+    typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def print_table(title: str, rows: Iterable[tuple[str, str]], *, err: bool = False) -> None:
+    """Two columns: what, and its value; on stdout, or stderr with `err`."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    Console(highlight=False, markup=False, stderr=err).print(table)
+
+
+@contextlib.contextmanager
+def progress(title: str, *, quiet: bool = False) -> Iterator[Callable[[str, float], None]]:
+    """A progress bar on stderr, on a terminal only; yields a function that takes the stage and the share done."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda stage, share: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=1.0)
+        stage_now = ""
+
+        def update(stage: str, share: float) -> None:
+            nonlocal stage_now
+            if stage != stage_now:
+                stage_now = stage
+                bar.reset(task, description=f"{title}: {stage}", total=1.0)
+            bar.update(task, completed=share)
+
+        yield update
+
+
+def size(count: float) -> str:
+    """Bytes for people: 11.3 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError

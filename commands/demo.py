@@ -1,0 +1,43 @@
+"""`retnet-export demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from retnet_export.commands.common import Force
+from retnet_export.runtime.errors import UserError
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "classics"
+PROMPT = "In the beginning"
+
+
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="BUNDLE", help="The bundle to write.")] = Path(
+        "classics.retnet"
+    ),
+    checkpoint: Annotated[Path | None, typer.Option(help="Another checkpoint than the bundled model.", show_default=False)] = None,
+    force: Force = False,
+) -> None:
+    """The whole path on the bundled model: export, verify, generate."""
+    from retnet_export.commands.export import export
+    from retnet_export.commands.generate import generate
+    from retnet_export.commands.verify import verify
+
+    source = checkpoint or EXAMPLE
+    if checkpoint is None and not source.is_dir():
+        raise UserError(
+            "the bundled model is part of the source tree and not of the installed package: "
+            "run the demo from a clone, or give --checkpoint FOLDER"
+        )
+    _announce(f"retnet-export export {source} -o {output}")
+    export(source, output, force=force)
+    _announce(f"retnet-export verify {output} --checkpoint {source}")
+    verify(output, source)
+    _announce(f"retnet-export generate {output} --prompt {PROMPT!r} --seed 1 --stats")
+    generate(output, prompt=PROMPT, max_new_tokens=160, seed=1, stats=True)
+
+
+def _announce(command: str) -> None:
+    typer.secho(f"\n$ {command}", fg="cyan", bold=True)

@@ -1,0 +1,73 @@
+"""`retnet-export export`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from retnet_export.commands.common import CheckpointPath, Force, Json, Output, print_json, print_table, progress, size
+from retnet_export.runtime.bundle import Bundle
+
+
+def export(
+    checkpoint: CheckpointPath,
+    output: Output,
+    precision: Annotated[str, typer.Option(help="Of weights and products: fp32, fp16 or bf16.")] = "fp32",
+    state: Annotated[str, typer.Option(help="Of the stored state: fp32 or fp16.")] = "fp32",
+    batch: Annotated[int | None, typer.Option(help="A fixed batch; any if not given.", show_default=False)] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a trained checkpoint into a bundle: ONNX graphs with explicit state, weights, manifest."""
+    from retnet_export.export.checkpoints import open_checkpoint
+    from retnet_export.export.pipeline import ExportOptions, export_bundle
+
+    options = ExportOptions(precision, state, batch)
+    opened = open_checkpoint(checkpoint)
+    with progress("export", quiet=as_json) as update:
+        bundle = export_bundle(opened, output, options, force=force, progress=update)
+    if as_json:
+        print_json(summary(bundle))
+    else:
+        print_summary(f"{bundle.path}: exported from a checkpoint of the {opened.family} family", bundle)
+
+
+def summary(bundle: Bundle) -> dict[str, object]:
+    """What `export` and `inspect` say of a bundle."""
+    manifest = bundle.manifest
+    return {
+        "bundle": str(bundle.path),
+        "name": manifest.name,
+        "dialect": manifest.dialect,
+        "precision": vars(manifest.precision),
+        "graphs": {
+            name: {"file": graph.file, "opset": graph.opset, "chunk_size": graph.chunk_size}
+            for name, graph in manifest.graphs.items()
+        },
+        "weights_bytes": manifest.weights_bytes,
+        "state_bytes_per_sequence": manifest.state_bytes,
+        "total_bytes": sum(record.bytes for record in manifest.files.values()),
+        "tokenizer": manifest.tokenizer is not None,
+    }
+
+
+def print_summary(title: str, bundle: Bundle) -> None:
+    manifest, model = bundle.manifest, bundle.manifest.model
+    print_table(
+        title,
+        [
+            (
+                "model",
+                f"{model.num_layers} layers, width {model.hidden_size}, {model.num_heads} heads of "
+                f"{model.head_key_dim} × {model.head_value_dim}, vocabulary {model.vocab_size:,}",
+            ),
+            (
+                "precision",
+                f"weights {manifest.precision.weights}, products {manifest.precision.compute}, state {manifest.precision.state}",
+            ),
+            ("graphs", ", ".join(f"{graph.file} (opset {graph.opset}, {manifest.dialect})" for graph in manifest.graphs.values())),
+            ("weights", size(manifest.weights_bytes)),
+            ("state", f"{size(manifest.state_bytes)} a sequence, at any length"),
+            ("tokenizer", "yes" if manifest.tokenizer else "none: token ids in, token ids out"),
+        ],
+    )

@@ -1,0 +1,29 @@
+"""`retnet-export inspect`."""
+
+from __future__ import annotations
+
+from retnet_export.commands.common import BundlePath, Json, print_json, print_table, size
+from retnet_export.commands.export import print_summary
+from retnet_export.runtime.bundle import open_bundle
+from retnet_export.runtime.schema import encode
+
+
+def inspect(bundle: BundlePath, as_json: Json = False) -> None:
+    """Check every file of a bundle against its hash and say what the bundle is."""
+    opened = open_bundle(bundle)
+    if as_json:
+        print_json(encode(opened.manifest))
+        return
+    manifest = opened.manifest
+    print_summary(f"{bundle}: whole, every file has its hash", opened)
+    rows = [(name, f"{size(record.bytes)}  sha256 {record.sha256[:16]}…") for name, record in manifest.files.items()]
+    print_table("\nfiles", rows)
+    decode = manifest.graphs["decode"]
+    for title, specs in (("inputs", decode.inputs), ("outputs", decode.outputs)):
+        print_table(
+            f"\n{title} of {decode.file}",
+            [(spec.name, f"{spec.dtype} ({', '.join('batch' if n == -1 else str(n) for n in spec.shape)})") for spec in specs],
+        )
+    checked = manifest.verification
+    verdict = "never; run `retnet-export verify`" if checked is None else ("passed" if checked.get("passed") else "FAILED")
+    print_table("\nrecord", [("verified", verdict), *((name, str(value)) for name, value in manifest.provenance.items())])

@@ -1,0 +1,83 @@
+"""`retnet-export verify`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from retnet_export.commands.common import BackendName, BundlePath, Json, print_json, print_table, progress
+from retnet_export.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from retnet_export.export.verify import Verification
+
+
+def verify(
+    bundle: BundlePath,
+    checkpoint: Annotated[Path, typer.Option(help="The checkpoint it was exported from.", show_default=False)],
+    text: Annotated[
+        Path | None, typer.Option(help="Read this file; a passage of Shakespeare and the Bible if not given.", show_default=False)
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Compare at most so many positions.")] = 512,
+    backend: BackendName = "auto",
+    as_json: Json = False,
+) -> None:
+    """Compare the bundle, stepped token by token, with the checkpoint's parallel form; the result goes into the manifest."""
+    from retnet_export.export.checkpoints import open_checkpoint
+    from retnet_export.export.verify import verify as run
+    from retnet_export.runtime.session import load
+
+    model, opened = load(bundle, backend), open_checkpoint(checkpoint)
+    with progress("verify", quiet=as_json) as update:
+        result = run(model, opened, text=None if text is None else read_text(text), tokens=tokens, progress=update)
+    record = asdict(result) | {"backend": model.backend.name, "relative_error_by_position": result.drift()}
+    model.bundle.with_manifest(verification=record)
+    if as_json:
+        print_json(record)
+    else:
+        print_verification(bundle, result)
+    if not result.passed:
+        raise UserError(
+            f"{bundle}: the graph does not compute what the checkpoint computes: relative error {result.error.relative:.1e} "
+            f"(at most {result.tolerance:.0e}), {len(result.disagreements)} tokens differ"
+        )
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file.
+
+    Raises:
+        UserError: it cannot be read or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); convert it first") from error
+
+
+def print_verification(bundle: Path, result: Verification) -> None:
+    greedy = f"{result.agreements} of {result.tokens} positions agree"
+    if result.ties:
+        greedy += f", {result.ties} ties (closer than the error)"
+    if result.disagreements:
+        greedy += f", {len(result.disagreements)} differ, first at {result.disagreements[0]}"
+    drift = result.drift()
+    rows = [
+        ("read", f"{result.tokens} tokens of {result.source}"),
+        ("logit error", f"max {result.error.maximum:.2e}, mean {result.error.mean:.2e}"),
+        (
+            "relative",
+            f"{result.error.relative:.2e} of the logits' standard deviation; at most {result.tolerance:.0e} ({result.reason})",
+        ),
+        ("drift", f"{drift[0]:.1e} in the first eighth of the text, {drift[-1]:.1e} in the last"),
+        ("greedy", greedy),
+    ]
+    if result.clamp_error is not None:
+        rows.append(
+            ("row clamp", f"{result.clamp_error.relative:.2e} against the training form, whose clamp no recurrent form has")
+        )
+    print_table(f"{bundle}: {'verified' if result.passed else 'NOT verified'} against the parallel form", rows)

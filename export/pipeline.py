@@ -1,0 +1,135 @@
+"""Checkpoint in, bundle out: the graphs are written, weights streamed, files hashed, and the folder appears whole."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+from retnet_export.export.checkpoints.base import Checkpoint
+from retnet_export.graph.weights import weight_shapes
+from retnet_export.runtime.bundle import MANIFEST, Bundle, open_bundle, record_files, write_manifest
+from retnet_export.runtime.errors import MissingExtraError, UserError
+from retnet_export.runtime.files import new_folder
+from retnet_export.runtime.manifest import FORMAT_VERSION, DType, GraphSpec, Manifest, Precision, StateSpec, TokenizerSpec
+
+PRECISIONS: Mapping[str, Literal["float32", "float16", "bfloat16"]] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+STATES: Mapping[str, DType] = {"fp32": "float32", "fp16": "float16"}
+Progress = Callable[[str, float], None]
+"""Called with what is being done and the share done, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What `retnet-export export` decides.
+
+    Attributes:
+        precision: of stored matrices and of the operands of matrix products: fp32, fp16 or bf16.
+        state: of the stored state: fp32 or fp16.
+        batch: a fixed batch size, or None for any.
+    """
+
+    precision: str = "fp32"
+    state: str = "fp32"
+    batch: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (("precision", self.precision, PRECISIONS), ("state", self.state, STATES)):
+            if value not in choices:
+                raise UserError(f"--{name} is {value!r}, expected {', '.join(choices)}")
+        if self.batch is not None and self.batch < 1:
+            raise UserError(f"--batch is {self.batch}, expected at least 1")
+
+
+def export_bundle(
+    checkpoint: Checkpoint,
+    target: str | Path,
+    options: ExportOptions | None = None,
+    *,
+    force: bool = False,
+    progress: Progress = lambda stage, share: None,
+) -> Bundle:
+    """Write a bundle.
+
+    Args:
+        checkpoint: the trained model.
+        target: the folder to make.
+        options: formats.
+        force: replace an existing bundle.
+        progress: is told what goes on.
+
+    Raises:
+        UserError: the target exists or cannot be written; nothing is left behind.
+    """
+    options = options or ExportOptions()
+    with new_folder(target, marker=MANIFEST, force=force) as folder:
+        graphs, state = _write_graphs(folder, checkpoint, options, progress)
+        tokenizer = None
+        if checkpoint.tokenizer is not None:
+            shutil.copyfile(checkpoint.tokenizer, folder / "tokenizer.json")
+            tokenizer = TokenizerSpec("tokenizer.json", checkpoint.bos_id, checkpoint.eos_ids)
+        progress("hashing", 0.0)
+        manifest = Manifest(
+            format="retnet-export bundle",
+            format_version=FORMAT_VERSION,
+            name=Path(target).name.removesuffix(".retnet"),
+            model=checkpoint.config,
+            precision=Precision(PRECISIONS[options.precision], PRECISIONS[options.precision], STATES[options.state]),
+            dialect="portable",
+            graphs=graphs,
+            state=state,
+            files=record_files(folder),
+            tokenizer=tokenizer,
+            provenance={
+                "family": checkpoint.family,
+                "checkpoint": checkpoint.path.name or str(checkpoint.path),
+                "checkpoint_sha256": checkpoint.fingerprint(),
+                "versions": package_versions("retnet-export", "onnx", "onnx-ir", "numpy"),
+            },
+        )
+        write_manifest(folder, manifest)
+        progress("hashing", 1.0)
+    return open_bundle(target, check_hashes=False)
+
+
+def _write_graphs(
+    folder: Path, checkpoint: Checkpoint, options: ExportOptions, progress: Progress
+) -> tuple[dict[str, GraphSpec], tuple[StateSpec, ...]]:
+    try:
+        import onnx_ir as ir
+    except ImportError as error:
+        raise MissingExtraError("onnx-ir", "export", "exporting") from error
+    from retnet_export.graph.decode import build_decode
+    from retnet_export.graph.retnet import graph_spec, state_specs
+    from retnet_export.graph.weights_file import WeightsFile
+
+    config = checkpoint.config
+    total, done = len(weight_shapes(config)), 0
+
+    def read(name: str):  # type: ignore[no-untyped-def]
+        nonlocal done
+        done += 1
+        progress("writing weights", done / total)
+        return checkpoint.read(name)
+
+    with WeightsFile(folder / "weights.bin") as weights:
+        decode = build_decode(config, read, weights, PRECISIONS[options.precision], STATES[options.state], options.batch)
+    ir.save(decode, folder / "decode.onnx")
+    state = state_specs(
+        config.num_layers, config.num_heads, config.head_key_dim, config.head_value_dim, STATES[options.state], options.batch or -1
+    )
+    return {"decode": graph_spec(decode, "decode.onnx", chunk_size=1)}, state
+
+
+def package_versions(*names: str) -> dict[str, str]:
+    """Versions of installed packages; a package that is not installed is left out."""
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions

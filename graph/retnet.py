@@ -1,0 +1,99 @@
+"""The RetNet as an ONNX graph: embedding, layers, head. Decode and prefill differ in retention alone, which they bring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+from retnet_export.graph.blocks import NUMPY_DTYPES, Writer, feed_forward, norm
+from retnet_export.graph.builder import Value
+from retnet_export.runtime.manifest import DType, GraphSpec, StateSpec, TensorSpec
+
+OPSET = 20
+"""TensorRT 10.3 (JetPack 6.1) parses up to 20; blocked quantization raises it to 21."""
+
+STATE_TYPES: dict[str, ir.DataType] = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
+
+
+def state_specs(config_layers: int, heads: int, key_dim: int, value_dim: int, dtype: DType, batch: int) -> tuple[StateSpec, ...]:
+    """The tensors carried from step to step: the position, and S of each layer."""
+    position = StateSpec("position", "position_out", "int64", (batch,))
+    shape = (batch, heads, key_dim, value_dim)
+    return (position, *(StateSpec(f"state.{i}", f"state.{i}_out", dtype, shape) for i in range(config_layers)))
+
+
+def embed(w: Writer, tokens: Value) -> Value:
+    """tokens int64 (lead…) -> the residual stream, float32 (lead…, D)."""
+    b, config = w.b, w.config
+    table = b.initializer(
+        w.file.tensor(
+            "embedding.weight", lambda: np.asarray(w.read("embedding.weight")).astype(NUMPY_DTYPES[w.compute], copy=False)
+        )
+    )
+    x = w.cast_up(b.op("Gather", table, tokens, name="embedding", axis=0), "embedding")
+    if config.embedding_scale != 1.0:
+        x = b.op("Mul", x, b.scalar(config.embedding_scale, "embedding_scale"), name="embedding.scaled")
+    return norm(w, x, "embedding_norm", config.norm, config.norm_eps) if config.embedding_norm else x
+
+
+def residual(w: Writer, x: Value, name: str, block: Callable[[Value], Value]) -> Value:
+    """x + block(norm(x)), or norm(α·x + block(x)) with `post_norm`."""
+    b, config = w.b, w.config
+    norm_name = f"{name}_norm"
+    y = block(x if config.post_norm else norm(w, x, norm_name, config.norm, config.norm_eps))
+    if config.residual_scale != 1.0:
+        x = b.op("Mul", x, b.scalar(config.residual_scale, "residual_scale"), name=f"{name}.residual_scaled")
+    total = b.op("Add", x, y, name=f"{name}.residual")
+    return norm(w, total, norm_name, config.norm, config.norm_eps) if config.post_norm else total
+
+
+def layers(w: Writer, x: Value, retain: Callable[[int, Value], Value]) -> Value:
+    """All layers; `retain(index, x)` writes one layer's retention in its scope."""
+    for index in range(w.config.num_layers):
+        with w.b.scope(f"layers.{index}"):
+
+            def retention(y: Value, index: int = index) -> Value:
+                with w.b.scope("retention"):
+                    return retain(index, y)
+
+            x = residual(w, x, "retention", retention)
+            x = residual(w, x, "ffn", lambda y: feed_forward(w, y))
+    return x
+
+
+def logits(w: Writer, x: Value) -> Value:
+    """x (rows, D) -> float32 (rows, V). A tied head is the embedding itself, stored once, (V, D)."""
+    b, config = w.b, w.config
+    if config.final_norm:
+        x = norm(w, x, "norm", config.norm, config.norm_eps)
+    if not config.tied_embeddings:
+        return w.linear(x, "head")
+    table = b.initializer(w.file.tensor("embedding.weight", lambda: w.read("embedding.weight")))
+    return w.cast_up(b.op("Gemm", w.cast_down(x, "head"), table, name="head", transB=1), "head")
+
+
+def graph_spec(model: ir.Model, file: str, chunk_size: int) -> GraphSpec:
+    """What the manifest says of a graph."""
+
+    def spec(value: Value) -> TensorSpec:
+        assert value.name is not None
+        assert value.dtype is not None
+        assert value.shape is not None
+        names: dict[ir.DataType, Literal["float32", "float16", "bfloat16", "int64"]] = {
+            ir.DataType.FLOAT: "float32",
+            ir.DataType.FLOAT16: "float16",
+            ir.DataType.BFLOAT16: "bfloat16",
+            ir.DataType.INT64: "int64",
+        }
+        return TensorSpec(value.name, names[value.dtype], tuple(size if isinstance(size, int) else -1 for size in value.shape))
+
+    graph = model.graph
+    return GraphSpec(
+        file=file,
+        opset=graph.opset_imports[""],
+        inputs=tuple(spec(value) for value in graph.inputs),
+        outputs=tuple(spec(value) for value in graph.outputs),
+        chunk_size=chunk_size,
+    )

@@ -1,0 +1,102 @@
+"""ONNX Runtime on the CPU: the portable graph, with the state looped through two sets of buffers.
+
+Rule: a step copies neither weights nor state. The graph reads the state from one set of buffers and writes it to the
+other; the next step swaps them. All buffers are bound once, when a stream is opened.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from retnet_export.runtime.backends.base import State, initial_state, top_of
+from retnet_export.runtime.bundle import Bundle
+from retnet_export.runtime.errors import MissingExtraError, UserError
+from retnet_export.runtime.manifest import StateSpec
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+
+class OnnxRuntimeBackend:
+    """A bundle loaded into ONNX Runtime's CPU provider.
+
+    Args:
+        bundle: the bundle.
+        threads: threads per operator; ONNX Runtime's choice (one per physical core) when None.
+
+    Raises:
+        UserError: ONNX Runtime is missing or refuses the graph.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise MissingExtraError("onnxruntime", "cpu", "running a bundle on the CPU") from error
+        self._bundle = bundle
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        path = bundle.file(bundle.manifest.graphs["decode"].file)
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its errors share no narrower base class
+            raise UserError(f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load the graph: {error}") from error
+
+    def open_stream(self, batch: int) -> OnnxRuntimeStream:
+        manifest = self._bundle.manifest
+        fixed = manifest.graphs["decode"].inputs[0].shape[0]
+        if fixed not in (-1, batch):
+            raise UserError(f"{self._bundle.path}: exported for batch {fixed}, asked for {batch}; export it without --batch")
+        return OnnxRuntimeStream(self._session, manifest.state, manifest.model.vocab_size, batch)
+
+
+class OnnxRuntimeStream:
+    """Buffers and bindings of one batch of sequences."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, state: tuple[StateSpec, ...], vocab_size: int, batch: int) -> None:
+        self._session, self._specs, self.batch = session, state, batch
+        self._tokens = np.zeros((batch, 1), np.int64)
+        self._logits = np.zeros((batch, vocab_size), np.float32)
+        initial = initial_state(state)
+        self._buffers = tuple({name: np.repeat(value, batch, 0) for name, value in initial.items()} for _ in range(2))
+        self._bindings = tuple(self._bind(self._buffers[side], self._buffers[1 - side]) for side in range(2))
+        self._side = 0
+
+    def step(self, tokens: NDArray[np.int64]) -> None:
+        self._tokens[:, 0] = tokens
+        self._session.run_with_iobinding(self._bindings[self._side])
+        self._side = 1 - self._side
+
+    def prefill(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
+        if self.batch != 1:
+            raise NotImplementedError("prefill of a batch needs prefill.onnx")
+        for token in tokens[0, : lengths[0]]:
+            self.step(np.array([token]))
+
+    def logits(self) -> NDArray[np.float32]:
+        return self._logits
+
+    def top(self, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        return top_of(self._logits, k)
+
+    def read_state(self, slot: int) -> State:
+        return {name: buffer[slot : slot + 1].copy() for name, buffer in self._buffers[self._side].items()}
+
+    def write_state(self, slot: int, state: State) -> None:
+        for name, buffer in self._buffers[self._side].items():
+            buffer[slot] = state[name][0]
+
+    def _bind(self, before: State, after: State) -> onnxruntime.IOBinding:
+        binding = self._session.io_binding()
+        for name, array in {"tokens": self._tokens, **before}.items():
+            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        outputs = {"logits": self._logits, **{spec.output: after[spec.input] for spec in self._specs}}
+        for name, array in outputs.items():
+            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        return binding

@@ -1,0 +1,97 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from retnet_export.runtime.errors import UserError
+
+STORAGE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+
+def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            if progress is not None:
+                progress(count)
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; an existing one stays until the new one is on the disk."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+@contextlib.contextmanager
+def new_folder(target: str | Path, *, marker: str, force: bool = False) -> Iterator[Path]:
+    """Yield an empty folder that becomes `target` when the block ends, and vanishes if the block fails.
+
+    Args:
+        target: the folder to make.
+        marker: a file that every such folder has; `force` replaces only a folder that has it, or an empty one.
+        force: replace an existing folder.
+
+    Raises:
+        UserError: the target exists and `force` is false, it is something that `force` must not delete, or its parent is no
+            writable folder.
+    """
+    target = Path(os.path.abspath(target))
+    if os.path.lexists(target):
+        if not force:
+            raise UserError(f"{target}: exists already; choose another name, or give --force to replace it")
+        if target.is_symlink() or not target.is_dir() or (any(target.iterdir()) and not (target / marker).is_file()):
+            raise UserError(f"{target}: exists and is not a bundle, so --force does not replace it; choose another name")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.partial-"))
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written: {error.strerror} ({error.filename})") from error
+    try:
+        os.chmod(temporary, 0o755)
+        try:
+            yield temporary
+        except OSError as error:
+            if error.errno not in STORAGE_FAULTS:
+                raise
+            raise UserError(f"{target}: cannot be written: {error.strerror}; nothing was kept") from error
+        _replace_folder(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace_folder(temporary: Path, target: Path) -> None:
+    if not target.exists():
+        os.rename(temporary, target)
+        return
+    # A folder cannot be renamed over a full one: the old one steps aside, and comes back if the second rename fails.
+    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old-"))
+    os.rename(target, aside / target.name)
+    try:
+        os.rename(temporary, target)
+    except BaseException:
+        os.rename(aside / target.name, target)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
