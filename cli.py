@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+
 from retnet_export.commands.common import Commands
 from retnet_export.commands.demo import demo
 from retnet_export.commands.doctor import doctor

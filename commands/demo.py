@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from retnet_export.commands.common import Force
 from retnet_export.runtime.errors import UserError
 

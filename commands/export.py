@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+
 from retnet_export.commands.common import CheckpointPath, Force, Json, Output, print_json, print_table, progress, size
 from retnet_export.runtime.bundle import Bundle
 

@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
 from retnet_export.commands.common import BackendName, BundlePath, Json, Threads, print_json, print_table
 from retnet_export.runtime.errors import UserError
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
 from retnet_export.commands.common import BackendName, BundlePath, Json, print_json, print_table, progress
 from retnet_export.runtime.errors import UserError
 

@@ -22,13 +22,14 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from retnet_export.export.checkpoints.fla import file_name
-from retnet_export.export.model import RetNet
-from retnet_export.runtime.config import ModelConfig
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
+
+from retnet_export.export.checkpoints.fla import file_name
+from retnet_export.export.model import RetNet
+from retnet_export.runtime.config import ModelConfig
 
 VOCAB_SIZE = 4096
 

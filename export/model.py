@@ -19,11 +19,11 @@ from typing import cast
 
 import numpy as np
 import torch
-from retnet_export.graph.weights import ReadWeight, retention_inputs, weight_shapes
-from retnet_export.runtime.config import ModelConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from retnet_export.graph.weights import ReadWeight, retention_inputs, weight_shapes
+from retnet_export.runtime.config import ModelConfig
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": lambda x: F.gelu(x), "relu": F.relu}
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
 from retnet_export.export.checkpoints.base import Checkpoint
 from retnet_export.export.pipeline import Progress
 from retnet_export.runtime.bundle import Bundle

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+
 from retnet_export.graph.builder import GraphBuilder, Value
 from retnet_export.graph.weights import ReadWeight, retention_inputs, weight_shapes
 from retnet_export.graph.weights_file import WeightsFile
@@ -80,7 +81,8 @@ class Writer:
         return self.b.initializer(self.file.tensor(name, make))
 
     def _stored(self, name: str) -> NDArray[np.generic]:
-        return np.asarray(self.read(name), NUMPY_DTYPES[self.compute])
+        stored: NDArray[np.generic] = np.asarray(self.read(name), NUMPY_DTYPES[self.compute])
+        return stored
 
     def product(self, x: Value, weight: Value, name: str, bias: Value | None = None) -> Value:
         """x (…, inputs) float32 times weight (inputs, outputs): float32 (…, outputs)."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+
 from retnet_export.graph.blocks import Writer, head_norm, join_heads, projections, rotation
 from retnet_export.graph.builder import GraphBuilder, Value
 from retnet_export.graph.retnet import OPSET, STATE_TYPES, embed, layers, logits

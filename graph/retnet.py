@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
+
 from retnet_export.graph.blocks import NUMPY_DTYPES, Writer, feed_forward, norm
 from retnet_export.graph.builder import Value
 from retnet_export.runtime.manifest import DType, GraphSpec, StateSpec, TensorSpec

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
+
 from retnet_export.runtime.config import ModelConfig
 
 Array = NDArray[np.generic]

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
 from retnet_export.runtime.errors import UserError
 
 
@@ -110,7 +111,7 @@ class ModelConfig:
         exponent = np.linspace(0.0, 1.0, pairs)
         if self.rotary_spacing == "geometric":
             exponent = 2.0 * np.arange(pairs, dtype=np.float64) / self.head_key_dim
-        return np.power(np.full(pairs, self.rotary_base), -exponent)
+        return np.asarray(np.power(self.rotary_base, -exponent), np.float64)
 
     @property
     def score_scale(self) -> float:

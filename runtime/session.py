@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
 from retnet_export.runtime.backends import open_backend
 from retnet_export.runtime.backends.base import Backend, initial_state
 from retnet_export.runtime.bundle import Bundle, open_bundle

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
+
 from retnet_export.runtime.config import ModelConfig
 
 Array = NDArray[np.float64]

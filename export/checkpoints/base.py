@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
 from retnet_export.graph.weights import weight_shapes
 from retnet_export.runtime.config import ModelConfig
 from retnet_export.runtime.errors import UserError

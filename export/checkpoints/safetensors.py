@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
 from retnet_export.export.checkpoints.base import read_json
 from retnet_export.runtime.errors import UserError
 

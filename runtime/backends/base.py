@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
 from retnet_export.runtime.manifest import StateSpec
 
 NUMPY_DTYPES: Mapping[str, np.dtype[np.generic]] = {

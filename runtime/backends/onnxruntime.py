@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
 from retnet_export.runtime.backends.base import State, initial_state, top_of
 from retnet_export.runtime.bundle import Bundle
 from retnet_export.runtime.errors import MissingExtraError, UserError
