@@ -1,0 +1,322 @@
+"""CUDA through cuda-python's runtime bindings: memory, streams, graphs, events. The only module that calls CUDA itself.
+
+Rules: every return code is checked; an allocation belongs to one object and is freed with it; every copy names its stream.
+It needs the package `cuda-bindings` and a driver, neither torch nor a CUDA toolkit.
+
+    stream = Stream()
+    state = DeviceBuffer(1 << 20)
+    stream.fill(state, 0)
+    logits = pinned((1, 50304), np.float32)
+    stream.copy_to_host(logits, state)
+    stream.synchronize()
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import math
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from retnet_export.runtime.errors import MissingExtraError, UserError
+
+T = TypeVar("T", bound=np.generic)
+NO_DEVICE = ("cudaErrorNoDevice", "cudaErrorInsufficientDriver", "cudaErrorStubLibrary")
+"""Answers of a machine without a usable NVIDIA GPU or driver."""
+
+
+class CudaError(RuntimeError):
+    """A CUDA call failed; `code` is the name of its error, as in cudaError_t."""
+
+    def __init__(self, call: str, code: str, text: str) -> None:
+        super().__init__(f"{call} failed: {code} ({text})")
+        self.call, self.code = call, code
+
+
+class CudaMemoryError(UserError):
+    """The device has no room for an allocation."""
+
+
+@functools.cache
+def _runtime() -> ModuleType:
+    try:
+        from cuda.bindings import runtime
+    except ImportError as error:
+        raise MissingExtraError("cuda-bindings", "cuda", "running on an NVIDIA GPU") from error
+    return runtime  # type: ignore[no-any-return]
+
+
+def call(name: str, *arguments: Any) -> Any:
+    """Call a function of the CUDA runtime and check what it returns.
+
+    Args:
+        name: as in the CUDA runtime API, "cudaMalloc".
+        arguments: its arguments, without those that receive results.
+
+    Returns:
+        Its result; None if it has none, a tuple if it has several.
+
+    Raises:
+        CudaError: it returned an error.
+        MissingExtraError: cuda-bindings is not installed.
+    """
+    runtime = _runtime()
+    code, *results = getattr(runtime, name)(*arguments)
+    if code != runtime.cudaError_t.cudaSuccess:
+        _, text = runtime.cudaGetErrorString(code)
+        raise CudaError(name, code.name, text.decode(errors="replace"))
+    return None if not results else results[0] if len(results) == 1 else tuple(results)
+
+
+@dataclass(frozen=True)
+class MemoryInfo:
+    """Memory of the current device, in bytes; on a Jetson, whose memory is shared, what the system leaves."""
+
+    free: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU.
+
+    Attributes:
+        index: CUDA's number for it.
+        name: the vendor's name.
+        compute_capability: major and minor.
+        memory_bytes: its memory.
+        multiprocessors: how many.
+        l2_bytes: size of the level-2 cache.
+        integrated: whether it shares its memory with the CPU, as a Jetson does.
+    """
+
+    index: int
+    name: str
+    compute_capability: tuple[int, int]
+    memory_bytes: int
+    multiprocessors: int
+    l2_bytes: int
+    integrated: bool
+
+
+def device_count() -> int:
+    """GPUs that CUDA can use here; 0 without a driver.
+
+    Raises:
+        MissingExtraError: cuda-bindings is not installed.
+    """
+    try:
+        return int(call("cudaGetDeviceCount"))
+    except CudaError as error:
+        if error.code in NO_DEVICE:
+            return 0
+        raise
+
+
+def device(index: int = 0) -> Device:
+    """What CUDA says of a GPU.
+
+    Raises:
+        UserError: there is no such GPU.
+    """
+    count = device_count()
+    if not 0 <= index < count:
+        raise UserError(f"no CUDA device {index}: this machine has {count}; is the NVIDIA driver loaded (nvidia-smi)?")
+    properties = call("cudaGetDeviceProperties", index)
+    return Device(
+        index=index,
+        name=properties.name.decode(),
+        compute_capability=(properties.major, properties.minor),
+        memory_bytes=properties.totalGlobalMem,
+        multiprocessors=properties.multiProcessorCount,
+        l2_bytes=properties.l2CacheSize,
+        integrated=bool(properties.integrated),
+    )
+
+
+def memory_info() -> MemoryInfo:
+    """Free and total memory of the current device."""
+    free, total = call("cudaMemGetInfo")
+    return MemoryInfo(int(free), int(total))
+
+
+def versions() -> tuple[int, int]:
+    """The CUDA versions of the driver and of the runtime, as CUDA numbers them: 12060 is 12.6; driver 0 means none."""
+    return int(call("cudaDriverGetVersion")), int(call("cudaRuntimeGetVersion"))
+
+
+class DeviceBuffer:
+    """Bytes on the device, freed with `close` or with the object.
+
+    Args:
+        size: how many bytes; at least one is allocated, so that every buffer has an address of its own.
+
+    Raises:
+        CudaMemoryError: they do not fit.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.bytes = size
+        try:
+            self._address = int(call("cudaMalloc", max(size, 1)))
+        except CudaError as error:
+            if error.code != "cudaErrorMemoryAllocation":
+                raise
+            memory = memory_info()
+            hint = "; its free memory is in pieces: close other programs or restart" if memory.free > size else ""
+            raise CudaMemoryError(
+                f"the GPU has no room for {size:,} bytes: {memory.free:,} of {memory.total:,} are free{hint}; "
+                "take a smaller batch or quantized weights"
+            ) from error
+        self._finalizer = weakref.finalize(self, _free, "cudaFree", self._address)
+        self._finalizer.atexit = False  # the driver frees what is left, and may be gone before us
+
+    @property
+    def address(self) -> int:
+        """Its device address.
+
+        Raises:
+            ValueError: it was closed.
+        """
+        if not self._finalizer.alive:
+            raise ValueError("this device buffer was closed")
+        return self._address
+
+    def close(self) -> None:
+        """Free it; twice does nothing."""
+        self._finalizer()
+
+
+def pinned(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+    """A zeroed host array that the GPU copies to and from without a detour; freed with the last view of it."""
+    kind = np.dtype(dtype)
+    size = max(math.prod(shape) * kind.itemsize, 1)
+    address = int(call("cudaHostAlloc", size, 0))
+    raw = (ctypes.c_byte * size).from_address(address)
+    weakref.finalize(raw, _free, "cudaFreeHost", address).atexit = False
+    array: NDArray[Any] = np.frombuffer(raw, kind, math.prod(shape)).reshape(shape)
+    array[...] = 0
+    return array
+
+
+class Stream:
+    """A CUDA stream of its own (never the default one): work on it runs in order, and apart from other streams."""
+
+    def __init__(self) -> None:
+        runtime = _runtime()
+        self._stream = call("cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking)
+        self.handle = int(self._stream)
+        self._finalizer = weakref.finalize(self, _free, "cudaStreamDestroy", self._stream)
+        self._finalizer.atexit = False
+
+    def synchronize(self) -> None:
+        """Wait until everything on the stream is done; faults of earlier work show here."""
+        call("cudaStreamSynchronize", self._stream)
+
+    def fill(self, target: DeviceBuffer, value: int, size: int | None = None, offset: int = 0) -> None:
+        """Set bytes of a buffer to `value`, all of them unless `size` says how many."""
+        size = target.bytes - offset if size is None else size
+        _check_range("fill", target.bytes, offset, size)
+        call("cudaMemsetAsync", target.address + offset, value, size, self._stream)
+
+    def copy_to_device(self, target: DeviceBuffer, source: NDArray[Any], offset: int = 0) -> None:
+        """Copy a host array to `offset` bytes into a buffer. It must stay as it is until the stream has got there."""
+        _check_array(source)
+        _check_range("copy to the device", target.bytes, offset, source.nbytes)
+        self._copy(target.address + offset, source.ctypes.data, source.nbytes, "cudaMemcpyHostToDevice")
+
+    def copy_to_host(self, target: NDArray[Any], source: DeviceBuffer, offset: int = 0) -> None:
+        """Fill a host array from `offset` bytes into a buffer; read it after `synchronize`."""
+        _check_array(target)
+        _check_range("copy to the host", source.bytes, offset, target.nbytes)
+        self._copy(target.ctypes.data, source.address + offset, target.nbytes, "cudaMemcpyDeviceToHost")
+
+    def copy(
+        self, target: DeviceBuffer, source: DeviceBuffer, size: int | None = None, target_offset: int = 0, source_offset: int = 0
+    ) -> None:
+        """Copy between buffers on the device: all of `source` unless `size` says how much."""
+        size = source.bytes - source_offset if size is None else size
+        _check_range("copy on the device", source.bytes, source_offset, size)
+        _check_range("copy on the device", target.bytes, target_offset, size)
+        self._copy(target.address + target_offset, source.address + source_offset, size, "cudaMemcpyDeviceToDevice")
+
+    def _copy(self, target: int, source: int, size: int, kind: str) -> None:
+        call("cudaMemcpyAsync", target, source, size, getattr(_runtime().cudaMemcpyKind, kind), self._stream)
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[Graph]:
+        """Record what the block puts on the stream, instead of running it; the graph is ready after the block.
+
+        Raises:
+            CudaError: something in the block cannot be captured.
+        """
+        runtime = _runtime()
+        graph = Graph()
+        call("cudaStreamBeginCapture", self._stream, runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+        try:
+            yield graph
+        except BaseException:
+            # The stream stays unusable until its capture is ended; the block's own error is the one to show.
+            with contextlib.suppress(CudaError):
+                call("cudaGraphDestroy", call("cudaStreamEndCapture", self._stream))
+            raise
+        graph._instantiate(call("cudaStreamEndCapture", self._stream))
+
+    def launch(self, graph: Graph) -> None:
+        """Run a captured graph."""
+        call("cudaGraphLaunch", graph._executable, self._stream)
+
+    def record(self, event: Event) -> None:
+        """Mark the point that the stream has got to."""
+        call("cudaEventRecord", event._event, self._stream)
+
+
+class Graph:
+    """Work captured from a stream; made by `Stream.capture`, run by `Stream.launch`."""
+
+    def __init__(self) -> None:
+        self._executable: Any = None
+
+    def _instantiate(self, captured: Any) -> None:
+        try:
+            self._executable = call("cudaGraphInstantiate", captured, 0)
+        finally:
+            call("cudaGraphDestroy", captured)
+        weakref.finalize(self, _free, "cudaGraphExecDestroy", self._executable).atexit = False
+
+
+class Event:
+    """A point in a stream, for timing."""
+
+    def __init__(self) -> None:
+        self._event = call("cudaEventCreate")
+        weakref.finalize(self, _free, "cudaEventDestroy", self._event).atexit = False
+
+    def milliseconds_since(self, earlier: Event) -> float:
+        """Time between two recorded events, once the stream has passed both."""
+        call("cudaEventSynchronize", self._event)
+        return float(call("cudaEventElapsedTime", earlier._event, self._event))
+
+
+def _free(name: str, resource: Any) -> None:
+    # A finalizer has nobody to raise to, and a driver that is shutting down has freed everything already.
+    with contextlib.suppress(CudaError):
+        call(name, resource)
+
+
+def _check_array(array: NDArray[Any]) -> None:
+    if not array.flags.c_contiguous:
+        raise ValueError(f"an array of shape {array.shape} is not contiguous, so it cannot be copied as one block")
+
+
+def _check_range(what: str, available: int, offset: int, size: int) -> None:
+    if offset < 0 or size < 0 or offset + size > available:
+        raise ValueError(f"{what}: {size} bytes at {offset} leave a buffer of {available} bytes")
