@@ -16,7 +16,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from retnet_export.graph.builder import GraphBuilder, Value
-from retnet_export.graph.weights import ReadWeight, retention_inputs, weight_shapes
+from retnet_export.graph.weights import Array, ReadWeight, retention_inputs, weight_shapes
 from retnet_export.graph.weights_file import WeightsFile
 from retnet_export.runtime.config import ModelConfig
 
@@ -74,14 +74,14 @@ class Writer:
             order: a permutation of the joined outputs.
         """
 
-        def make() -> NDArray[np.generic]:
+        def make() -> Array:
             joined = np.concatenate([self._stored(part) for part in parts]) if len(parts) > 1 else self._stored(parts[0])
-            return joined.T if order is None else joined[order].T
+            return np.transpose(joined if order is None else joined[order])
 
         return self.b.initializer(self.file.tensor(name, make))
 
     def _stored(self, name: str) -> NDArray[np.generic]:
-        stored: NDArray[np.generic] = np.asarray(self.read(name), NUMPY_DTYPES[self.compute])
+        stored: Array = self.read(name).astype(NUMPY_DTYPES[self.compute], copy=False)
         return stored
 
     def product(self, x: Value, weight: Value, name: str, bias: Value | None = None) -> Value:

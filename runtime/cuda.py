@@ -202,7 +202,7 @@ def pinned(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     address = int(call("cudaHostAlloc", size, 0))
     raw = (ctypes.c_byte * size).from_address(address)
     weakref.finalize(raw, _free, "cudaFreeHost", address).atexit = False
-    array: NDArray[Any] = np.frombuffer(raw, kind, math.prod(shape)).reshape(shape)
+    array: NDArray[Any] = np.frombuffer(memoryview(raw), kind, math.prod(shape)).reshape(shape)
     array[...] = 0
     return array
 
