@@ -18,6 +18,7 @@ from retnet_export.runtime.manifest import FORMAT_VERSION, DType, GraphSpec, Man
 
 PRECISIONS: Mapping[str, Literal["float32", "float16", "bfloat16"]] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 STATES: Mapping[str, DType] = {"fp32": "float32", "fp16": "float16"}
+DEFAULT_CHUNK = 256
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share done, 0 to 1."""
 
@@ -30,11 +31,13 @@ class ExportOptions:
         precision: of stored matrices and of the operands of matrix products: fp32, fp16 or bf16.
         state: of the stored state: fp32 or fp16.
         batch: a fixed batch size, or None for any.
+        chunk: the most tokens per sequence that the prefill graph reads at once.
     """
 
     precision: str = "fp32"
     state: str = "fp32"
     batch: int | None = None
+    chunk: int = DEFAULT_CHUNK
 
     def __post_init__(self) -> None:
         for name, value, choices in (("precision", self.precision, PRECISIONS), ("state", self.state, STATES)):
@@ -42,6 +45,8 @@ class ExportOptions:
                 raise UserError(f"--{name} is {value!r}, expected {', '.join(choices)}")
         if self.batch is not None and self.batch < 1:
             raise UserError(f"--batch is {self.batch}, expected at least 1")
+        if self.chunk < 1:
+            raise UserError(f"--chunk is {self.chunk}, expected at least 1")
 
 
 def export_bundle(
@@ -103,6 +108,7 @@ def _write_graphs(
     except ImportError as error:
         raise MissingExtraError("onnx-ir", "export", "exporting") from error
     from retnet_export.graph.decode import build_decode
+    from retnet_export.graph.prefill import build_prefill
     from retnet_export.graph.retnet import graph_spec, state_specs
     from retnet_export.graph.weights_file import WeightsFile
 
@@ -115,13 +121,16 @@ def _write_graphs(
         progress("writing weights", done / total)
         return checkpoint.read(name)
 
+    graphs = {}
     with WeightsFile(folder / "weights.bin") as weights:
-        decode = build_decode(config, read, weights, PRECISIONS[options.precision], STATES[options.state], options.batch)
-    ir.save(decode, folder / "decode.onnx")
+        for name, build, chunk_size in (("decode", build_decode, 1), ("prefill", build_prefill, options.chunk)):
+            graph = build(config, read, weights, PRECISIONS[options.precision], STATES[options.state], options.batch)
+            ir.save(graph, folder / f"{name}.onnx")
+            graphs[name] = graph_spec(graph, f"{name}.onnx", chunk_size)
     state = state_specs(
         config.num_layers, config.num_heads, config.head_key_dim, config.head_value_dim, STATES[options.state], options.batch or -1
     )
-    return {"decode": graph_spec(decode, "decode.onnx", chunk_size=1)}, state
+    return graphs, state
 
 
 def package_versions(*names: str) -> dict[str, str]:

@@ -88,8 +88,9 @@ def _read_manifest(path: Path) -> Manifest:
     for where, name in named:
         if name not in manifest.files:
             raise UserError(f"{path}: {where} is {name!r}, which is not among the bundle's files")
-    if "decode" not in manifest.graphs:
-        raise UserError(f"{path}: the bundle has no decode graph")
+    for graph_name in ("decode", "prefill"):
+        if graph_name not in manifest.graphs:
+            raise UserError(f"{path}: the bundle has no {graph_name} graph; export the checkpoint again")
     _check_state(path, manifest)
     return manifest
 

@@ -9,7 +9,7 @@ for text in model.generate("In the beginning", max_new_tokens=100, temperature=0
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -116,15 +116,50 @@ class Session:
             UserError: a token is not in the vocabulary, or an earlier step failed.
         """
         array = np.asarray(tokens, np.int64)
-        vocab_size = self.model.bundle.manifest.model.vocab_size
         if array.shape != (self.batch,):
             raise UserError(f"expected one token for each of {self.batch} sequences, found shape {array.shape}")
-        if array.min() < 0 or array.max() >= vocab_size:
-            raise UserError(f"token {int(array[(array < 0) | (array >= vocab_size)][0])} is not in the vocabulary of {vocab_size}")
+        self._check_tokens(array)
+        return self._advance(lambda: self._stream.step(array))
+
+    def prefill(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Read up to a chunk of tokens per sequence at once; as many steps would do the same.
+
+        Args:
+            tokens: (B, C), C at most the bundle's chunk size.
+            lengths: (B,), how many of each row are real; a sequence of 0 keeps its state and has no logits.
+
+        Returns:
+            Logits (B, V) after each sequence's last real token, valid until the next step.
+
+        Raises:
+            UserError: shapes do not fit, a token is not in the vocabulary, or an earlier step failed.
+        """
+        most = self._chunk_size
+        if tokens.ndim != 2 or len(tokens) != self.batch or not 1 <= tokens.shape[1] <= most or lengths.shape != (self.batch,):
+            raise UserError(
+                f"expected up to {most} tokens for each of {self.batch} sequences and as many lengths, "
+                f"found tokens {tokens.shape} and lengths {lengths.shape}"
+            )
+        if lengths.min() < 0 or lengths.max() > tokens.shape[1]:
+            raise UserError(f"lengths {lengths.tolist()} do not fit rows of {tokens.shape[1]} tokens")
+        self._check_tokens(tokens[np.arange(tokens.shape[1]) < lengths[:, None]])
+        return self._advance(lambda: self._stream.prefill(tokens, lengths))
+
+    @property
+    def _chunk_size(self) -> int:
+        return self.model.bundle.manifest.graphs["prefill"].chunk_size
+
+    def _check_tokens(self, tokens: NDArray[np.int64]) -> None:
+        vocab_size = self.model.bundle.manifest.model.vocab_size
+        strange = tokens[(tokens < 0) | (tokens >= vocab_size)]
+        if strange.size:
+            raise UserError(f"token {int(strange[0])} is not in the vocabulary of {vocab_size}")
+
+    def _advance(self, run: Callable[[], None]) -> NDArray[np.float32]:
         if self._failed:
             raise UserError("an earlier step of this session failed, so its state is unknown; call reset()")
         self._failed = True
-        self._stream.step(array)
+        run()
         self.logits = self._stream.logits()
         self._failed = False
         return self.logits
@@ -141,8 +176,9 @@ class Session:
         if not tokens:
             raise UserError("the prompt is empty: give at least one character")
         began = time.perf_counter()
-        for token in tokens:
-            self.step([token])
+        for start in range(0, len(tokens), self._chunk_size):
+            chunk = np.array([tokens[start : start + self._chunk_size]], np.int64)
+            self.prefill(chunk, np.array([chunk.shape[1]]))
         if stats is not None:
             stats.prompt_tokens += len(tokens)
             stats.prompt_seconds += time.perf_counter() - began

@@ -43,9 +43,15 @@ class OnnxRuntimeBackend:
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
-        path = bundle.file(bundle.manifest.graphs["decode"].file)
+        self._options = options
+        self._decode, self._prefill = (self._load(graph) for graph in ("decode", "prefill"))
+
+    def _load(self, graph: str) -> onnxruntime.InferenceSession:
+        import onnxruntime
+
+        path = self._bundle.file(self._bundle.manifest.graphs[graph].file)
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            return onnxruntime.InferenceSession(str(path), self._options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its errors share no narrower base class
             raise UserError(f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load the graph: {error}") from error
 
@@ -54,31 +60,46 @@ class OnnxRuntimeBackend:
         fixed = manifest.graphs["decode"].inputs[0].shape[0]
         if fixed not in (-1, batch):
             raise UserError(f"{self._bundle.path}: exported for batch {fixed}, asked for {batch}; export it without --batch")
-        return OnnxRuntimeStream(self._session, manifest.state, manifest.model.vocab_size, batch)
+        return OnnxRuntimeStream(self._decode, self._prefill, manifest.state, manifest.model.vocab_size, batch)
 
 
 class OnnxRuntimeStream:
     """Buffers and bindings of one batch of sequences."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, state: tuple[StateSpec, ...], vocab_size: int, batch: int) -> None:
-        self._session, self._specs, self.batch = session, state, batch
+    def __init__(
+        self,
+        decode: onnxruntime.InferenceSession,
+        prefill: onnxruntime.InferenceSession,
+        state: tuple[StateSpec, ...],
+        vocab_size: int,
+        batch: int,
+    ) -> None:
+        self._decode, self._prefill, self._specs, self.batch = decode, prefill, state, batch
         self._tokens = np.zeros((batch, 1), np.int64)
         self._logits = np.zeros((batch, vocab_size), np.float32)
         initial = initial_state(state)
         self._buffers = tuple({name: np.repeat(value, batch, 0) for name, value in initial.items()} for _ in range(2))
-        self._bindings = tuple(self._bind(self._buffers[side], self._buffers[1 - side]) for side in range(2))
+        self._decode_bindings, self._prefill_bindings = (
+            tuple(self._bind_state(session, self._buffers[side], self._buffers[1 - side]) for side in range(2))
+            for session in (decode, prefill)
+        )
+        for binding in self._decode_bindings:
+            _bind_input(binding, "tokens", self._tokens)
         self._side = 0
 
     def step(self, tokens: NDArray[np.int64]) -> None:
         self._tokens[:, 0] = tokens
-        self._session.run_with_iobinding(self._bindings[self._side])
+        self._decode.run_with_iobinding(self._decode_bindings[self._side])
         self._side = 1 - self._side
 
     def prefill(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
-        if self.batch != 1:
-            raise NotImplementedError("prefill of a batch needs prefill.onnx")
-        for token in tokens[0, : lengths[0]]:
-            self.step(np.array([token]))
+        # Columns that are padding in every slot are not computed at all.
+        tokens, lengths = np.ascontiguousarray(tokens[:, : max(lengths.max(), 1)]), np.ascontiguousarray(lengths)
+        binding = self._prefill_bindings[self._side]
+        _bind_input(binding, "tokens", tokens)
+        _bind_input(binding, "length", lengths)
+        self._prefill.run_with_iobinding(binding)
+        self._side = 1 - self._side
 
     def logits(self) -> NDArray[np.float32]:
         return self._logits
@@ -93,11 +114,16 @@ class OnnxRuntimeStream:
         for name, buffer in self._buffers[self._side].items():
             buffer[slot] = state[name][0]
 
-    def _bind(self, before: State, after: State) -> onnxruntime.IOBinding:
-        binding = self._session.io_binding()
-        for name, array in {"tokens": self._tokens, **before}.items():
-            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+    def _bind_state(self, session: onnxruntime.InferenceSession, before: State, after: State) -> onnxruntime.IOBinding:
+        binding = session.io_binding()
+        for name, array in before.items():
+            _bind_input(binding, name, array)
         outputs = {"logits": self._logits, **{spec.output: after[spec.input] for spec in self._specs}}
         for name, array in outputs.items():
             binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         return binding
+
+
+def _bind_input(binding: onnxruntime.IOBinding, name: str, array: NDArray[np.generic]) -> None:
+    """Bind a contiguous array, which must outlive the run."""
+    binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)

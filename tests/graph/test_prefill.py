@@ -1,0 +1,201 @@
+"""Prefill is as many steps: any length, any split, any mix of lengths in a batch, whatever stands in the padding."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import oracle
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retnet_export.graph.decode import build_decode
+from retnet_export.graph.prefill import build_prefill
+from retnet_export.graph.weights import random_weights
+from retnet_export.graph.weights_file import WeightsFile
+from retnet_export.runtime.numerics import TOLERANCES, measure
+from retnet_export.runtime.session import Model, load
+
+CHUNK = 16
+LONGEST = 3 * CHUNK
+TOKENS = np.random.default_rng(1).integers(0, 50, LONGEST, dtype=np.int64)
+TOLERANCE = TOLERANCES["chunkwise-float32"].relative
+
+
+@pytest.fixture(scope="module", params=tiny.CONFIGS)
+def model(request, tmp_path_factory) -> Model:
+    folder = tmp_path_factory.mktemp("bundle")
+    tiny.bundle(folder, tiny.CONFIGS[request.param], chunk=CHUNK)
+    return load(folder / "tiny.retnet", "onnxruntime", threads=1)
+
+
+@pytest.fixture(scope="module")
+def stepped(model) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """Logits and state after 0, 1, 2, … single steps."""
+    stream = model.backend.open_stream(1)
+    after = [(np.zeros(50, np.float32), stream.read_state(0))]
+    for token in TOKENS:
+        stream.step(np.array([token]))
+        after.append((stream.logits()[0].copy(), stream.read_state(0)))
+    return after
+
+
+def assert_same(stream, slot, expected) -> None:
+    logits, state = expected
+    assert measure(stream.logits()[slot], logits).relative < TOLERANCE
+    assert_same_state(stream, slot, state)
+
+
+def assert_same_state(stream, slot, state) -> None:
+    for name, value in stream.read_state(slot).items():
+        if name == "position":
+            assert value == state[name]
+        elif state[name].any():
+            assert measure(value, state[name]).relative < TOLERANCE
+        else:
+            assert not value.any()
+
+
+def test_every_family_reads_a_prompt_as_the_oracle_does(model):
+    config = model.bundle.manifest.model
+    reference = oracle.logits(config, random_weights(config), TOKENS)
+    for length in (1, 2, CHUNK - 1, CHUNK, CHUNK + 1, LONGEST):
+        session = model.session()
+        session.feed(TOKENS[:length].tolist())
+        assert measure(session.logits[0], reference[length - 1]).relative < TOLERANCES["onnxruntime-float32"].relative
+
+
+def test_logits_after_every_token_are_those_of_the_oracle(model, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    config = model.bundle.manifest.model
+    weights = random_weights(config)
+    with WeightsFile(tmp_path / "weights.bin") as file:
+        ir.save(build_prefill(config, weights.__getitem__, file, "float32", all_logits=True), tmp_path / "all.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "all.onnx")
+    state = {spec.input: np.zeros((2, *spec.shape[1:]), np.float32) for spec in model.bundle.manifest.state[1:]}
+    feed = {"tokens": np.stack([TOKENS, TOKENS]), "position": np.zeros(2, np.int64), "length": np.array([LONGEST, 7])}
+    logits = session.run(["logits"], feed | state)[0]
+    reference = oracle.logits(config, weights, TOKENS)
+    assert measure(logits[0], reference).relative < TOLERANCES["onnxruntime-float32"].relative
+    assert measure(logits[1, :7], reference[:7]).relative < TOLERANCES["onnxruntime-float32"].relative
+
+
+@settings(deadline=None, max_examples=20)
+@given(splits=st.lists(st.tuples(st.integers(0, CHUNK), st.integers(0, 3)), min_size=1, max_size=3))
+def test_any_split_into_chunks_is_as_many_steps(model, stepped, splits):
+    stream = model.backend.open_stream(1)
+    read = 0
+    for length, padding in splits:
+        row = np.zeros((1, max(1, min(length + padding, CHUNK))), np.int64)
+        row[0, :length] = TOKENS[read : read + length]
+        stream.prefill(row, np.array([length]))
+        read += length
+        if length:
+            assert_same(stream, 0, stepped[read])
+        else:
+            assert_same_state(stream, 0, stepped[read][1])
+
+
+@settings(deadline=None, max_examples=20)
+@given(data=st.data(), batch=st.integers(1, 4))
+def test_a_batch_of_any_lengths_is_its_single_runs(model, stepped, data, batch):
+    stream = model.backend.open_stream(batch)
+    read = np.zeros(batch, np.int64)
+    for _ in range(2):
+        lengths = np.array(data.draw(st.lists(st.integers(0, CHUNK), min_size=batch, max_size=batch)))
+        rows = np.zeros((batch, CHUNK), np.int64)
+        for slot, length in enumerate(lengths):
+            rows[slot, :length] = TOKENS[read[slot] : read[slot] + length]
+        stream.prefill(rows, lengths)
+        read += lengths
+        for slot in range(batch):
+            if lengths[slot]:
+                assert_same(stream, slot, stepped[read[slot]])
+            else:
+                assert_same_state(stream, slot, stepped[read[slot]][1])
+
+
+@settings(deadline=None, max_examples=20)
+@given(length=st.integers(0, CHUNK), poison=st.integers(-(2**63), 2**63 - 1))
+def test_padding_leaves_no_trace_whatever_stands_in_it(model, length, poison):
+    results = []
+    for filler in (0, poison):
+        stream = model.backend.open_stream(2)
+        stream.step(TOKENS[:2])
+        rows = np.full((2, CHUNK), filler)
+        rows[0, :length], rows[1] = TOKENS[:length], TOKENS[:CHUNK]
+        stream.prefill(rows, np.array([length, CHUNK]))
+        results.append((stream.logits()[0].copy(), stream.read_state(0)))
+    (clean, clean_state), (poisoned, poisoned_state) = results
+    assert np.array_equal(clean, poisoned)
+    assert all(np.array_equal(clean_state[name], poisoned_state[name]) for name in clean_state)
+
+
+def test_a_sequence_of_no_tokens_keeps_its_state_bit_by_bit(model):
+    stream = model.backend.open_stream(2)
+    stream.prefill(np.stack([TOKENS[:CHUNK]] * 2), np.array([CHUNK, CHUNK]))
+    before = stream.read_state(0)
+    stream.prefill(np.stack([TOKENS[:CHUNK]] * 2), np.array([0, 5]))
+    after = stream.read_state(0)
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_prefill_goes_on_past_position_two_to_the_31(model):
+    start = model.backend.open_stream(1).read_state(0) | {"position": np.array([2**31 - 5])}
+    chunked, stepped = (model.backend.open_stream(1) for _ in range(2))
+    for stream in (chunked, stepped):
+        stream.write_state(0, start)
+    chunked.prefill(TOKENS[None, :CHUNK], np.array([CHUNK]))
+    for token in TOKENS[:CHUNK]:
+        stepped.step(np.array([token]))
+    assert chunked.read_state(0)["position"] == 2**31 - 5 + CHUNK
+    assert_same(chunked, 0, (stepped.logits()[0], stepped.read_state(0)))
+
+
+def test_both_graphs_share_one_copy_of_the_weights(tmp_path):
+    config = tiny.config()
+    weights = random_weights(config)
+    path = tmp_path / "weights.bin"
+    with WeightsFile(path) as file:
+        build_decode(config, weights.__getitem__, file, "float32")
+        size = path.stat().st_size
+        build_prefill(config, weights.__getitem__, file, "float32")
+    assert path.stat().st_size == size
+
+
+@pytest.mark.parametrize(("precision", "state"), [("fp16", "fp32"), ("fp32", "fp16"), ("fp16", "fp16")])
+def test_reduced_precision_prefill_is_as_many_steps(tmp_path, precision, state):
+    tiny.bundle(tmp_path, tiny.config(), precision=precision, state=state, chunk=CHUNK)
+    model = load(tmp_path / "tiny.retnet", "onnxruntime", threads=1)
+    chunked, stepped = (model.backend.open_stream(1) for _ in range(2))
+    chunked.prefill(TOKENS[None, :CHUNK], np.array([CHUNK]))
+    for token in TOKENS[:CHUNK]:
+        stepped.step(np.array([token]))
+    # A float16 state is rounded after every step, but only once a chunk.
+    assert measure(chunked.logits(), stepped.logits()).relative < TOLERANCES["onnxruntime-float16"].relative
+
+
+@pytest.mark.parametrize(("compute", "state"), [("float32", "float32"), ("float16", "float16")])
+@pytest.mark.parametrize("family", tiny.CONFIGS)
+def test_tensorrt_builds_it_for_any_chunk_and_batch(tmp_path, family, compute, state):
+    trt = pytest.importorskip("tensorrt_rtx", reason="needs the tensorrt-rtx extra")
+    config = tiny.CONFIGS[family]
+    with WeightsFile(tmp_path / "weights.bin") as file:
+        ir.save(build_prefill(config, random_weights(config).__getitem__, file, compute, state), tmp_path / "prefill.onnx")
+    log = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    assert parser.parse_from_file(str(tmp_path / "prefill.onnx")), parser.get_error(0)
+    options = builder.create_builder_config()
+    targets = (trt.ComputeCapability.SM86, trt.ComputeCapability.SM89, trt.ComputeCapability.SM120)
+    options.num_compute_capabilities = len(targets)
+    for index, target in enumerate(targets):
+        options.set_compute_capability(target, index)
+    profile = builder.create_optimization_profile()
+    for tensor in (network.get_input(index) for index in range(network.num_inputs)):
+        chunk = [(1,), (CHUNK,), (4 * CHUNK,)] if tensor.name == "tokens" else [tuple(tensor.shape)[1:]] * 3
+        profile.set_shape(tensor.name, *((batch, *rest) for batch, rest in zip((1, 1, 4), chunk, strict=True)))
+    options.add_optimization_profile(profile)
+    assert builder.build_serialized_network(network, options) is not None
