@@ -45,9 +45,9 @@ class State:
 
 
 def parallel_retention(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor, score_norm: bool, clamp_rows: bool) -> Tensor:
-    """Equation 5. With `score_norm`, rows of D are divided by √ΣD and, with `clamp_rows`, rows of scores by clamp(Σ|·|, 1, 5e4).
+    """Equation 5. With `score_norm`, rows of D are divided by √ΣD and, with `clamp_rows`, rows of scores by max(|Σ|, 1).
 
-    Source of the normalisations: torchscale, component/multiscale_retention.py and architecture/retnet.py.
+    Source of the normalisations: torchscale 0.3.0, component/multiscale_retention.py and architecture/retnet.py.
     """
     n = torch.arange(q.shape[2], device=q.device)
     distance = n[:, None] - n[None, :]  # (T, T)
@@ -56,7 +56,7 @@ def parallel_retention(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor, score_nor
         decay = decay / decay.sum(-1, keepdim=True).sqrt()
     scores = (q @ k.mT) * decay.to(q.dtype)
     if score_norm and clamp_rows:
-        scores = scores / scores.detach().abs().sum(-1, keepdim=True).clamp(min=1.0, max=5e4)
+        scores = scores / scores.detach().sum(-1, keepdim=True).abs().clamp(min=1.0)
     return scores @ v
 
 
@@ -194,7 +194,8 @@ class FeedForward(nn.Module):
         self.act: Callable[[Tensor], Tensor] = ACTIVATIONS[config.ffn_activation]
         self.gate = nn.Linear(width, size, bias=bias) if config.ffn == "glu" else None
         self.up = nn.Linear(width, size, bias=bias)
-        self.inner_norm = Norm(config.norm, size, config.norm_eps) if config.ffn_inner_norm else None
+        inner = config.ffn_inner_norm
+        self.inner_norm = None if inner == "none" else Norm(inner, size, config.norm_eps)
         self.down = nn.Linear(size, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -154,8 +154,8 @@ def feed_forward(w: Writer, x: Value) -> Value:
             inner = b.op("Mul", activation(w, gate, config.ffn_activation, "act"), up, name="gated")
         else:
             inner = activation(w, w.linear(x, "up"), config.ffn_activation, "act")
-        if config.ffn_inner_norm:
-            inner = norm(w, inner, "inner_norm", config.norm, config.norm_eps)
+        if config.ffn_inner_norm != "none":
+            inner = norm(w, inner, "inner_norm", config.ffn_inner_norm, config.norm_eps)
         return w.linear(inner, "down")
 
 

@@ -48,8 +48,8 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         if config.ffn == "glu":
             linear(f"{layer}.ffn.gate", config.ffn_size, width, config.ffn_bias)
         linear(f"{layer}.ffn.up", config.ffn_size, width, config.ffn_bias)
-        if config.ffn_inner_norm:
-            norm(f"{layer}.ffn.inner_norm", config.ffn_size)
+        if config.ffn_inner_norm != "none":
+            norm(f"{layer}.ffn.inner_norm", config.ffn_size, config.ffn_inner_norm)
         linear(f"{layer}.ffn.down", width, config.ffn_size, config.ffn_bias)
     if config.final_norm:
         norm("norm", width)

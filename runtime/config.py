@@ -33,8 +33,8 @@ class ModelConfig:
         rotary_spacing: θ_i; "geometric" is base^(-2i/Dk), "inclusive" is base^(-linspace(0, 1, Dk/2)).
         rotary_base: the base of θ.
         scaled: which of query and key is multiplied by Dk^-½, if either.
-        score_norm: torchscale's normalisation: rows of the decay matrix by √Σγ, rows of scores by clamp(Σ|·|, 1, 5e4).
-            The clamp exists only in the parallel form.
+        score_norm: torchscale's normalisation: rows of the decay matrix are divided by √Σγ, rows of scores by max(|Σ|, 1).
+            The second exists only in the parallel form.
         head_norm: normalisation of each head's output: "rms" or "layer" (which subtracts the mean).
         head_norm_affine: its learnt scale: none, one of size Dv "shared" by the heads, or "per_head" (with a bias if "layer").
         head_norm_eps: its epsilon.
@@ -43,7 +43,7 @@ class ModelConfig:
         ffn: "glu" is down(act(gate(x)) * up(x)); "mlp" is down(act(up(x))).
         ffn_activation: act.
         ffn_bias: whether its projections have biases.
-        ffn_inner_norm: whether a norm stands before the down projection (sub-LN).
+        ffn_inner_norm: the norm before the down projection (sub-LN), if any: "rms", or "layer" with a bias.
         norm: the norm of the residual stream: "rms", or "layer" with a bias.
         norm_eps: its epsilon.
         post_norm: norm after the residual sum instead of before the block (DeepNorm).
@@ -76,7 +76,7 @@ class ModelConfig:
     ffn: Literal["glu", "mlp"] = "glu"
     ffn_activation: Literal["silu", "gelu", "relu"] = "silu"
     ffn_bias: bool = False
-    ffn_inner_norm: bool = False
+    ffn_inner_norm: Literal["none", "rms", "layer"] = "none"
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-6
     post_norm: bool = False

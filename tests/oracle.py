@@ -104,8 +104,8 @@ def feed_forward(config: ModelConfig, w, name: str, x: Array) -> Array:
         inner = act(config.ffn_activation, linear(x, w, f"{name}.gate")) * inner
     else:
         inner = act(config.ffn_activation, inner)
-    if config.ffn_inner_norm:
-        inner = norm(config.norm, inner, w, f"{name}.inner_norm", config.norm_eps)
+    if config.ffn_inner_norm != "none":
+        inner = norm(config.ffn_inner_norm, inner, w, f"{name}.inner_norm", config.norm_eps)
     return linear(inner, w, f"{name}.down")
 
 
