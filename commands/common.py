@@ -8,17 +8,18 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.errors import CheckpointWarning, UserError
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle: the folder that `export` wrote.", show_default=False)]
 CheckpointPath = Annotated[
-    Path, typer.Argument(metavar="CHECKPOINT", help="A trained RetNet: a Hugging Face folder.", show_default=False)
+    Path, typer.Argument(metavar="CHECKPOINT", help="A trained RetNet: a Hugging Face folder, or a .pt file.", show_default=False)
 ]
 Output = Annotated[Path, typer.Option("-o", "--output", metavar="BUNDLE", help="The bundle to write.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")]
@@ -34,7 +35,9 @@ class Commands(typer.core.TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                return super().invoke(ctx)
         except UserError as error:
             print_error(str(error))
             raise typer.Exit(1) from error
@@ -43,6 +46,18 @@ class Commands(typer.core.TyperGroup):
             with contextlib.suppress(OSError):
                 sys.stdout = open("/dev/null", "w")  # noqa: SIM115 (lives until exit)
             raise typer.Exit(1) from error
+
+
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
+    if issubclass(category, CheckpointWarning):
+        print_warning(str(message))
+    else:
+        typer.echo(warnings.formatwarning(message, category, filename, lineno), err=True, nl=False)
+
+
+def print_warning(message: str) -> None:
+    typer.secho("warning: ", fg="yellow", bold=True, err=True, nl=False)
+    typer.echo(message, err=True)
 
 
 def print_error(message: str) -> None:

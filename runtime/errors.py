@@ -15,3 +15,7 @@ class MissingExtraError(UserError):
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs the package '{package}', which is not installed: pip install 'retnet-export[{extra}]'")
+
+
+class CheckpointWarning(UserWarning):
+    """Something in a checkpoint that was not read, and that the user should know of; the command line prints it once."""

@@ -4,30 +4,32 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from retnet_export.export.checkpoints import fla
-from retnet_export.export.checkpoints.base import Checkpoint, read_json
+from retnet_export.export.checkpoints import fla, syncdoth, torchscale
+from retnet_export.export.checkpoints.base import Checkpoint, listed
+from retnet_export.export.checkpoints.files import find
+from retnet_export.export.checkpoints.refused import refuse
+from retnet_export.export.checkpoints.sources import described
 from retnet_export.runtime.errors import UserError
+
+FAMILIES = (fla, torchscale, syncdoth)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a trained RetNet, whichever public family it is of.
+    """Open a trained RetNet, whichever public family it is of. Names of tensors decide; `model_type` is shared by several.
 
     Args:
-        path: a Hugging Face folder with config.json and safetensors.
+        path: a Hugging Face folder, a repository of a hub cache, or a .pt file (or the folder with it alone).
 
     Raises:
-        UserError: nothing is there, it is damaged, or it is of no family that is known.
+        UserError: nothing is there, it is damaged, or it is of no family that can be exported.
     """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder; expected a checkpoint folder with config.json and model.safetensors")
-    if not path.is_dir():
-        raise UserError(f"{path}: expected a checkpoint folder with config.json and model.safetensors")
-    config_path = path / "config.json"
-    if not config_path.is_file():
-        raise UserError(f"{path}: no config.json; expected a checkpoint folder with config.json and model.safetensors")
-    config = read_json(config_path)
-    model_type = config.get("model_type")
-    if model_type != "retnet":
-        raise UserError(f"{config_path}: model_type is {model_type!r}, expected 'retnet'; only RetNets can be exported")
-    return fla.read(path, config)
+    found = find(Path(path))
+    refuse(found.source)
+    names = set(found.source.names)
+    for family in FAMILIES:
+        if family.recognises(names):
+            return family.read(found)
+    raise UserError(
+        f"{described(found.source)}: of no family that is known (flash-linear-attention, torchscale, fairseq, syncdoth/RetNet); "
+        f"its tensors are called {listed(sorted(names), 4)}"
+    )

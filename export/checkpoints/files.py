@@ -1,0 +1,129 @@
+"""What lies at a path: the tensors, the settings beside or inside them, the tokenizer; before anyone asks which family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from retnet_export.export.checkpoints.sources import SafetensorsSource, TensorSource, TorchSource, load_torch, read_json, shards
+from retnet_export.runtime.errors import UserError
+
+CONFIG = "config.json"
+ARGS = "args.json"
+HUGGING_FACE_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""Names of weights in a Hugging Face folder; the first that is there is taken, as transformers does."""
+TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+NESTED = ("model", "state_dict", "model_state_dict")
+"""Keys under which a file of torch.save keeps its tensors when it keeps other things too."""
+EXPECTED = (
+    f"a folder with {CONFIG} and model.safetensors or pytorch_model.bin, or a .pt file with its settings inside it or in "
+    f"{ARGS} beside it"
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """An unread checkpoint.
+
+    Attributes:
+        path: as given, or the snapshot inside a hub cache.
+        source: its tensors.
+        settings: its settings, if any were found; empty otherwise.
+        settings_from: where they were found, for messages.
+        tokenizer: tokenizer.json, if there is one.
+    """
+
+    path: Path
+    source: TensorSource
+    settings: Mapping[str, Any]
+    settings_from: str
+    tokenizer: Path | None
+
+
+def find(path: Path) -> Found:
+    """Find tensors and settings.
+
+    Raises:
+        UserError: nothing usable is there, or it is not clear which file is meant.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; expected {EXPECTED}")
+    path = _snapshot(path)
+    folder = path if path.is_dir() else path.parent
+    settings_file = next((folder / name for name in (CONFIG, ARGS) if (folder / name).is_file()), None)
+    settings: Mapping[str, Any] = {} if settings_file is None else read_json(settings_file)
+    settings_from = str(folder / ARGS if settings_file is None else settings_file)
+    model_type = settings.get("model_type", "retnet")
+    if model_type != "retnet":
+        raise UserError(f"{settings_file}: model_type is {model_type!r}, expected 'retnet'; only RetNets can be exported")
+    files = _weight_files(path)
+    source: TensorSource
+    if files[0].suffix == ".safetensors":
+        source = SafetensorsSource(files)
+    else:
+        tensors, inside = {}, None
+        for file in files:
+            part, inside = _tensors_and_settings(file, load_torch(file))
+            tensors.update(part)
+        source = TorchSource(files, tensors)
+        if inside is not None:
+            settings, settings_from = inside, f"{files[0]} (settings)"
+    tokenizer = folder / "tokenizer.json"
+    return Found(path, source, settings, settings_from, tokenizer if tokenizer.is_file() else None)
+
+
+def _snapshot(path: Path) -> Path:
+    """The checkpoint inside a repository of a hub cache (`models--owner--name`); any other path as it is."""
+    revision = path / "refs" / "main"
+    if not (path / "snapshots").is_dir():
+        return path
+    if revision.is_file():
+        return path / "snapshots" / revision.read_text().strip()
+    held = sorted(entry for entry in (path / "snapshots").iterdir() if entry.is_dir())
+    if len(held) != 1:
+        raise UserError(f"{path}: holds {len(held)} snapshots and no refs/main; give the folder of one snapshot")
+    return held[0]
+
+
+def _weight_files(path: Path) -> tuple[Path, ...]:
+    if path.is_file():
+        if path.suffix not in (*TORCH_SUFFIXES, ".safetensors"):
+            raise UserError(f"{path}: expected a file ending in .safetensors, {', '.join(TORCH_SUFFIXES)}, or {EXPECTED}")
+        return (path,)
+    for name in HUGGING_FACE_WEIGHTS:
+        if (path / name).exists():
+            return shards(path / name) if name.endswith(".index.json") else (path / name,)
+    others = sorted(file for suffix in (*TORCH_SUFFIXES, ".safetensors") for file in path.glob(f"*{suffix}"))
+    if len(others) == 1:
+        return (others[0],)
+    if others:
+        raise UserError(f"{path}: holds {', '.join(file.name for file in others)}; give the file that is meant")
+    raise UserError(f"{path}: no weights; expected {EXPECTED}")
+
+
+def _tensors_and_settings(file: Path, document: Any) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
+    """Tensors and settings of a loaded file: a state_dict alone, or nested beside `args`, `cfg` or `config`."""
+    import torch
+
+    if not isinstance(document, dict):
+        raise UserError(f"{file}: holds a {type(document).__name__}, expected a dictionary of tensors")
+    nested = next((document[key] for key in NESTED if isinstance(document.get(key), dict)), document)
+    tensors = {name: value for name, value in nested.items() if isinstance(value, torch.Tensor)}
+    if others := [name for name in nested if name not in tensors]:
+        raise UserError(f"{file}: {', '.join(map(str, others[:4]))} among its tensors is no tensor; expected a state_dict")
+    return tensors, None if nested is document else next(_settings(document), None)
+
+
+def _settings(document: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    cfg = document.get("cfg")
+    for candidate in (document.get("args"), cfg.get("model") if isinstance(cfg, dict) else None, document.get("config")):
+        found = candidate if isinstance(candidate, dict) else getattr(candidate, "__dict__", None)
+        if found:
+            yield found

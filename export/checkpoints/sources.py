@@ -1,0 +1,235 @@
+"""Files of tensors: safetensors, and what torch.save wrote; whole or in shards; read one tensor at a time.
+
+Rule: opening a source reads names and shapes only, and reading a tensor brings in that tensor and nothing else. No code in
+a file is ever run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retnet_export.runtime.errors import MissingExtraError, UserError
+
+if TYPE_CHECKING:
+    import torch
+
+Array = NDArray[np.generic]
+MOST_HEADER_BYTES = 100_000_000
+"""The safetensors format's own limit."""
+
+
+class TensorSource(Protocol):
+    """Tensors by their name in the files."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files they are in."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+
+    def read(self, name: str, rows: slice | None = None) -> Array:
+        """Read one tensor, or only some of its rows."""
+
+
+def described(source: TensorSource) -> str:
+    """Where a source is, for messages: its file, or the folder of its shards."""
+    return str(source.files[0] if len(source.files) == 1 else source.files[0].parent)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        UserError: it cannot be read, is not JSON, or not an object.
+    """
+    try:
+        document = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise UserError(f"{path}: expected a JSON object, found a {type(document).__name__}")
+    return document
+
+
+def shards(index: Path) -> tuple[Path, ...]:
+    """The files that an index (`….index.json`) spreads a checkpoint over.
+
+    Raises:
+        UserError: it is no index, or a shard is not there.
+    """
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) and "/" not in name for name in names.values()):
+        raise UserError(f"{index}: no usable 'weight_map' (tensor name to file name)")
+    files = tuple(index.parent / name for name in sorted(set(names.values())))
+    if missing := [file.name for file in files if not file.exists()]:
+        raise UserError(f"{index}: names {', '.join(missing)}, which is not there; copy the whole checkpoint")
+    return files
+
+
+# ---------------------------------------------------------------- safetensors
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where a tensor's bytes are."""
+
+    file: Path
+    dtype: np.dtype[np.generic]
+    shape: tuple[int, ...]
+    offset: int
+
+
+class SafetensorsSource:
+    """Tensors in safetensors files.
+
+    The format is eight bytes of header length, a JSON header with dtype, shape and offsets, and the data. It is read here
+    rather than with the package `safetensors` because that has no bfloat16 for NumPy, and maps the whole file.
+
+    Args:
+        files: one file, or all shards.
+
+    Raises:
+        UserError: a file is truncated or not safetensors, or holds a type of number that no RetNet is stored in.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = tuple(files)
+        self._entries = {name: entry for file in self.files for name, entry in _entries(file).items()}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entries[name].shape
+
+    def read(self, name: str, rows: slice | None = None) -> Array:
+        entry = self._entries[name]
+        first, shape = 0, entry.shape
+        if rows is not None:
+            first, last, _ = rows.indices(shape[0])
+            shape = (last - first, *shape[1:])
+        per_row = math.prod(shape[1:]) * entry.dtype.itemsize
+        count = math.prod(shape)
+        array: Array = np.fromfile(entry.file, entry.dtype, count, offset=entry.offset + first * per_row)
+        if array.size != count:
+            raise UserError(f"{entry.file}: ends in the middle of {name}; it was changed while it was read")
+        return array.reshape(shape)
+
+
+def _entries(file: Path) -> dict[str, _Entry]:
+    dtypes = numpy_dtypes()
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, MOST_HEADER_BYTES):
+                raise ValueError(f"its header would be {length:,} bytes long, the file has {size:,}")
+            header = json.loads(stream.read(length))
+        entries = {}
+        for name, fields in header.items():
+            if name == "__metadata__":
+                continue
+            if fields["dtype"] not in dtypes:
+                raise UserError(f"{file}: {name} is {fields['dtype']}, expected one of {', '.join(dtypes)}; save it as one of them")
+            dtype, shape, (begin, end) = dtypes[fields["dtype"]], tuple(fields["shape"]), fields["data_offsets"]
+            if end - begin != math.prod(shape) * dtype.itemsize or begin < 0 or 8 + length + end > size:
+                raise ValueError(f"the bytes of {name} do not fit its shape or the file")
+            entries[name] = _Entry(file, dtype, shape, 8 + length + begin)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{file}: not a whole safetensors file ({error}); it may be truncated, copy or download it again"
+        ) from error
+    return entries
+
+
+def numpy_dtypes() -> dict[str, np.dtype[np.generic]]:
+    """Formats of floating-point tensors, by their safetensors name."""
+    import ml_dtypes
+
+    return {
+        "F64": np.dtype(np.float64),
+        "F32": np.dtype(np.float32),
+        "F16": np.dtype(np.float16),
+        "BF16": np.dtype(ml_dtypes.bfloat16),
+    }
+
+
+# ---------------------------------------------------------------- torch
+
+
+class TorchSource:
+    """Tensors that torch loaded, mapped from the disk where the file's format allows it.
+
+    Args:
+        files: where they came from.
+        tensors: by name.
+    """
+
+    def __init__(self, files: Sequence[Path], tensors: Mapping[str, torch.Tensor]) -> None:
+        self.files, self._tensors = tuple(files), dict(tensors)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def read(self, name: str, rows: slice | None = None) -> Array:
+        import torch
+
+        tensor = self._tensors[name].detach()
+        tensor = tensor if rows is None else tensor[rows]
+        if tensor.dtype == torch.bfloat16:  # NumPy knows no bfloat16 of its own
+            bits: Array = tensor.view(torch.uint16).numpy()
+            return bits.view(numpy_dtypes()["BF16"])
+        array: Array = tensor.numpy()
+        return array
+
+
+def load_torch(file: Path) -> Any:
+    """What torch.save wrote, with tensors mapped rather than read, and without running code from the file.
+
+    `argparse.Namespace`, in which fairseq keeps its settings, is the one class allowed: it holds attributes and does nothing.
+
+    Raises:
+        UserError: it is truncated, not such a file, or needs another class.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise MissingExtraError("torch", "torch", f"reading {file.name}") from error
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # truncation and refusals come as RuntimeError, EOFError, UnpicklingError, OSError and more
+        raise UserError(
+            f"{file}: torch does not load it as plain tensors ({_reason(str(error))}); if it is whole, save its state_dict and "
+            "settings alone with the package that wrote it"
+        ) from error
+
+
+def _reason(message: str) -> str:
+    """The part of torch's long message that names what it refused."""
+    for line in message.splitlines():
+        if "Unsupported global" in line or "GLOBAL" in line:
+            return line.strip().removeprefix("WeightsUnpickler error: ").split(" was not an allowed")[0]
+    return message.split("\n")[0].split(". ")[0][:160]
