@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -48,11 +48,13 @@ class Commands(typer.core.TyperGroup):
             raise typer.Exit(1) from error
 
 
-def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
+) -> None:
     if issubclass(category, CheckpointWarning):
         print_warning(str(message))
     else:
-        typer.echo(warnings.formatwarning(message, category, filename, lineno), err=True, nl=False)
+        typer.echo(warnings.formatwarning(message, category, filename, lineno, line), err=True, nl=False)
 
 
 def print_warning(message: str) -> None:

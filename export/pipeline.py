@@ -14,7 +14,16 @@ from retnet_export.graph.weights import weight_shapes
 from retnet_export.runtime.bundle import MANIFEST, Bundle, open_bundle, record_files, write_manifest
 from retnet_export.runtime.errors import MissingExtraError, UserError
 from retnet_export.runtime.files import new_folder
-from retnet_export.runtime.manifest import FORMAT_VERSION, DType, GraphSpec, Manifest, Precision, StateSpec, TokenizerSpec
+from retnet_export.runtime.manifest import (
+    FORMAT_VERSION,
+    DType,
+    FileRecord,
+    GraphSpec,
+    Manifest,
+    Precision,
+    StateSpec,
+    TokenizerSpec,
+)
 
 PRECISIONS: Mapping[str, Literal["float32", "float16", "bfloat16"]] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 STATES: Mapping[str, DType] = {"fp32": "float32", "fp16": "float16"}
@@ -71,12 +80,11 @@ def export_bundle(
     """
     options = options or ExportOptions()
     with new_folder(target, marker=MANIFEST, force=force) as folder:
-        graphs, state = _write_graphs(folder, checkpoint, options, progress)
+        written = _write_graphs(folder, checkpoint, options, progress)
         tokenizer = None
         if checkpoint.tokenizer is not None:
             shutil.copyfile(checkpoint.tokenizer, folder / "tokenizer.json")
             tokenizer = TokenizerSpec("tokenizer.json", checkpoint.bos_id, checkpoint.eos_ids)
-        progress("hashing", 0.0)
         manifest = Manifest(
             format="retnet-export bundle",
             format_version=FORMAT_VERSION,
@@ -84,29 +92,37 @@ def export_bundle(
             model=checkpoint.config,
             precision=Precision(PRECISIONS[options.precision], PRECISIONS[options.precision], STATES[options.state]),
             dialect="portable",
-            graphs=graphs,
-            state=state,
-            files=record_files(folder),
+            graphs=written.graphs,
+            state=written.state,
+            files=record_files(folder, written.files),
             tokenizer=tokenizer,
             provenance={
                 "family": checkpoint.family,
                 "checkpoint": checkpoint.path.name or str(checkpoint.path),
-                "checkpoint_sha256": checkpoint.fingerprint(),
+                "checkpoint_sha256": written.checkpoint_sha256,
                 "versions": package_versions("retnet-export", "onnx", "onnx-ir", "numpy"),
             },
         )
         write_manifest(folder, manifest)
-        progress("hashing", 1.0)
     return open_bundle(target, check_hashes=False)
 
 
-def _write_graphs(
-    folder: Path, checkpoint: Checkpoint, options: ExportOptions, progress: Progress
-) -> tuple[dict[str, GraphSpec], tuple[StateSpec, ...]]:
+@dataclass(frozen=True)
+class _Written:
+    """What `_write_graphs` leaves in the folder, and which weights went into it."""
+
+    graphs: dict[str, GraphSpec]
+    state: tuple[StateSpec, ...]
+    files: dict[str, FileRecord]
+    checkpoint_sha256: str
+
+
+def _write_graphs(folder: Path, checkpoint: Checkpoint, options: ExportOptions, progress: Progress) -> _Written:
     try:
         import onnx_ir as ir
     except ImportError as error:
         raise MissingExtraError("onnx-ir", "export", "exporting") from error
+    from retnet_export.export.fingerprint import Fingerprint
     from retnet_export.graph.decode import build_decode
     from retnet_export.graph.prefill import build_prefill
     from retnet_export.graph.retnet import graph_spec, state_specs
@@ -119,18 +135,19 @@ def _write_graphs(
         nonlocal done
         done += 1
         progress("writing weights", done / total)
-        return checkpoint.read(name)
+        return fingerprint.read(name)
 
     graphs = {}
-    with WeightsFile(folder / "weights.bin") as weights:
+    with Fingerprint(checkpoint.read) as fingerprint, WeightsFile(folder / "weights.bin") as weights:
         for name, build, chunk_size in (("decode", build_decode, 1), ("prefill", build_prefill, options.chunk)):
             graph = build(config, read, weights, PRECISIONS[options.precision], STATES[options.state], options.batch)
             ir.save(graph, folder / f"{name}.onnx")
             graphs[name] = graph_spec(graph, f"{name}.onnx", chunk_size)
+        files, checkpoint_sha256 = {weights.name: weights.record()}, fingerprint.sha256()
     state = state_specs(
         config.num_layers, config.num_heads, config.head_key_dim, config.head_value_dim, STATES[options.state], options.batch or -1
     )
-    return graphs, state
+    return _Written(graphs, state, files, checkpoint_sha256)
 
 
 def package_versions(*names: str) -> dict[str, str]:

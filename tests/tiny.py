@@ -54,7 +54,7 @@ CONFIGS: Mapping[str, ModelConfig] = {
         ffn="mlp",
         ffn_bias=True,
         ffn_activation="relu",
-        ffn_inner_norm=True,
+        ffn_inner_norm="layer",
         embedding_norm=True,
     ),
     "jamie-stirling": config(

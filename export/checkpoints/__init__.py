@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from retnet_export.export.checkpoints import fla, syncdoth, torchscale
 from retnet_export.export.checkpoints.base import Checkpoint, listed
-from retnet_export.export.checkpoints.files import find
+from retnet_export.export.checkpoints.files import Found, find
 from retnet_export.export.checkpoints.refused import refuse
 from retnet_export.export.checkpoints.sources import described
 from retnet_export.runtime.errors import UserError
 
-FAMILIES = (fla, torchscale, syncdoth)
+
+class Family(Protocol):
+    """What the module of a family offers."""
+
+    def recognises(self, names: Collection[str]) -> bool:
+        """Whether tensors of these names are the family's."""
+
+    def read(self, found: Found) -> Checkpoint:
+        """Open what was found."""
+
+
+FAMILIES: Sequence[Family] = (fla, torchscale, syncdoth)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
