@@ -28,6 +28,10 @@ BackendName = Annotated[str, typer.Option("--backend", help="What runs the graph
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, help="CPU threads; the backend's choice if not given.", show_default=False)
 ]
+LowMemory = Annotated[
+    bool | None,
+    typer.Option("--low-memory/--no-low-memory", help="Prefer memory, or speed; weighed if not given.", show_default=False),
+]
 
 
 class Commands(typer.core.TyperGroup):

@@ -16,7 +16,7 @@ def export(
     precision: Annotated[str, typer.Option(help="Of weights and products: fp32, fp16 or bf16.")] = "fp32",
     state: Annotated[str, typer.Option(help="Of the stored state: fp32 or fp16.")] = "fp32",
     batch: Annotated[int | None, typer.Option(help="A fixed batch; any if not given.", show_default=False)] = None,
-    chunk: Annotated[int, typer.Option(help="The most tokens that prefill reads at once.")] = 256,
+    chunk: Annotated[int, typer.Option(help="The most tokens that prefill reads at once.")] = 128,
     force: Force = False,
     as_json: Json = False,
 ) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retnet_export.commands.common import BackendName, BundlePath, Json, Threads, print_json, print_table
+from retnet_export.commands.common import BackendName, BundlePath, Json, LowMemory, Threads, print_json, print_table
 from retnet_export.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.", show_default=False)] = None,
     backend: BackendName = "auto",
     threads: Threads = None,
+    low_memory: LowMemory = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed and sizes on stderr when done.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -35,7 +36,7 @@ def generate(
         if sys.stdin.isatty():
             raise UserError("no prompt: give --prompt TEXT, or pipe the text in")
         prompt = sys.stdin.read()
-    model = load(bundle, backend, threads=threads)
+    model = load(bundle, backend, threads=threads, low_memory=low_memory)
     session, measured = model.session(), Stats()
     session.feed(prompt, measured)
     pieces = []

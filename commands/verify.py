@@ -30,7 +30,8 @@ def verify(
     from retnet_export.export.verify import verify as run
     from retnet_export.runtime.session import load
 
-    model, opened = load(bundle, backend), open_checkpoint(checkpoint)
+    # A session for each graph, so that it is decode.onnx that steps.
+    model, opened = load(bundle, backend, low_memory=False), open_checkpoint(checkpoint)
     with progress("verify", quiet=as_json) as update:
         result = run(model, opened, text=None if text is None else read_text(text), tokens=tokens, progress=update)
     record = asdict(result) | {"backend": model.backend.name, "relative_error_by_position": result.drift()}
@@ -41,8 +42,8 @@ def verify(
         print_verification(bundle, result)
     if not result.passed:
         raise UserError(
-            f"{bundle}: the graph does not compute what the checkpoint computes: relative error {result.error.relative:.1e} "
-            f"(at most {result.tolerance:.0e}), {len(result.disagreements)} tokens differ"
+            f"{bundle}: the graph does not compute what the checkpoint computes: relative error {result.error.relative:.1e}, "
+            f"{result.prefill_error.relative:.1e} in prefill (at most {result.tolerance:.0e}), {len(result.disagreements)} tokens differ"
         )
 
 
@@ -75,6 +76,7 @@ def print_verification(bundle: Path, result: Verification) -> None:
             f"{result.error.relative:.2e} of the logits' standard deviation; at most {result.tolerance:.0e} ({result.reason})",
         ),
         ("drift", f"{drift[0]:.1e} in the first eighth of the text, {drift[-1]:.1e} in the last"),
+        ("prefill", f"{result.prefill_error.relative:.2e} after each chunk"),
         ("greedy", greedy),
     ]
     if result.clamp_error is not None:

@@ -27,7 +27,8 @@ from retnet_export.runtime.manifest import (
 
 PRECISIONS: Mapping[str, Literal["float32", "float16", "bfloat16"]] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 STATES: Mapping[str, DType] = {"fp32": "float32", "fp16": "float16"}
-DEFAULT_CHUNK = 256
+DEFAULT_CHUNK = 128
+"""Within 7 % of the fastest on two CPU cores, with the memory and the waste at the end of a prompt of the smaller."""
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share done, 0 to 1."""
 

@@ -2,7 +2,7 @@
 
 The parallel form is what was trained; the graph is what will run. At every position the logits are compared, and the
 token that greedy decoding would take. Where the two best logits are closer than the error itself, either is right: such
-positions are ties and are counted apart.
+positions are ties and are counted apart. Prefill then reads the same text, and is compared after every chunk.
 """
 
 from __future__ import annotations
@@ -59,9 +59,10 @@ class Verification:
         ties: positions where they differ, but the reference's two candidates are closer than the error there.
         disagreements: the other positions where they differ.
         tolerance: the largest relative error accepted, and why.
+        prefill_error: of the logits after each chunk that prefill reads.
         clamp_error: with torchscale's score normalisation, the error against the parallel form with its row clamp, which no
             recurrent form has; None otherwise.
-        passed: error within tolerance and no disagreement.
+        passed: both errors within tolerance and no disagreement.
     """
 
     tokens: int
@@ -73,6 +74,7 @@ class Verification:
     disagreements: tuple[int, ...]
     tolerance: float
     reason: str
+    prefill_error: Error
     clamp_error: Error | None
     passed: bool
 
@@ -123,7 +125,15 @@ def verify(
     for position, token in enumerate(ids):
         actual[position] = session.step([int(token)])[0]
         progress("stepping the graph", (position + 1) / len(ids))
-    return compare(actual, reference, source, tolerance_key(model.backend.name, bundle), clamped)
+    prefilled = model.session()
+    chunk_size = bundle.manifest.graphs["prefill"].chunk_size
+    ends = [*range(chunk_size, len(ids), chunk_size), len(ids)]
+    after_chunk = np.empty((len(ends), reference.shape[1]), np.float32)
+    for row, end in enumerate(ends):
+        prefilled.feed(ids[chunk_size * row : end].tolist())
+        after_chunk[row] = prefilled.logits
+    prefill_error = measure(after_chunk, reference[np.array(ends) - 1])
+    return compare(actual, reference, prefill_error, source, tolerance_key(model.backend.name, bundle), clamped)
 
 
 def tolerance_key(backend: str, bundle: Bundle) -> str:
@@ -134,6 +144,7 @@ def tolerance_key(backend: str, bundle: Bundle) -> str:
 def compare(
     actual: NDArray[np.float32],
     reference: NDArray[np.float32],
+    prefill_error: Error,
     source: str,
     tolerance_name: str,
     clamped: NDArray[np.float32] | None = None,
@@ -159,8 +170,9 @@ def compare(
         disagreements=wrong,
         tolerance=tolerance.relative,
         reason=tolerance.reason,
+        prefill_error=prefill_error,
         clamp_error=None if clamped is None else measure(actual, clamped),
-        passed=error.relative <= tolerance.relative and not wrong,
+        passed=max(error.relative, prefill_error.relative) <= tolerance.relative and not wrong,
     )
 
 

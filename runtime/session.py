@@ -40,20 +40,28 @@ class Stats:
     total_ms: list[float] = field(default_factory=list)
 
 
-def load(path: str | Path, backend: str = "auto", *, threads: int | None = None, check_hashes: bool = True) -> Model:
+def load(
+    path: str | Path,
+    backend: str = "auto",
+    *,
+    threads: int | None = None,
+    low_memory: bool | None = None,
+    check_hashes: bool = True,
+) -> Model:
     """Open a bundle and make it ready to run.
 
     Args:
         path: the bundle's folder.
         backend: "auto" or a backend's name.
         threads: CPU threads; the backend's choice when None.
+        low_memory: prefer less memory (True) or more speed (False); the backend's choice when None.
         check_hashes: compare every file with its hash first (about a second per gigabyte).
 
     Raises:
         UserError: the bundle is damaged or the backend does not work here.
     """
     bundle = open_bundle(path, check_hashes=check_hashes)
-    return Model(bundle, open_backend(backend, bundle, threads))
+    return Model(bundle, open_backend(backend, bundle, threads, low_memory))
 
 
 class Model:

@@ -9,7 +9,7 @@ from retnet_export.runtime.errors import UserError
 NAMES = ("auto", "onnxruntime")
 
 
-def open_backend(name: str, bundle: Bundle, threads: int | None = None) -> Backend:
+def open_backend(name: str, bundle: Bundle, threads: int | None = None, low_memory: bool | None = None) -> Backend:
     """Load a bundle into the backend called `name`; "auto" takes the fastest that works.
 
     Raises:
@@ -19,4 +19,4 @@ def open_backend(name: str, bundle: Bundle, threads: int | None = None) -> Backe
         raise UserError(f"no backend {name!r}; there are {', '.join(NAMES)}")
     from retnet_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
 
-    return OnnxRuntimeBackend(bundle, threads)
+    return OnnxRuntimeBackend(bundle, threads, low_memory)

@@ -25,9 +25,10 @@ TOLERANCE = TOLERANCES["chunkwise-float32"].relative
 
 @pytest.fixture(scope="module", params=tiny.CONFIGS)
 def model(request, tmp_path_factory) -> Model:
+    """Two sessions, so that steps are those of decode.onnx."""
     folder = tmp_path_factory.mktemp("bundle")
     tiny.bundle(folder, tiny.CONFIGS[request.param], chunk=CHUNK)
-    return load(folder / "tiny.retnet", "onnxruntime", threads=1)
+    return load(folder / "tiny.retnet", "onnxruntime", threads=1, low_memory=False)
 
 
 @pytest.fixture(scope="module")
