@@ -42,8 +42,9 @@ def verify(
         print_verification(bundle, result)
     if not result.passed:
         raise UserError(
-            f"{bundle}: the graph does not compute what the checkpoint computes: relative error {result.error.relative:.1e}, "
-            f"{result.prefill_error.relative:.1e} in prefill (at most {result.tolerance:.0e}), {len(result.disagreements)} tokens differ"
+            f"{bundle}: the graphs do not compute what the checkpoint computes: relative error {result.error.relative:.1e} in "
+            f"decode, {result.prefill_error.relative:.1e} in prefill (at most {result.tolerance:.0e}), "
+            f"{len(result.disagreements)} tokens differ"
         )
 
 
