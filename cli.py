@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from retnet_export.commands.common import Commands
+from retnet_export.commands.compile import compile_
 from retnet_export.commands.demo import demo
 from retnet_export.commands.doctor import doctor
 from retnet_export.commands.export import export
@@ -44,5 +45,6 @@ def _main(
     pass
 
 
+app.command("compile")(compile_)
 for command in (export, verify, generate, inspect, doctor, demo):
     app.command()(command)

@@ -110,11 +110,11 @@ def _check_state(path: Path, manifest: Manifest) -> None:
                         + (f"no {kind} {name!r}" if found is None else f"{kind} {name!r} as {found.dtype}{list(found.shape)}")
                     )
     config = manifest.model
-    expected = (-1, config.num_heads, config.head_key_dim, config.head_value_dim)
+    expected = (config.num_heads, config.head_key_dim, config.head_value_dim)
     layers = [spec for spec in manifest.state if spec.input.startswith("state.")]
-    if len(layers) != config.num_layers or any(spec.shape != expected for spec in layers):
+    if len(layers) != config.num_layers or any(spec.shape[1:] != expected for spec in layers):
         raise UserError(
-            f"{path}: the state has {len(layers)} layers of shapes {sorted({spec.shape for spec in layers})}, "
+            f"{path}: the state has {len(layers)} layers of shapes {sorted({spec.shape[1:] for spec in layers})} a sequence, "
             f"the model configuration asks for {config.num_layers} of {expected}"
         )
 

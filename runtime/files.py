@@ -28,7 +28,12 @@ def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
     return digest.hexdigest()
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def sha256_of_bytes(content: bytes | memoryview) -> str:
+    """SHA-256 of bytes in memory, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write a file whole or not at all; an existing one stays until the new one is on the disk."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

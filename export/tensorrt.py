@@ -1,0 +1,394 @@
+"""Bundle in, engine out: both graphs parsed as strongly typed networks and built for one or more GPUs.
+
+Decode and prefill share one engine. Both are `prefill.onnx`, once with a profile around one token and once around a full chunk:
+TensorRT keeps one copy of the weights for all profiles of an engine, and two engines cannot share any. The decode profile
+allows two tokens where it needs one, because a profile without any free size makes TensorRT lay the weights out a second
+time. Measured: docs/tensorrt.md.
+
+What a step needs on the host are a few candidates, not the vocabulary: a TopK over the logits is added to the network.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from retnet_export.runtime.bundle import Bundle
+from retnet_export.runtime.engines import (
+    FORMAT_VERSION,
+    TOP_LOGITS,
+    TOP_TOKENS,
+    EnginePart,
+    EngineRecord,
+    Role,
+    engine_stem,
+    sources_of,
+    write_engines,
+)
+from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.files import sha256_of_bytes, write_atomically
+from retnet_export.runtime.manifest import FileRecord, GraphSpec
+from retnet_export.runtime.plan.preflight import check_build
+from retnet_export.runtime.tensorrt_api import TARGETS, load_module, make_logger, version_of
+
+Progress = Callable[[str, float], None]
+MAX_CANDIDATES = 3840
+"""The largest k of TensorRT's TopK."""
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """What `retnet-export compile` decides.
+
+    Attributes:
+        target: "tensorrt" or "tensorrt-rtx".
+        compute_capabilities: GPUs to build for, "8.6"; empty: this machine's. Only tensorrt-rtx builds for absent GPUs.
+        max_batch: the most sequences that step together.
+        candidates: how many of the largest logits a step picks on the device; 0 adds no TopK.
+        workspace_mb: scratch memory that tactics may use; TensorRT's choice (all of the device's) when None.
+        timing_cache: a file that keeps what tactics cost, so that the next build is quicker.
+        separate: decode.onnx and prefill.onnx as an engine each; a leaner decode step, and the weights twice.
+    """
+
+    target: Literal["tensorrt", "tensorrt-rtx"] = "tensorrt"
+    compute_capabilities: tuple[str, ...] = ()
+    max_batch: int = 1
+    candidates: int = 64
+    workspace_mb: int | None = None
+    timing_cache: Path | None = None
+    separate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise UserError(f"--target is {self.target!r}, expected {' or '.join(TARGETS)}")
+        if self.max_batch < 1:
+            raise UserError(f"--max-batch is {self.max_batch}, expected at least 1")
+        if not 0 <= self.candidates <= MAX_CANDIDATES:
+            raise UserError(f"--candidates is {self.candidates}, expected 0 to {MAX_CANDIDATES}")
+        known = TARGETS[self.target].capabilities
+        if self.timing_cache is not None and known is not None:
+            raise UserError(
+                f"--timing-cache: {self.target} times no kernels when it builds, so there is nothing to keep; leave it out"
+            )
+        for capability in self.compute_capabilities:
+            if known is None:
+                raise UserError(
+                    f"--compute-capability {capability}: {self.target} builds for the GPU of the machine it runs on; "
+                    "leave the option out and compile on the device, or take --target tensorrt-rtx for an RTX GPU"
+                )
+            if capability not in known:
+                raise UserError(
+                    f"--compute-capability {capability}: {self.target} builds for {', '.join(known)}"
+                    + (
+                        "; Jetson Orin (8.7) and Thor (11.0) need --target tensorrt on the device"
+                        if capability in ("8.7", "11.0")
+                        else ""
+                    )
+                )
+
+
+@dataclass(frozen=True)
+class _Profile:
+    """One optimization profile: the role it plays and how many tokens per sequence it takes."""
+
+    role: Role
+    typical_tokens: int
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One engine to build: a graph and its profiles."""
+
+    graph: str
+    file: str
+    profiles: tuple[_Profile, ...]
+
+
+def compile_bundle(bundle: Bundle, options: CompileOptions, *, progress: Progress = lambda stage, share: None) -> EngineRecord:
+    """Build the engines of a bundle and put them into its folder `engines/`.
+
+    Args:
+        bundle: the bundle, in the portable dialect.
+        options: for what, and how.
+        progress: is told the phase and the share done.
+
+    Returns:
+        The record that was written beside the engines.
+
+    Raises:
+        UserError: TensorRT is missing or too old, the bundle cannot run there, a graph does not parse, or the build fails.
+        KeyboardInterrupt: the user gave up; the build was cancelled and nothing was written.
+    """
+    fixed_batch = bundle.manifest.graphs["decode"].inputs[0].shape[0]
+    if fixed_batch != -1:
+        options = replace(options, max_batch=fixed_batch)
+    module = load_module(options.target)
+    capabilities, device = _capabilities(module, options)
+    check_build(
+        bundle, options.target, version_of(module), capabilities, max_batch=options.max_batch, on_this_gpu=device is not None
+    )
+    stem = engine_stem(options.target, module.__version__, capabilities)
+    began = time.perf_counter()
+    parts: list[EnginePart] = []
+    engines: dict[str, memoryview] = {}
+    weights_bytes = 0
+    plans = _plans(bundle, stem, options.separate)
+    for index, plan in enumerate(plans):
+
+        def update(stage: str, share: float, index: int = index) -> None:
+            progress(stage, (index + share) / len(plans))
+
+        built = _build(module, bundle, plan, capabilities, options, update)
+        engines[plan.file] = built.content
+        weights_bytes += built.weights_bytes
+        parts += [
+            EnginePart(profile.role, plan.graph, plan.file, number, profile.max_tokens, built.activation_bytes[number])
+            for number, profile in enumerate(plan.profiles)
+        ]
+    record = EngineRecord(
+        format="retnet-export engine",
+        format_version=FORMAT_VERSION,
+        target=options.target,
+        version=module.__version__,
+        compute_capabilities=capabilities,
+        device=device,
+        max_batch=options.max_batch,
+        candidates=min(options.candidates, bundle.manifest.model.vocab_size),
+        parts=tuple(parts),
+        weights_bytes=weights_bytes,
+        sources=sources_of(bundle),
+        files={name: FileRecord(content.nbytes, sha256_of_bytes(content)) for name, content in engines.items()},
+        build_seconds=round(time.perf_counter() - began, 3),
+    )
+    write_engines(bundle, record, engines)
+    progress("done", 1.0)
+    return record
+
+
+def _plans(bundle: Bundle, stem: str, separate: bool) -> tuple[_Plan, ...]:
+    chunk = bundle.manifest.graphs["prefill"].chunk_size
+    prefill = _Profile("prefill", chunk, chunk)
+    if separate:
+        return (
+            _Plan("decode", f"{stem}-decode.engine", (_Profile("decode", 1, 1),)),
+            _Plan("prefill", f"{stem}-prefill.engine", (prefill,)),
+        )
+    return (_Plan("prefill", f"{stem}.engine", (_Profile("decode", 1, min(2, chunk)), prefill)),)
+
+
+def _capabilities(module: Any, options: CompileOptions) -> tuple[tuple[str, ...], str | None]:
+    """The compute capabilities to build for, and this machine's GPU if it is among them."""
+    from retnet_export.runtime import cuda
+
+    device: cuda.Device | None = None
+    try:
+        if cuda.device_count():
+            device = cuda.device()
+    except UserError:
+        device = None  # without cuda-bindings there is no device to look at
+    here = None if device is None else f"{device.compute_capability[0]}.{device.compute_capability[1]}"
+    wanted = options.compute_capabilities
+    if not wanted:
+        if here is None or device is None:
+            raise UserError(
+                f"{options.target}: this machine has no GPU that CUDA can use, so there is nothing to build for; "
+                + (
+                    "name the GPUs: --compute-capability 8.6"
+                    if TARGETS[options.target].capabilities
+                    else "compile on the device itself, or take --target tensorrt-rtx for an RTX GPU"
+                )
+            )
+        wanted = (here,)
+        known = TARGETS[options.target].capabilities
+        if known is not None and here not in known:
+            raise UserError(f"{options.target} does not run on this GPU ({device.name}, {here}); it runs on {', '.join(known)}")
+    return tuple(dict.fromkeys(wanted)), device.name if device is not None and here in wanted else None
+
+
+@dataclass(frozen=True)
+class _Built:
+    """A serialized engine, and what TensorRT reported of it."""
+
+    content: memoryview
+    weights_bytes: int
+    activation_bytes: tuple[int, ...]
+
+
+def _build(
+    module: Any, bundle: Bundle, plan: _Plan, capabilities: Sequence[str], options: CompileOptions, progress: Progress
+) -> _Built:
+    logger = make_logger(module)
+    builder = module.Builder(logger)
+    network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    graph = bundle.manifest.graphs[plan.graph]
+    path = bundle.file(graph.file)
+    parser = module.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(path)):
+        raise UserError(_parser_message(path, parser, options.target, module.__version__))
+    if options.candidates:
+        _add_candidates(module, network, min(options.candidates, bundle.manifest.model.vocab_size))
+    config = builder.create_builder_config()
+    # TF32 rounds float32 products to 11 bits. A step is bound by memory and gains nothing from it.
+    config.clear_flag(module.BuilderFlag.TF32)
+    if options.workspace_mb is not None:
+        config.set_memory_pool_limit(module.MemoryPoolType.WORKSPACE, options.workspace_mb << 20)
+    if TARGETS[options.target].capabilities is not None:
+        config.num_compute_capabilities = len(capabilities)
+        for index, capability in enumerate(capabilities):
+            config.set_compute_capability(getattr(module.ComputeCapability, f"SM{capability.replace('.', '')}"), index)
+    for profile in plan.profiles:
+        config.add_optimization_profile(_profile(builder, graph, profile, options.max_batch))
+    cache = _load_timing_cache(config, options.timing_cache)
+    monitor = make_monitor(module, progress)
+    config.progress_monitor = monitor
+    serialized = _run_cancellable(lambda: builder.build_serialized_network(network, config), monitor)
+    if serialized is None:
+        raise UserError(f"{path}: {options.target} {module.__version__} could not build the engine: {_last(logger.errors)}")
+    if cache is not None and options.timing_cache is not None:
+        write_atomically(options.timing_cache, memoryview(config.get_timing_cache().serialize()))
+    weights = [int(size) for line in logger.report for size in re.findall(r"Total Weights Memory: (\d+) bytes", line)]
+    activations = [int(size) for line in logger.report for size in re.findall(r"Total Activation Memory: (\d+) bytes", line)]
+    activations += [0] * (len(plan.profiles) - len(activations))  # a release that does not report them
+    return _Built(memoryview(serialized), sum(weights), tuple(activations[: len(plan.profiles)]))
+
+
+def _profile(builder: Any, graph: GraphSpec, profile: _Profile, max_batch: int) -> Any:
+    """Sizes left open in the graph are the batch, on the first axis, and the tokens, on the second."""
+    result = builder.create_optimization_profile()
+    typical_batch = max_batch if profile.role == "decode" else 1
+
+    def shape(sizes: tuple[int, ...], batch: int, tokens: int) -> tuple[int, ...]:
+        return tuple(size if size != -1 else batch if axis == 0 else tokens for axis, size in enumerate(sizes))
+
+    for spec in graph.inputs:
+        result.set_shape(
+            spec.name,
+            shape(spec.shape, 1, 1),
+            shape(spec.shape, typical_batch, profile.typical_tokens),
+            shape(spec.shape, max_batch, profile.max_tokens),
+        )
+    return result
+
+
+def _add_candidates(module: Any, network: Any, count: int) -> None:
+    outputs = [network.get_output(index) for index in range(network.num_outputs)]
+    logits = next(tensor for tensor in outputs if tensor.name == "logits")
+    layer = network.add_topk(logits, module.TopKOperation.MAX, count, 1 << 1)  # axis 1 of (B, V)
+    layer.name = "candidates"
+    for index, name in enumerate((TOP_LOGITS, TOP_TOKENS)):
+        tensor = layer.get_output(index)
+        tensor.name = name
+        network.mark_output(tensor)
+
+
+def _parser_message(path: Path, parser: Any, target: str, version: str) -> str:
+    faults = [parser.get_error(index) for index in range(parser.num_errors)]
+    shown = [
+        f"node {fault.node_name() or fault.node()} ({fault.node_operator() or 'no operator'}): {fault.desc()}"
+        for fault in faults[:3]
+    ]
+    more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
+    operators = {fault.node_operator() for fault in faults}
+    if operators & {"MatMulNBits", "LinearAttention", "GatedDeltaNet"}:
+        mend = "the bundle is in the onnxruntime-cuda dialect; export it again with --dialect portable"
+    elif "DequantizeLinear" in operators or "QuantizeLinear" in operators:
+        mend = "quantize again with symmetric weights and a group size of 64 or 128"
+    else:
+        mend = "export the checkpoint again with this version of retnet-export, or install a newer TensorRT"
+    return f"{path}: {target} {version} does not take the graph: {'; '.join(shown)}{more}. What to do: {mend}"
+
+
+def _last(errors: Sequence[str]) -> str:
+    return errors[-1] if errors else "it gave no reason"
+
+
+def _load_timing_cache(config: Any, path: Path | None) -> Any:
+    if path is None:
+        return None
+    try:
+        content = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise UserError(f"{path}: the timing cache cannot be read: {error.strerror}") from error
+    cache = config.create_timing_cache(content)
+    if cache is None or not config.set_timing_cache(cache, False):
+        raise UserError(f"{path}: not a timing cache of this TensorRT on this GPU; delete it, and it is made anew")
+    return cache
+
+
+def make_monitor(module: Any, progress: Progress) -> Any:
+    """A progress monitor that adds up TensorRT's nested phases, and cancels the build when told to.
+
+    Returns:
+        An `IProgressMonitor` with a method `cancel`.
+    """
+
+    class Monitor(module.IProgressMonitor):  # type: ignore[misc]
+        """A phase's share of its parent is one of the parent's steps; the outermost phase is the whole."""
+
+        def __init__(self) -> None:
+            module.IProgressMonitor.__init__(self)
+            self._cancelled = threading.Event()
+            self._lock = threading.Lock()
+            self._parents: dict[str, str | None] = {}
+            self._steps: dict[str, int] = {}
+            self._done: dict[str, int] = {}
+            self._share = 0.0
+
+        def cancel(self) -> None:
+            self._cancelled.set()
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            with self._lock:
+                self._parents[phase_name], self._steps[phase_name], self._done[phase_name] = parent_phase, max(num_steps, 1), 0
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            with self._lock:
+                self._done[phase_name] = min(step + 1, self._steps.get(phase_name, 1))
+                share = 0.0
+                phase: str | None = phase_name
+                while phase is not None:
+                    share = (self._done.get(phase, 0) + share) / self._steps.get(phase, 1)
+                    phase = self._parents.get(phase)
+                self._share = max(self._share, min(share, 1.0))  # phases may repeat; a bar only moves forward
+                progress(phase_name, self._share)
+            return not self._cancelled.is_set()
+
+        def phase_finish(self, phase_name: str) -> None:
+            with self._lock:
+                self._parents.pop(phase_name, None)
+
+    return Monitor()
+
+
+def _run_cancellable(build: Callable[[], Any], monitor: Any) -> Any:
+    """Build in a second thread, so that Ctrl-C reaches us: TensorRT then ends the build at its next step.
+
+    An exception must never travel through TensorRT's own frames, which end the process on it.
+    """
+    outcome: list[Any] = []
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            outcome.append(build())
+        except BaseException as error:  # noqa: BLE001 (raised again in the caller's thread)
+            failure.append(error)
+
+    thread = threading.Thread(target=work, name="tensorrt-build")
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.1)
+    except BaseException:
+        monitor.cancel()
+        thread.join()
+        raise
+    if failure:
+        raise failure[0]
+    return outcome[0]

@@ -1,0 +1,164 @@
+"""TensorRT 10.3 to 11 and TensorRT-RTX 1.x through one code path: how to get at them, and what differs between them.
+
+Rule: no other module asks for a version. What we call exists under one name in all of them; what does not is listed in
+`DIFFERENCES` with what we do instead, and the tests hold that table against the API of each release.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal
+
+from retnet_export.runtime.errors import UserError
+
+TargetName = Literal["tensorrt", "tensorrt-rtx"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One of the two products.
+
+    Attributes:
+        name: as on the command line.
+        module: its Python module.
+        oldest: the first version that takes our graphs (strong typing, INT64 inputs, INT4 weights).
+        install: how to get it.
+        capabilities: compute capabilities it builds for without such a GPU; None: it builds for the GPU of this machine.
+    """
+
+    name: TargetName
+    module: str
+    oldest: tuple[int, int]
+    install: str
+    capabilities: tuple[str, ...] | None
+
+
+TARGETS: Mapping[str, Target] = {
+    "tensorrt": Target(
+        "tensorrt",
+        "tensorrt",
+        (10, 3),
+        "on a Jetson it comes with JetPack 6.1 or later (sudo apt install nvidia-jetpack, and a virtual environment made with "
+        "--system-site-packages); elsewhere: pip install tensorrt",
+        None,
+    ),
+    "tensorrt-rtx": Target(
+        "tensorrt-rtx",
+        "tensorrt_rtx",
+        (1, 0),
+        "pip install 'retnet-export[tensorrt-rtx]'",
+        ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Something of the API that not every release has, and that we therefore do not depend on.
+
+    Attributes:
+        attribute: where it is in the module.
+        first: the first release of full TensorRT that has it, None if none has.
+        last: the last major version of full TensorRT that has it, None if it is still there.
+        rtx: whether TensorRT-RTX 1.7 has it.
+        instead: what we do.
+    """
+
+    attribute: str
+    first: tuple[int, int] | None
+    last: int | None
+    rtx: bool
+    instead: str
+
+
+DIFFERENCES = (
+    Difference("NetworkDefinitionCreationFlag.EXPLICIT_BATCH", (10, 0), 10, False, "never set: it has meant nothing since 10.0"),
+    Difference("BuilderFlag.FP16", (10, 0), 10, False, "never set: the network is strongly typed, the graph says each format"),
+    Difference("BuilderFlag.INT8", (10, 0), 10, False, "never set: DequantizeLinear in the graph says it"),
+    Difference("IBuilderConfig.int8_calibrator", (10, 0), 10, False, "never used: scales are in the graph"),
+    Difference("ICudaEngine.device_memory_size", (10, 0), 10, False, "get_device_memory_size_for_profile_v2, since 10.1"),
+    Difference(
+        "ICudaEngine.create_execution_context_without_device_memory",
+        (10, 0),
+        10,
+        False,
+        "create_execution_context(USER_MANAGED) and set_device_memory, since 10.0",
+    ),
+    Difference("OnnxParser.supports_model", (10, 0), 10, False, "parse, and show the errors"),
+    Difference("IBuilderConfig.set_compute_capability", None, None, True, "RTX only; full TensorRT builds for the GPU it runs on"),
+    Difference("Runtime.get_engine_validity", (11, 0), None, True, "our record beside the engine says what it was built for"),
+)
+
+
+def load_module(target: str) -> Any:
+    """The Python module of a target, its version checked.
+
+    Raises:
+        UserError: there is no such target, it is not installed, cannot be loaded, or is too old.
+    """
+    if target not in TARGETS:
+        raise UserError(f"no target {target!r}; there are {', '.join(TARGETS)}")
+    known = TARGETS[target]
+    try:
+        module = importlib.import_module(known.module)
+    except ImportError as error:
+        # A module that is there but cannot find its libraries also lands here; its own words say which.
+        raise UserError(f"{target} is not usable here: {error}. To install it: {known.install}") from error
+    except OSError as error:
+        raise UserError(f"{target} is installed but its libraries do not load: {error}") from error
+    if not hasattr(module, "Builder"):  # type stubs alone make an empty module of that name
+        raise UserError(f"{target} is not installed (only its type stubs are). To install it: {known.install}")
+    if version_of(module)[:2] < known.oldest:
+        oldest = ".".join(map(str, known.oldest))
+        raise UserError(
+            f"{target} {module.__version__} is too old: the graphs need {oldest} or later (strongly typed networks, INT4 weights)"
+            + ("; on a Jetson that is JetPack 6.1 or later" if target == "tensorrt" else "")
+        )
+    return module
+
+
+def version_of(module: ModuleType) -> tuple[int, ...]:
+    """The version as numbers: "10.3.0.post1" is (10, 3, 0)."""
+    parts = []
+    for part in module.__version__.split("."):
+        if not part.isdigit():
+            break
+        parts.append(int(part))
+    return tuple(parts)
+
+
+def newest_opset(target: str, version: tuple[int, ...]) -> int:
+    """The newest ONNX operator set that a release is documented to parse.
+
+    INT4 weights as blocked DequantizeLinear, which ONNX added with opset 21, are parsed since 10.0 whatever the general limit.
+
+    Source: TensorRT's support matrix and ONNX opset guide: 20 for 10.3, 24 for 10.13, 25 for 11.
+    """
+    if target == "tensorrt-rtx" or version[:2] >= (10, 13):
+        return 24
+    return 21
+
+
+def make_logger(module: Any) -> Any:
+    """A logger that keeps errors and, of the build's report, the sizes of weights and activations.
+
+    Returns:
+        An `ILogger` with `errors: list[str]` and `report: list[str]`.
+    """
+
+    class Logger(module.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            module.ILogger.__init__(self)
+            self.errors: list[str] = []
+            self.report: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (module.ILogger.INTERNAL_ERROR, module.ILogger.ERROR):
+                self.errors.append(message)
+            elif message.startswith("Total "):
+                self.report.append(message)
+
+    return Logger()
