@@ -2,90 +2,237 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retnet_export.commands.common import BackendName, BundlePath, Json, LowMemory, Threads, print_json, print_table
+from retnet_export.commands import sampling
+from retnet_export.commands.common import BackendName, BundlePath, Json, LowMemory, Threads, print_json, progress
 from retnet_export.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from retnet_export.runtime.session import Stats
+    from retnet_export.runtime.batching import Completion, Prompt
+    from retnet_export.runtime.generation import Finish, Options, Piece
+    from retnet_export.runtime.model import Model
+    from retnet_export.runtime.state import Snapshot
+    from retnet_export.runtime.stats import Stats
 
 
 def generate(
     bundle: BundlePath,
-    prompt: Annotated[str | None, typer.Option(help="Text to continue; read from stdin if not given.", show_default=False)] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=0, help="Stop after so many tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Draw from the k most probable tokens; 0: from all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw from the most probable tokens that reach this probability.")] = 0.95,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same text.", show_default=False)] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.", show_default=False)] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="Text to continue; read from stdin if there is neither this nor a saved state.", show_default=False),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Continue many prompts, a line each (.jsonl: a string, or an object with 'prompt' and options of its own); "
+            "prints a JSON line for each.",
+            show_default=False,
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="With --prompts: so many at a time.")] = 8,
+    load_state: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Go on from a saved state; a prompt is then read after it.", show_default=False),
+    ] = None,
+    save_state: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Save the state when done: all that was read and generated. With --max-new-tokens 0, the prompt alone.",
+            show_default=False,
+        ),
+    ] = None,
+    max_new_tokens: sampling.MaxNewTokens = 128,
+    temperature: sampling.Temperature = 0.8,
+    top_k: sampling.TopK = 0,
+    top_p: sampling.TopP = 0.95,
+    min_p: sampling.MinP = 0.0,
+    repetition_penalty: sampling.RepetitionPenalty = 1.0,
+    presence_penalty: sampling.PresencePenalty = 0.0,
+    frequency_penalty: sampling.FrequencyPenalty = 0.0,
+    logit_bias: sampling.LogitBias = None,
+    seed: sampling.Seed = None,
+    stop: sampling.Stop = None,
+    stop_token: sampling.StopToken = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="With --json or --prompts: log-probabilities of the tokens and of the n best.", show_default=False
+        ),
+    ] = None,
     backend: BackendName = "auto",
     threads: Threads = None,
     low_memory: LowMemory = None,
-    stats: Annotated[bool, typer.Option("--stats", help="Print speed and sizes on stderr when done.")] = False,
+    stats: sampling.ShowStats = False,
     as_json: Json = False,
 ) -> None:
-    """Continue a prompt; text streams as it is made."""
-    from retnet_export.runtime.session import Stats, load
+    """Continue a prompt, streaming the text as it is made; or many prompts at once."""
+    from retnet_export.runtime.generation import Options
+    from retnet_export.runtime.model import load
+    from retnet_export.runtime.state import Snapshot
+    from retnet_export.runtime.stats import Stats
 
-    if prompt is None:
-        if sys.stdin.isatty():
-            raise UserError("no prompt: give --prompt TEXT, or pipe the text in")
-        prompt = sys.stdin.read()
-    model = load(bundle, backend, threads=threads, low_memory=low_memory)
-    session, measured = model.session(), Stats()
-    session.feed(prompt, measured)
-    pieces = []
-    for piece in session.generate(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop or (), stats=measured
-    ):
+    if prompts is not None and (prompt is not None or save_state is not None):
+        raise typer.BadParameter("--prompts goes with neither --prompt nor --save-state", param_hint="--prompts")
+    if save_state is not None and not save_state.absolute().parent.is_dir():
+        raise UserError(f"{save_state}: there is no folder {save_state.parent} to save the state in")
+    options = Options(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=sampling.biases_from(logit_bias),
+        seed=seed,
+        stop=tuple(stop or ()),
+        stop_tokens=tuple(stop_token or ()),
+        logprobs=logprobs,
+    )
+    before = None if load_state is None else Snapshot.load(load_state)
+    if prompts is None and prompt is None and before is None:
+        prompt = _prompt_from_stdin()
+    model, measured = load(bundle, backend, threads=threads, low_memory=low_memory), Stats()
+    if prompts is not None:
+        _continue_many(model, _read_prompts(prompts, options), options, batch, before, measured, as_json)
+    else:
+        _continue_one(model, prompt, options, before, save_state, measured, as_json)
+    if stats and not as_json:
+        sampling.print_stats(measured, model.bundle.manifest.state_bytes)
+
+
+def _continue_one(
+    model: Model,
+    prompt: str | None,
+    options: Options,
+    before: Snapshot | None,
+    save_state: Path | None,
+    stats: Stats,
+    as_json: bool,
+) -> None:
+    session = model.session()
+    if before is not None:
+        session.restore(before)
+    if prompt is not None:
+        with progress("generate", quiet=as_json) as update:
+            session.feed(prompt, stats, lambda done, total: update("reading the prompt", done / total))
+    generation, pieces = session.pieces(options, stats=stats), []
+    for piece in generation:
         pieces.append(piece)
         if not as_json:
-            typer.echo(piece, nl=False)
-    if as_json:
-        print_json({"prompt": prompt, "text": "".join(pieces), "backend": model.backend.name, "stats": stats_summary(measured)})
+            typer.echo(piece.text, nl=False)
+    if save_state is not None:
+        session.snapshot().save(save_state)
+    if not as_json:
+        typer.echo()
         return
-    typer.echo()
-    if stats:
-        print_stats(measured, model.bundle.manifest.state_bytes)
+    record = {"prompt": prompt} | _record(model, pieces, generation.finish, options)
+    print_json(record | {"backend": model.backend.name, "stats": stats.summary(model.bundle.manifest.state_bytes)})
 
 
-def stats_summary(stats: Stats) -> dict[str, float]:
-    """Rates and shares of one generation; times are medians over its tokens."""
-    import numpy as np
+def _continue_many(
+    model: Model,
+    prompts: Iterator[Prompt],
+    options: Options,
+    batch: int,
+    before: Snapshot | None,
+    stats: Stats,
+    as_json: bool,
+) -> None:
+    def record(completion: Completion) -> dict[str, object]:
+        about = {"index": completion.index, "prompt": completion.prompt, "seed": completion.seed}
+        return about | _record(model, completion.pieces, completion.finish, options)
 
-    graph, sampling, total = (
-        float(np.median(part)) if part else 0.0 for part in (stats.graph_ms, stats.sampling_ms, stats.total_ms)
-    )
-    return {
-        "prompt_tokens": stats.prompt_tokens,
-        "prompt_tokens_per_second": stats.prompt_tokens / stats.prompt_seconds if stats.prompt_seconds else 0.0,
-        "new_tokens": len(stats.total_ms),
-        "tokens_per_second": 1e3 / total if total else 0.0,
-        "graph_ms": graph,
-        "sampling_ms": sampling,
-        "rest_ms": max(0.0, total - graph - sampling),
-    }
+    completions = model.generate_many(prompts, batch=batch, after=before, stats=stats)
+    if as_json:
+        records = [record(completion) for completion in completions]
+        summary = stats.summary(model.bundle.manifest.state_bytes)
+        print_json({"completions": records, "backend": model.backend.name, "stats": summary})
+        return
+    for completion in completions:
+        typer.echo(json.dumps(record(completion), ensure_ascii=False))
 
 
-def print_stats(stats: Stats, state_bytes: int) -> None:
-    from retnet_export.commands.common import size
+def _record(model: Model, pieces: list[Piece], finish: Finish | None, options: Options) -> dict[str, object]:
+    """What --json says of a text."""
+    record: dict[str, object] = {"text": "".join(piece.text for piece in pieces), "finish": finish}
+    if options.logprobs is not None:
+        record["tokens"] = [
+            {
+                "id": piece.token,
+                "text": piece.text,
+                "logprob": piece.logprob,
+                "top": [{"id": token, "text": model.tokenizer.decode([token]), "logprob": value} for token, value in piece.top],
+            }
+            for piece in pieces
+            if piece.token is not None
+        ]
+    return record
 
-    figures = stats_summary(stats)
-    print_table(
-        "",
-        [
-            ("prompt", f"{figures['prompt_tokens']:.0f} tokens, {figures['prompt_tokens_per_second']:.0f} tokens/s"),
-            ("generated", f"{figures['new_tokens']:.0f} tokens, {figures['tokens_per_second']:.0f} tokens/s"),
-            (
-                "per token",
-                f"graph {figures['graph_ms']:.2f} ms, sampling {figures['sampling_ms']:.3f} ms, rest {figures['rest_ms']:.3f} ms",
-            ),
-            ("state", size(state_bytes)),
-        ],
-        err=True,
-    )
+
+@dataclass(frozen=True)
+class _Line:
+    """An object in a .jsonl file: a prompt, and what it does not share with the others."""
+
+    prompt: str
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] | None = None
+    stop_tokens: tuple[int, ...] | None = None
+
+
+def _read_prompts(path: Path, options: Options) -> Iterator[Prompt]:
+    """Prompts line by line, without those that are blank; prompt i has the seed `seed + i` unless it brings its own."""
+    from retnet_export.runtime.batching import Prompt
+    from retnet_export.runtime.schema import decode
+
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: the prompts cannot be read: {error}") from error
+    prompts: list[Prompt] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}: line {number}"
+        own = _Line(line)
+        if path.suffix == ".jsonl":
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{where}: not valid JSON ({error}); expected a string or an object with 'prompt'") from error
+            own = _Line(value) if isinstance(value, str) else decode(_Line, value, where)
+        changes = {name: value for name, value in asdict(own).items() if name != "prompt" and value is not None}
+        if options.seed is not None:
+            changes = {"seed": options.seed + len(prompts)} | changes
+        prompts.append(Prompt(own.prompt, replace(options, **changes)))
+    if not prompts:
+        raise UserError(f"{path}: there is no prompt in it, only blank lines")
+    return iter(prompts)
+
+
+def _prompt_from_stdin() -> str:
+    if sys.stdin.isatty():
+        raise UserError("no prompt: give --prompt TEXT, or pipe the text in")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"stdin: not UTF-8 text (byte {error.start}); convert it first") from error

@@ -28,7 +28,7 @@ def verify(
     """Compare the bundle, stepped token by token, with the checkpoint's parallel form; the result goes into the manifest."""
     from retnet_export.export.checkpoints import open_checkpoint
     from retnet_export.export.verify import verify as run
-    from retnet_export.runtime.session import load
+    from retnet_export.runtime.model import load
 
     # A session for each graph, so that it is decode.onnx that steps.
     model, opened = load(bundle, backend, low_memory=False), open_checkpoint(checkpoint)

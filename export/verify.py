@@ -16,8 +16,8 @@ from retnet_export.export.checkpoints.base import Checkpoint
 from retnet_export.export.pipeline import Progress
 from retnet_export.runtime.bundle import Bundle
 from retnet_export.runtime.errors import MissingExtraError, UserError
+from retnet_export.runtime.model import Model
 from retnet_export.runtime.numerics import TOLERANCES, Error, measure
-from retnet_export.runtime.session import Model
 
 PASSAGE = """\
 If music be the food of love, play on,

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from retnet_export.runtime.session import Model, Session, load
+    from retnet_export.runtime.batching import Completion, generate_many
+    from retnet_export.runtime.generation import Options, Piece
+    from retnet_export.runtime.model import Model, load
+    from retnet_export.runtime.session import Session
+    from retnet_export.runtime.state import Snapshot
+    from retnet_export.runtime.stats import Stats
 
-__all__ = ["Model", "Session", "load"]
+__all__ = ["Completion", "Model", "Options", "Piece", "Session", "Snapshot", "Stats", "generate_many", "load"]
+
+MODULES = {
+    "Completion": "batching",
+    "Model": "model",
+    "Options": "generation",
+    "Piece": "generation",
+    "Session": "session",
+    "Snapshot": "state",
+    "Stats": "stats",
+    "generate_many": "batching",
+    "load": "model",
+}
 
 
 def __getattr__(name: str) -> object:
     # Lazily, so that importing one dataclass does not import NumPy-heavy modules: --help stays quick.
-    if name in __all__:
-        from retnet_export.runtime import session
-
-        return getattr(session, name)
+    if name in MODULES:
+        return getattr(import_module(f"{__name__}.{MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,17 +1,25 @@
-"""Choosing the next token from logits, in NumPy, on the last logits only.
+"""Choosing the next token from the last logits, in NumPy.
 
-Order: temperature, then top-k, then top-p over what is left; the draw is by inverse transform from a seeded generator, so
-one seed and one sequence of logits give one text on any backend.
+Order: logit bias, penalties, temperature, top-k, top-p, min-p; then one draw by inverse transform from a seeded generator.
+
+Rule: the choice depends on the logits and the seed alone. The kept tokens are the same whether the whole row was looked at or
+the backend picked the k largest itself; equal logits go by token id; and the draw walks the kept tokens by id rather than by
+rank, so that rounding that swaps two neighbours in rank moves a boundary by that rounding and not the text.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from retnet_export.runtime.backends.base import top_of
 from retnet_export.runtime.errors import UserError
+
+Tokens = NDArray[np.int64]
+Logits = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -22,51 +30,163 @@ class Sampling:
         temperature: logits are divided by it; 0 is greedy.
         top_k: keep the k most probable tokens; 0 keeps all.
         top_p: keep the smallest set of most probable tokens whose probability reaches p; 1 keeps all.
+        min_p: keep tokens at least so probable, as a share of the most probable one's probability; 0 keeps all.
+        repetition_penalty: logits of tokens that the session has read, prompt included, are divided by it if positive and
+            multiplied if negative (CTRL, arXiv 1909.05858, with the sign fix that everyone uses); 1 is none.
+        presence_penalty: subtracted from the logits of tokens already generated; 0 is none.
+        frequency_penalty: subtracted once for each time the token was generated; 0 is none.
+        logit_bias: added to the logit of a token, by id; -inf bans it.
         seed: of the random generator; None draws one.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value, valid, expected in (
-            ("temperature", self.temperature, 0.0 <= self.temperature < np.inf, "0 (greedy) or more"),
-            ("top_k", self.top_k, self.top_k >= 0, "0 (all) or more"),
-            ("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "more than 0 and at most 1"),
+        for name, valid, expected in (
+            ("temperature", self.temperature == 0.0 or 1e-6 <= self.temperature < np.inf, "0 (greedy), or 1e-6 or more"),
+            ("top_k", self.top_k >= 0, "0 (all) or more"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "more than 0 and at most 1"),
+            ("min_p", 0.0 <= self.min_p <= 1.0, "0 to 1"),
+            ("repetition_penalty", 0.0 < self.repetition_penalty < np.inf, "more than 0; 1 is none"),
+            ("presence_penalty", np.isfinite(self.presence_penalty), "a finite number; 0 is none"),
+            ("frequency_penalty", np.isfinite(self.frequency_penalty), "a finite number; 0 is none"),
+            ("seed", self.seed is None or self.seed >= 0, "0 or more"),
         ):
             if not valid:
-                raise UserError(f"sampling: {name} is {value}, expected {expected}")
+                raise UserError(f"sampling: {name} is {getattr(self, name)}, expected {expected}")
+        for token, bias in self.logit_bias.items():
+            if token < 0 or np.isnan(bias) or bias == np.inf:
+                raise UserError(f"sampling: logit_bias {token}={bias}, expected a token id and a number (-inf bans the token)")
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether logits are changed before the choice, which needs all of them."""
+        return bool(self.logit_bias) or (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+    @property
+    def largest(self) -> int:
+        """How many of the largest logits, after adjusting, decide the choice; 0 if all do."""
+        return 1 if self.temperature == 0.0 else self.top_k
 
 
 class Sampler:
-    """Draws tokens for one sequence."""
+    """Draws tokens for one sequence.
 
-    def __init__(self, sampling: Sampling) -> None:
+    Args:
+        sampling: how.
+        read: int32 (V,), how often the session has read each token; looked at, not copied, at every choice.
+    """
+
+    def __init__(self, sampling: Sampling, read: NDArray[np.int32]) -> None:
+        if beyond := [token for token in sampling.logit_bias if token >= len(read)]:
+            raise UserError(f"sampling: logit_bias names token {beyond[0]}, the vocabulary has {len(read)}")
         self.sampling = sampling
+        self._read = read
+        self._generated = np.zeros_like(read)
+        self._biased = np.fromiter(sampling.logit_bias, np.int64)
+        self._bias = np.fromiter(sampling.logit_bias.values(), np.float32)
         self._generator = np.random.default_rng(sampling.seed)
 
-    def choose(self, logits: NDArray[np.float32]) -> int:
-        """The next token from logits (V,)."""
+    @property
+    def needs(self) -> int:
+        """How many of the model's largest logits `choose_among` wants; 0 if it takes all of them, by `choose`."""
+        k = self.sampling.largest
+        return k if k < len(self._read) and not self.sampling.adjusts else 0
+
+    def choose(self, logits: Logits) -> int:
+        """The next token from all logits (V,)."""
+        if self.sampling.adjusts:
+            logits = self._adjusted(logits)
+        k = self.sampling.largest
+        if 0 < k < len(logits):
+            tokens, values = top_of(logits[None], k)
+            return self.choose_among(tokens[0], values[0])
+        return self._draw(None, logits)
+
+    def choose_among(self, tokens: Tokens, logits: Logits) -> int:
+        """The next token from the `needs` largest logits, largest first: (k,), (k,)."""
         if self.sampling.temperature == 0.0:
-            return int(np.argmax(logits))
-        tokens, probabilities = distribution(logits, self.sampling)
-        index = int(np.searchsorted(np.cumsum(probabilities), self._generator.random(), side="right"))
-        return int(tokens[min(index, len(tokens) - 1)])
+            return self._chosen(int(tokens[0]))
+        by_id = np.argsort(tokens)
+        return self._draw(tokens[by_id], logits[by_id])
+
+    def _draw(self, tokens: Tokens | None, logits: Logits) -> int:
+        kept, weights = weighted(logits, self.sampling)
+        cumulative = np.cumsum(weights, dtype=np.float64)
+        place = int(np.searchsorted(cumulative, self._generator.random() * cumulative[-1], side="right"))
+        place = min(place, len(cumulative) - 1)  # the product may round up to the sum itself
+        index = place if kept is None else int(kept[place])
+        return self._chosen(index if tokens is None else int(tokens[index]))
+
+    def _chosen(self, token: int) -> int:
+        self._generated[token] += 1
+        return token
+
+    def _adjusted(self, logits: Logits) -> Logits:
+        sampling = self.sampling
+        adjusted: Logits = logits.copy()
+        adjusted[self._biased] += self._bias
+        if sampling.repetition_penalty != 1.0:
+            seen = np.flatnonzero(self._read)
+            values, penalty = adjusted[seen], np.float32(sampling.repetition_penalty)
+            adjusted[seen] = np.where(values > 0, values / penalty, values * penalty)
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            made = np.flatnonzero(self._generated)
+            counts = self._generated[made].astype(np.float32)
+            adjusted[made] -= np.float32(sampling.presence_penalty) + np.float32(sampling.frequency_penalty) * counts
+        if adjusted.max() == -np.inf:
+            raise UserError("sampling: logit_bias bans every token that the model allows")
+        return adjusted
 
 
-def distribution(logits: NDArray[np.float32], sampling: Sampling) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The tokens that may be drawn, most probable first, and their probabilities: (n,), (n,), for a positive temperature."""
-    wide = logits.astype(np.float64)
-    k = min(sampling.top_k or len(wide), len(wide))
-    kept = np.argpartition(-wide, k - 1)[:k] if k < len(wide) else np.arange(len(wide))
-    kept = kept[np.argsort(-wide[kept], kind="stable")]
-    scaled = (wide[kept] - wide[kept[0]]) / sampling.temperature
-    probabilities = np.exp(scaled)
-    probabilities /= probabilities.sum()
+def weighted(logits: Logits, sampling: Sampling) -> tuple[Tokens | None, NDArray[np.float32]]:
+    """What may be drawn from logits (n,), top-k done, at a positive temperature.
+
+    Returns:
+        Indices into `logits` in ascending order, None for all of them, and their probabilities up to a common factor, (m,).
+    """
+    with np.errstate(over="ignore"):  # at a temperature near 0 a quotient may reach -inf, which is right
+        weights: NDArray[np.float32] = np.exp((logits - logits.max()) / np.float32(sampling.temperature))
+    kept = None
     if sampling.top_p < 1.0:
-        count = int(np.searchsorted(np.cumsum(probabilities), sampling.top_p)) + 1
-        kept, probabilities = kept[:count], probabilities[:count]
-        probabilities = probabilities / probabilities.sum()
-    return kept.astype(np.int64), probabilities
+        kept = nucleus(weights, sampling.top_p)
+        weights = weights[kept]
+    if sampling.min_p > 0.0:
+        # The largest weight is exp(0) = 1.
+        probable = np.flatnonzero(weights >= np.float32(sampling.min_p))
+        kept, weights = probable if kept is None else kept[probable], weights[probable]
+    return kept, weights
+
+
+def nucleus(weights: NDArray[np.float32], top_p: float) -> Tokens:
+    """Indices, ascending, of the smallest set of largest weights (n,) whose sum reaches the share `top_p`; ties by index.
+
+    Sorting a vocabulary costs more than all the rest of sampling, so only the edge of the nucleus is sorted: the leading bits of
+    a positive float are its exponent and the start of its mantissa, which puts the weights into ordered buckets 1/16 wide.
+    """
+    bucket = (weights.view(np.uint32) >> 19).astype(np.intp)
+    mass_down_to = np.cumsum(np.bincount(bucket, weights)[::-1])  # of the highest bucket, of the two highest, …
+    wanted = top_p * mass_down_to[-1]
+    place = int(np.searchsorted(mass_down_to, wanted))
+    edge = len(mass_down_to) - 1 - place
+    above = mass_down_to[place - 1] if place else 0.0
+    at_edge = np.flatnonzero(bucket == edge)
+    order = at_edge[np.argsort(-weights[at_edge], kind="stable")]
+    count = int(np.searchsorted(np.cumsum(weights[order], dtype=np.float64), wanted - above)) + 1
+    kept = bucket > edge
+    kept[order[:count]] = True
+    return np.flatnonzero(kept)
+
+
+def log_softmax(logits: Logits) -> Logits:
+    """Log-probabilities (V,) of the model itself: before bias, penalties, temperature and truncation."""
+    shifted = logits - logits.max()
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(dtype=np.float64)), np.float32)

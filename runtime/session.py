@@ -1,135 +1,111 @@
-"""Models and sessions: a model holds weights once; a session is one sequence (or a batch) in it, with its state.
-
-from retnet_export.runtime import load
-model = load("classics.retnet")
-for text in model.generate("In the beginning", max_new_tokens=100, temperature=0.8, seed=7):
-    print(text, end="", flush=True)
-"""
+"""Sessions: one sequence (or a batch that steps together) in a model, and its state. Feed it, generate from it, put it aside."""
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet_export.runtime.backends import open_backend
-from retnet_export.runtime.backends.base import Backend, initial_state
-from retnet_export.runtime.bundle import Bundle, open_bundle
+from retnet_export.runtime.backends.base import Stream, initial_state, top_of
 from retnet_export.runtime.errors import UserError
-from retnet_export.runtime.sampling import Sampler, Sampling
-from retnet_export.runtime.text import StopStrings, Tokenizer
+from retnet_export.runtime.generation import Continuation, Generation, Options, Piece
+from retnet_export.runtime.sampling import Logits, Tokens
+from retnet_export.runtime.state import Snapshot, model_hash
+from retnet_export.runtime.stats import Stats
 
+if TYPE_CHECKING:
+    from retnet_export.runtime.model import Model
 
-@dataclass
-class Stats:
-    """Where the time of a generation went.
-
-    Attributes:
-        prompt_tokens, prompt_seconds: reading the prompt.
-        graph_ms, sampling_ms, total_ms: per generated token: in the graph, in sampling, from one token to the next.
-    """
-
-    prompt_tokens: int = 0
-    prompt_seconds: float = 0.0
-    graph_ms: list[float] = field(default_factory=list)
-    sampling_ms: list[float] = field(default_factory=list)
-    total_ms: list[float] = field(default_factory=list)
-
-
-def load(
-    path: str | Path,
-    backend: str = "auto",
-    *,
-    threads: int | None = None,
-    low_memory: bool | None = None,
-    check_hashes: bool = True,
-) -> Model:
-    """Open a bundle and make it ready to run.
-
-    Args:
-        path: the bundle's folder.
-        backend: "auto" or a backend's name.
-        threads: CPU threads; the backend's choice when None.
-        low_memory: prefer less memory (True) or more speed (False); the backend's choice when None.
-        check_hashes: compare every file with its hash first (about a second per gigabyte).
-
-    Raises:
-        UserError: the bundle is damaged or the backend does not work here.
-    """
-    bundle = open_bundle(path, check_hashes=check_hashes)
-    return Model(bundle, open_backend(backend, bundle, threads, low_memory))
-
-
-class Model:
-    """A bundle on a backend."""
-
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
-        self.bundle, self.backend = bundle, backend
-        spec = bundle.manifest.tokenizer
-        self._tokenizer = None if spec is None else Tokenizer(bundle.file(spec.file), spec)
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The bundle's tokenizer.
-
-        Raises:
-            UserError: it has none.
-        """
-        if self._tokenizer is None:
-            raise UserError(
-                f"{self.bundle.path}: the bundle has no tokenizer, so it takes and gives token ids only; "
-                "put tokenizer.json beside the checkpoint and export it again"
-            )
-        return self._tokenizer
-
-    def session(self, batch: int = 1) -> Session:
-        """A new sequence, or `batch` of them, at the initial state."""
-        return Session(self, batch)
-
-    def generate(self, prompt: str, **options: object) -> Iterator[str]:
-        """Text after `prompt`, piece by piece; options are those of `Session.generate`."""
-        session = self.session()
-        session.feed(prompt)
-        return session.generate(**options)  # type: ignore[arg-type]
+TAIL = 16
+"""Tokens a session remembers literally: enough for text to join on to, and of constant size."""
 
 
 class Session:
-    """A batch of sequences and their state. Feed it, step it, generate from it.
+    """A batch of sequences and their state.
 
-    Attributes:
-        logits: float32 (B, V) after the last token read; None at the start.
+    Rule: one thread at a time. A call that meets another thread's call in progress is refused, never queued: interleaved
+    texts in one state would help nobody.
+
+    Args:
+        model: the model.
+        batch: sequences that step together; text goes in and comes out only if it is 1.
+        keep: the last so many snapshots are kept for `rewind`, one before each text that is fed.
     """
 
-    def __init__(self, model: Model, batch: int) -> None:
+    def __init__(self, model: Model, batch: int = 1, *, keep: int = 0) -> None:
+        if batch < 1 or keep < 0:
+            raise UserError(f"session: batch is {batch}, expected at least 1; keep is {keep}, expected 0 or more")
+        manifest = model.bundle.manifest
         self.model, self.batch = model, batch
-        self._stream = model.backend.open_stream(batch)
-        self.logits: NDArray[np.float32] | None = None
+        try:
+            self._stream: Stream = model.backend.open_stream(batch)
+        except MemoryError as error:
+            raise UserError(
+                f"{model.bundle.path}: not enough memory for the state of {batch} sequences, "
+                f"{manifest.state_bytes / 1e6:.1f} MB each; use a smaller batch"
+            ) from error
+        self._vocab_size = manifest.model.vocab_size
+        self._chunk = manifest.graphs["prefill"].chunk_size
+        self._guard = threading.Lock()
+        self._kept: deque[Snapshot] = deque(maxlen=keep)
+        self._changes = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        self._positions = np.zeros(self.batch, np.int64)
+        self._read = np.zeros((self.batch, self._vocab_size), np.int32)
+        self._tails: list[deque[int]] = [deque(maxlen=TAIL) for _ in range(self.batch)]
+        self._restored: Logits | None = None
+        self._tops: dict[int, tuple[Tokens, Logits]] = {}
         self._failed = False
+        self._changes += 1
+
+    @property
+    def position(self) -> int:
+        """Tokens read so far; by the first sequence, if they differ."""
+        return int(self._positions[0])
+
+    @property
+    def logits(self) -> Logits | None:
+        """Float32 (B, V) after the last token read, valid until the next step; None at the start."""
+        if self._restored is not None:
+            return self._restored
+        return self._stream.logits() if self._positions.any() else None
 
     def reset(self) -> None:
-        """Back to the start of a sequence."""
-        start = initial_state(self.model.bundle.manifest.state)
-        for slot in range(self.batch):
-            self._stream.write_state(slot, start)
-        self.logits, self._failed = None, False
+        """Back to the start of a sequence; kept snapshots are forgotten. Mends a session that failed."""
+        with self._alone():
+            start = initial_state(self.model.bundle.manifest.state)
+            for slot in range(self.batch):
+                self._stream.write_state(slot, start)
+            self._kept.clear()
+            self._forget()
 
-    def step(self, tokens: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
+    def step(self, tokens: Sequence[int] | Tokens) -> Logits:
         """Read one token per sequence, (B,); logits (B, V), valid until the next step.
 
         Raises:
             UserError: a token is not in the vocabulary, or an earlier step failed.
         """
-        array = np.asarray(tokens, np.int64)
+        self.advance(tokens)
+        return self._stream.logits()
+
+    def advance(self, tokens: Sequence[int] | Tokens) -> None:
+        """The same, but the logits stay where they are: for those who then `choose`."""
+        array = self._checked(tokens)
         if array.shape != (self.batch,):
             raise UserError(f"expected one token for each of {self.batch} sequences, found shape {array.shape}")
-        self._check_tokens(array)
-        return self._advance(lambda: self._stream.step(array))
+        with self._alone():
+            self._advance(array[:, None])
 
-    def prefill(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.float32]:
+    def prefill(self, tokens: Tokens, lengths: NDArray[np.int64]) -> Logits:
         """Read up to a chunk of tokens per sequence at once; as many steps would do the same.
 
         Args:
@@ -142,109 +118,273 @@ class Session:
         Raises:
             UserError: shapes do not fit, a token is not in the vocabulary, or an earlier step failed.
         """
-        most = self._chunk_size
-        if tokens.ndim != 2 or len(tokens) != self.batch or not 1 <= tokens.shape[1] <= most or lengths.shape != (self.batch,):
+        if (
+            tokens.ndim != 2
+            or len(tokens) != self.batch
+            or not 1 <= tokens.shape[1] <= self._chunk
+            or lengths.shape != (self.batch,)
+        ):
             raise UserError(
-                f"expected up to {most} tokens for each of {self.batch} sequences and as many lengths, "
+                f"expected up to {self._chunk} tokens for each of {self.batch} sequences and as many lengths, "
                 f"found tokens {tokens.shape} and lengths {lengths.shape}"
             )
         if lengths.min() < 0 or lengths.max() > tokens.shape[1]:
             raise UserError(f"lengths {lengths.tolist()} do not fit rows of {tokens.shape[1]} tokens")
-        self._check_tokens(tokens[np.arange(tokens.shape[1]) < lengths[:, None]])
-        return self._advance(lambda: self._stream.prefill(tokens, lengths))
+        self._checked(tokens[np.arange(tokens.shape[1]) < lengths[:, None]])
+        with self._alone():
+            self._advance(tokens, lengths)
+            return self._stream.logits()
 
-    @property
-    def _chunk_size(self) -> int:
-        return self.model.bundle.manifest.graphs["prefill"].chunk_size
+    def feed(
+        self, text: str | Sequence[int], stats: Stats | None = None, progress: Callable[[int, int], None] | None = None
+    ) -> int:
+        """Read a text, or token ids.
 
-    def _check_tokens(self, tokens: NDArray[np.int64]) -> None:
-        vocab_size = self.model.bundle.manifest.model.vocab_size
-        strange = tokens[(tokens < 0) | (tokens >= vocab_size)]
-        if strange.size:
-            raise UserError(f"token {int(strange[0])} is not in the vocabulary of {vocab_size}")
+        Args:
+            text: what to read.
+            stats: receives how long it took.
+            progress: called after each chunk with the tokens read so far and their total. What it raises ends the reading
+                there, and the session stands at that token.
 
-    def _advance(self, run: Callable[[], None]) -> NDArray[np.float32]:
-        if self._failed:
-            raise UserError("an earlier step of this session failed, so its state is unknown; call reset()")
-        self._failed = True
-        run()
-        self.logits = self._stream.logits()
-        self._failed = False
-        return self.logits
-
-    def feed(self, text: str | Sequence[int], stats: Stats | None = None) -> int:
-        """Read a text, or token ids; returns how many tokens that were; `stats` receives how long it took.
+        Returns:
+            How many tokens that were.
 
         Raises:
             UserError: there is nothing to read, or it cannot be encoded.
         """
         if self.batch != 1:
             raise UserError(f"feed reads one sequence, this session has {self.batch}; use step")
-        tokens = self._encode(text) if isinstance(text, str) else list(text)
-        if not tokens:
+        tokens = self._checked(self._encode(text) if isinstance(text, str) else text)
+        if not len(tokens):
             raise UserError("the prompt is empty: give at least one character")
         began = time.perf_counter()
-        for start in range(0, len(tokens), self._chunk_size):
-            chunk = np.array([tokens[start : start + self._chunk_size]], np.int64)
-            self.prefill(chunk, np.array([chunk.shape[1]]))
+        if self._kept.maxlen:
+            self.mark()
+        with self._alone():
+            for first in range(0, len(tokens), self._chunk):
+                part = tokens[None, first : first + self._chunk]
+                self._advance(part, np.array([part.shape[1]]))
+                if progress is not None:
+                    progress(first + part.shape[1], len(tokens))
         if stats is not None:
-            stats.prompt_tokens += len(tokens)
-            stats.prompt_seconds += time.perf_counter() - began
+            stats.add_prompt(len(tokens), time.perf_counter() - began)
         return len(tokens)
+
+    def generate(self, options: Options | None = None, *, stats: Stats | None = None, **changes: Any) -> Iterator[str]:
+        """Text piece by piece, whole characters only; lazy, and can be closed at any piece.
+
+        Args:
+            options: how tokens are chosen and when to stop; `changes` are its fields by name.
+            stats: receives where the time went.
+            changes: `temperature=0.8`, `max_new_tokens=200`, ….
+
+        Raises:
+            UserError: nothing was read yet, or an option is out of its range.
+        """
+        return (piece.text for piece in self.pieces(options, stats=stats, **changes) if piece.text)
+
+    def generate_tokens(self, options: Options | None = None, *, stats: Stats | None = None, **changes: Any) -> Iterator[int]:
+        """The same as token ids, which needs no tokenizer."""
+        generation = self.pieces(options, stats=stats, with_text=False, **changes)
+        return (piece.token for piece in generation if piece.token is not None)
+
+    def pieces(
+        self, options: Options | None = None, *, stats: Stats | None = None, with_text: bool = True, **changes: Any
+    ) -> Generation:
+        """The same as `Piece`s, with token ids and log-probabilities; its `finish` says why it ended.
+
+        Each token is read into the state before its piece is given, so the session always stands where the text does.
+        """
+        if self.batch != 1:
+            raise UserError(f"generate continues one sequence, this session has {self.batch}; use Model.generate_many")
+        if self.logits is None:
+            raise UserError("nothing to continue: feed the session a prompt first")
+        continuation = self.continuation(replace(options or Options(), **changes), with_text)
+        return Generation(continuation, self._generate(continuation, stats))
+
+    def _generate(self, continuation: Continuation, stats: Stats | None) -> Iterator[Piece]:
+        changes = self._changes
+        while continuation.finish is None:
+            began = time.perf_counter()
+            with self._alone():
+                if self._changes != changes:
+                    raise UserError("the session was fed, restored or reset while it was generating; start a new generation")
+                token = self._choose(continuation, 0)
+                chosen = time.perf_counter()
+                if token is None:
+                    break
+                self._advance(np.array([[token]]))
+                changes = self._changes
+            stepped = time.perf_counter()
+            piece = continuation.accept(token)
+            if stats is not None:
+                stats.add_step(1e3 * (stepped - chosen), 1e3 * (chosen - began), 1e3 * (time.perf_counter() - began))
+            yield piece
+        if text := continuation.flush():
+            yield Piece(None, text)
+
+    def snapshot(self, slot: int = 0) -> Snapshot:
+        """A copy of one sequence: state, position and logits, independent of the backend."""
+        with self._alone():
+            self._check_whole()
+            logits = self.logits
+            return Snapshot(
+                model=model_hash(self.model.bundle.manifest),
+                state=self._stream.read_state(slot),
+                logits=None if logits is None or not self._positions[slot] else logits[slot].copy(),
+                read=self._read[slot].copy(),
+                tail=tuple(self._tails[slot]),
+            )
+
+    def restore(self, snapshot: Snapshot, slot: int = 0) -> None:
+        """Go on from a snapshot of this model, taken in any session on any backend. Mends a session that failed.
+
+        Raises:
+            UserError: it belongs to another model or to a bundle with another state type.
+        """
+        snapshot.check(self.model.bundle.manifest)
+        with self._alone():
+            if self.batch > 1:
+                self._check_whole()
+            logits = self.logits
+            self._restored = np.zeros((self.batch, self._vocab_size), np.float32) if logits is None else logits.copy()
+            if snapshot.logits is not None:
+                self._restored[slot] = snapshot.logits
+            self._stream.write_state(slot, snapshot.state)
+            self._positions[slot] = snapshot.position
+            self._read[slot] = snapshot.read
+            self._tails[slot] = deque(snapshot.tail, TAIL)
+            if not self._positions.any():
+                self._restored = None
+            self._failed = False
+            self._tops.clear()
+            self._changes += 1
+
+    def fork(self) -> Session:
+        """Another session at the same place; the two know nothing of each other. Costs a copy of the state."""
+        twin = Session(self.model, self.batch, keep=self._kept.maxlen or 0)
+        for slot in range(self.batch):
+            twin.restore(self.snapshot(slot), slot)
+        twin._kept.extend(self._kept)
+        return twin
+
+    def mark(self) -> None:
+        """Keep a snapshot of this place for `rewind`; `feed` does so itself before it reads."""
+        if not self._kept.maxlen:
+            raise UserError("this session keeps no snapshots: open it with keep=1 or more")
+        self._kept.append(self.snapshot())
+
+    def rewind(self, count: int = 1) -> None:
+        """Go back to the `count`-th last kept snapshot and forget it and the later ones.
+
+        Raises:
+            UserError: fewer are kept.
+        """
+        if not 1 <= count <= len(self._kept):
+            raise UserError(f"cannot rewind by {count}: {len(self._kept)} snapshots are kept, of at most {self._kept.maxlen}")
+        self.restore(self._kept[-count])
+        for _ in range(count):
+            self._kept.pop()
+
+    @property
+    def kept(self) -> int:
+        """How many snapshots `rewind` can go back."""
+        return len(self._kept)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._guard.acquire(blocking=False):
+            raise UserError(
+                "this session is in use by another thread; a session belongs to one thread at a time: "
+                "open one for each with model.session(), they share the weights"
+            )
+        try:
+            yield
+        finally:
+            self._guard.release()
+
+    def _check_whole(self) -> None:
+        if self._failed:
+            raise UserError("an earlier step of this session failed, so its state is unknown; call reset() or restore()")
+
+    def _advance(self, tokens: Tokens, lengths: NDArray[np.int64] | None = None) -> None:
+        """Read tokens (B, C), of each row the first `lengths` (B,); a step if they are None, then C is 1."""
+        self._check_whole()
+        self._failed = True
+        self._changes += 1
+        self._tops.clear()
+        if lengths is None:
+            self._stream.step(tokens[:, 0])
+        else:
+            self._stream.prefill(tokens, lengths)
+        for slot, row in enumerate(tokens):
+            real = row if lengths is None else row[: lengths[slot]]
+            np.add.at(self._read[slot], real, 1)
+            self._tails[slot].extend(real[-TAIL:].tolist())
+            self._positions[slot] += len(real)
+        self._restored = None
+        self._failed = False
+
+    def continuation(self, options: Options, with_text: bool, slot: int = 0) -> Continuation:
+        """What chooses for one sequence, from here on."""
+        tokenizer = self.model.tokenizer if with_text else None
+        return Continuation(options, self._read[slot], self.model.ends, tokenizer, tuple(self._tails[slot]))
+
+    def choose(self, continuation: Continuation, slot: int) -> int | None:
+        """Let a continuation choose a sequence's next token; None if that ends its text.
+
+        Raises:
+            UserError: the logits are not finite; the message names the step and the layer.
+        """
+        with self._alone():
+            return self._choose(continuation, slot)
+
+    def _choose(self, continuation: Continuation, slot: int) -> int | None:
+        self._check_whole()
+        if k := continuation.needs:
+            if k not in self._tops:
+                self._tops[k] = self._stream.top(k) if self._restored is None else top_of(self._restored, k)
+            tokens, logits = self._tops[k]
+            self._check_finite(logits[slot, 0], slot)
+            return continuation.choose_among(tokens[slot], logits[slot])
+        everything = self.logits
+        assert everything is not None
+        # NaN is passed on by max, and so are +inf and a row of nothing but -inf.
+        self._check_finite(everything[slot].max(), slot)
+        return continuation.choose(everything[slot])
+
+    def _check_finite(self, largest: np.floating[Any], slot: int) -> None:
+        if np.isfinite(largest):
+            return
+        state = self._stream.read_state(slot)
+        names = (spec.input for spec in self.model.bundle.manifest.state if not np.isfinite(state[spec.input]).all())
+        first = next(names, None)
+        where = (
+            "every layer's state is finite, so it arose after the last one or in the output head"
+            if first is None
+            else f"the first state that is not finite is {first!r}, of layer {first.rpartition('.')[2]}"
+        )
+        raise UserError(
+            f"the logits after step {self._positions[slot]} are not finite ({largest}), so nothing was sampled: {where}. "
+            "Reset the session, or restore it to before; if the bundle is fp16, export it with --precision fp32 or --state fp32"
+        )
+
+    def _checked(self, tokens: Sequence[int] | Tokens) -> Tokens:
+        array = np.asarray(tokens, np.int64)
+        outside = (array < 0) | (array >= self._vocab_size)
+        if outside.any():
+            raise UserError(f"token {int(array[outside][0])} is not in the vocabulary of {self._vocab_size}")
+        return array
 
     def _encode(self, text: str) -> list[int]:
         tokenizer = self.model.tokenizer
         tokens = tokenizer.encode(text)
         start = tokenizer.spec.bos_id
-        return [start, *tokens] if self.logits is None and start is not None else tokens
+        return [start, *tokens] if self.position == 0 and start is not None else tokens
 
-    def generate_tokens(
-        self, *, max_new_tokens: int = 128, sampling: Sampling | None = None, stats: Stats | None = None
-    ) -> Iterator[int]:
-        """Tokens chosen one after another; each is read into the state before the next is chosen.
 
-        The iterator is lazy and can be closed at any token. It ends before an end-of-text token.
-        """
-        if self.logits is None:
-            raise UserError("nothing to continue: feed the session a prompt first")
-        sampler = Sampler(sampling or Sampling())
-        spec = self.model.bundle.manifest.tokenizer
-        ends = frozenset(spec.eos_ids if spec else ())
-        for _ in range(max_new_tokens):
-            began = time.perf_counter()
-            token = sampler.choose(self.logits[0])
-            chosen = time.perf_counter()
-            if token in ends:
-                return
-            self.step([token])
-            stepped = time.perf_counter()
-            yield token
-            if stats is not None:
-                stats.sampling_ms.append(1e3 * (chosen - began))
-                stats.graph_ms.append(1e3 * (stepped - chosen))
-                stats.total_ms.append(1e3 * (time.perf_counter() - began))
+def __getattr__(name: str) -> Any:
+    # Where these lived before they had modules of their own; to go once nothing imports them from here.
+    from retnet_export.runtime import model, stats
 
-    def generate(
-        self,
-        *,
-        max_new_tokens: int = 128,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        stats: Stats | None = None,
-    ) -> Iterator[str]:
-        """Text piece by piece, whole characters only, up to a stop string (which is not given) or the token limit."""
-        stops = StopStrings([stop] if isinstance(stop, str) else stop)
-        stream = self.model.tokenizer.stream()
-        sampling = Sampling(temperature, top_k, top_p, seed)
-        for token in self.generate_tokens(max_new_tokens=max_new_tokens, sampling=sampling, stats=stats):
-            if text := stops.push(stream.push(token)):
-                yield text
-            if stops.hit:
-                return
-        if text := stops.push(stream.flush()):
-            yield text
-        if not stops.hit and (text := stops.flush()):
-            yield text
+    return getattr({"load": model, "Model": model, "Stats": stats}.get(name, model), name)

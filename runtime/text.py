@@ -12,6 +12,10 @@ from retnet_export.runtime.manifest import TokenizerSpec
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as _Tokenizer
 
+REPLACEMENT = "\ufffd"
+LONGEST_WAIT = 16
+"""Tokens that may wait for a character to be whole before they are taken for broken: four are enough for honest text."""
+
 
 class Tokenizer:
     """A bundle's tokenizer.
@@ -44,7 +48,10 @@ class Tokenizer:
         Raises:
             UserError: it holds a character that the tokenizer cannot represent.
         """
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        try:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        except (TypeError, UnicodeEncodeError) as error:
+            raise UserError("the text is not valid Unicode (it holds half of a surrogate pair); was it read as UTF-8?") from error
         unknown = getattr(self._tokenizer.model, "unk_token", None)
         if unknown is not None and unknown in encoding.tokens:
             start, end = encoding.offsets[encoding.tokens.index(unknown)]
@@ -58,34 +65,51 @@ class Tokenizer:
         """Text of tokens; bytes that form no character become U+FFFD."""
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
 
-    def stream(self) -> TextStream:
-        """A decoder of tokens that come one at a time."""
-        return TextStream(self._tokenizer)
+    def stream(self, context: Sequence[int] = ()) -> TextStream:
+        """A decoder of tokens that come one at a time, after the tokens `context`, whose text it does not repeat."""
+        return TextStream(self, context)
 
 
 class TextStream:
-    """Turns tokens into text as they come, never half a character."""
+    """Turns tokens into text as they come, never half a character.
 
-    def __init__(self, tokenizer: _Tokenizer) -> None:
-        from tokenizers.decoders import DecodeStream
+    Rule: the pieces, joined, are what the tokenizer makes of all tokens at once. A decoder may look at a token's neighbours
+    (spaces at the start of a text, bytes that form one character), so each token is decoded together with those before it that
+    formed the last whole text, and what the longer text adds is the piece. A text that ends in U+FFFD may be the start of a
+    character: it waits.
+    """
 
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._pending: list[int] = []
+        self._settled: list[int] = []
+        self._waiting: list[int] = []
+        self._given = 0
+        for token in context:
+            self.push(token)
 
     def push(self, token: int) -> str:
         """The text that `token` completes, maybe none."""
-        self._pending.append(token)
-        piece = self._stream.step(self._tokenizer, token)
-        if piece is None:
-            return ""
-        self._pending.clear()
-        return str(piece)
+        self._waiting.append(token)
+        text = self._tokenizer.decode(self._settled + self._waiting)
+        whole = len(text.rstrip(REPLACEMENT))
+        if whole < len(text) and len(self._waiting) < LONGEST_WAIT:
+            piece, self._given = text[self._given : whole], max(self._given, whole)
+            return piece
+        piece = text[self._given :]
+        # What was whole up to here is context for the next token; tokens without text (special ones) give none.
+        alone = len(self._tokenizer.decode(self._waiting))
+        if alone or len(self._settled) >= LONGEST_WAIT:
+            self._settled, self._given = self._waiting, alone
+        else:
+            self._settled, self._given = self._settled + self._waiting, len(text)
+        self._waiting = []
+        return piece
 
     def flush(self) -> str:
         """What is left when no more tokens come: an unfinished character, as U+FFFD."""
-        tokens, self._pending = self._pending, []
-        return self._tokenizer.decode(tokens, skip_special_tokens=True) if tokens else ""
+        text = self._tokenizer.decode(self._settled + self._waiting)
+        piece, self._given = text[self._given :], len(text)
+        return piece
 
 
 class StopStrings:
@@ -109,10 +133,11 @@ class StopStrings:
         sure, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return sure
 
-    def flush(self) -> str:
-        """What was held back, once no more text comes."""
+    def end(self, text: str) -> str:
+        """The last text, and what was held back, up to a stop string."""
+        sure = self.push(text)
         held, self._held = self._held, ""
-        return held
+        return sure + held
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -48,7 +48,10 @@ class Stream(Protocol):
         """Logits (B, V) after each slot's last token; valid until the next step."""
 
     def top(self, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """The k largest logits of each slot, largest first: tokens (B, k) and logits (B, k); chosen where the logits are."""
+        """The k largest logits of each slot: tokens (B, k) and logits (B, k); chosen where the logits are.
+
+        Largest first, equal ones by token; NaN counts as the largest, so that it is seen.
+        """
 
     def read_state(self, slot: int) -> State:
         """A copy of one slot's state, on the host."""
@@ -74,15 +77,21 @@ def initial_state(specs: Sequence[StateSpec]) -> State:
 
 
 def top_of(logits: NDArray[np.float32], k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """`Stream.top` for logits (B, V) on the host; equal logits in the order of their tokens."""
+    """`Stream.top` for logits (B, V) on the host."""
     if k == 1:
         tokens = logits.argmax(-1, keepdims=True)
     else:
-        kept = (
-            np.sort(np.argpartition(-logits, k - 1, axis=-1)[:, :k])
-            if k < logits.shape[-1]
-            else np.arange(logits.shape[-1])[None].repeat(len(logits), 0)
-        )
-        order = np.argsort(-np.take_along_axis(logits, kept, -1), axis=-1, kind="stable")
-        tokens = np.take_along_axis(kept, order, -1)
-    return tokens.astype(np.int64), np.take_along_axis(logits, tokens, -1)
+        tokens = np.stack([_largest(row, k) for row in logits])
+    return tokens.astype(np.int64, copy=False), np.take_along_axis(logits, tokens, -1)
+
+
+def _largest(row: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+    """Indices (k,) of the largest of a row (V,), largest first, NaN before all, equal ones by index."""
+    if np.isnan(row.max()):
+        row = np.nan_to_num(row, nan=np.inf)
+    if k < len(row):
+        # A partition takes any of those equal to the k-th largest: look at all of them.
+        kept = np.flatnonzero(row >= np.partition(row, len(row) - k)[len(row) - k])
+    else:
+        kept = np.arange(len(row))
+    return kept[np.argsort(-row[kept], kind="stable")][:k]

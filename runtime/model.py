@@ -1,0 +1,109 @@
+"""Models: a bundle on a backend, which holds the weights once for all its sessions.
+
+from retnet_export.runtime import load
+model = load("classics.retnet")
+for text in model.generate("In the beginning", max_new_tokens=100, temperature=0.8, seed=7):
+    print(text, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retnet_export.runtime.backends import open_backend
+from retnet_export.runtime.backends.base import Backend
+from retnet_export.runtime.bundle import Bundle, open_bundle
+from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.generation import Options
+from retnet_export.runtime.session import Session
+from retnet_export.runtime.state import Snapshot
+from retnet_export.runtime.stats import Stats
+from retnet_export.runtime.text import Tokenizer
+
+if TYPE_CHECKING:
+    from retnet_export.runtime.batching import Completion, Prompt
+
+
+def load(
+    path: str | Path,
+    backend: str = "auto",
+    *,
+    threads: int | None = None,
+    low_memory: bool | None = None,
+    check_hashes: bool = True,
+) -> Model:
+    """Open a bundle and make it ready to run.
+
+    Args:
+        path: the bundle's folder.
+        backend: "auto" or a backend's name.
+        threads: CPU threads; the backend's choice when None.
+        low_memory: prefer less memory (True) or more speed (False); the backend's choice when None.
+        check_hashes: compare every file with its hash first (about a second per gigabyte).
+
+    Raises:
+        UserError: the bundle is damaged or the backend does not work here.
+    """
+    bundle = open_bundle(path, check_hashes=check_hashes)
+    return Model(bundle, open_backend(backend, bundle, threads, low_memory))
+
+
+class Model:
+    """A bundle on a backend. Sessions of one model may run in different threads."""
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        self.bundle, self.backend = bundle, backend
+        spec = bundle.manifest.tokenizer
+        self._tokenizer = None if spec is None else Tokenizer(bundle.file(spec.file), spec)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The bundle's tokenizer.
+
+        Raises:
+            UserError: it has none.
+        """
+        if self._tokenizer is None:
+            raise UserError(
+                f"{self.bundle.path}: the bundle has no tokenizer, so it takes and gives token ids only; "
+                "put tokenizer.json beside the checkpoint and export it again"
+            )
+        return self._tokenizer
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens that end a text."""
+        spec = self.bundle.manifest.tokenizer
+        return spec.eos_ids if spec else ()
+
+    def session(self, batch: int = 1, *, keep: int = 0) -> Session:
+        """A new sequence, or `batch` of them, at the initial state.
+
+        Args:
+            batch: sequences that step together; text goes in and comes out only if it is 1.
+            keep: the last so many snapshots are kept for `rewind`, one before each text that is fed.
+        """
+        return Session(self, batch, keep=keep)
+
+    def generate(self, prompt: str | Sequence[int], options: Options | None = None, **changes: Any) -> Iterator[str]:
+        """Text after `prompt`, piece by piece; options are those of `Session.generate`."""
+        session = self.session()
+        session.feed(prompt)
+        return session.generate(options, **changes)
+
+    def generate_many(
+        self,
+        prompts: Iterable[str | Sequence[int] | Prompt],
+        options: Options | None = None,
+        *,
+        batch: int = 8,
+        after: Snapshot | None = None,
+        stats: Stats | None = None,
+        **changes: Any,
+    ) -> Iterator[Completion]:
+        """Continue many prompts, up to `batch` at a time; see `batching.generate_many`."""
+        from retnet_export.runtime.batching import generate_many
+
+        return generate_many(self, prompts, options, batch=batch, after=after, stats=stats, **changes)
