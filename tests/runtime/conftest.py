@@ -1,0 +1,41 @@
+"""Tiny bundles on ONNX Runtime, made once a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+
+from retnet_export.runtime.model import Model, load
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "classics"
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Model:
+    """Random weights, a vocabulary of 50, no tokenizer."""
+    folder = tmp_path_factory.mktemp("tokens")
+    tiny.bundle(folder, tiny.config(), chunk=8)
+    return load(folder / "tiny.retnet", "onnxruntime", threads=1)
+
+
+@pytest.fixture(scope="session")
+def other_model(tmp_path_factory) -> Model:
+    """The same architecture with other weights."""
+    from retnet_export.graph.weights import random_weights
+
+    folder = tmp_path_factory.mktemp("other")
+    tiny.bundle(folder, tiny.config(), random_weights(tiny.config(), seed=1), chunk=8)
+    return load(folder / "tiny.retnet", "onnxruntime", threads=1)
+
+
+@pytest.fixture(scope="session")
+def writer(tmp_path_factory) -> Model:
+    """The bundled model, which reads and writes text."""
+    from retnet_export.export.checkpoints import open_checkpoint
+    from retnet_export.export.pipeline import export_bundle
+
+    path = tmp_path_factory.mktemp("text") / "classics.retnet"
+    export_bundle(open_checkpoint(EXAMPLE), path)
+    return load(path, "onnxruntime", threads=1)
