@@ -184,6 +184,11 @@ def joined_linear(w: Writer, x: Value, name: str, parts: Sequence[str], order: N
     return w.product(x, weight, name, w.b.initializer(w.file.tensor(f"{w.b.qualify(name)}.bias", make_bias)))
 
 
+def phase_per_token(config: ModelConfig) -> NDArray[np.int64]:
+    """How far each rotary pair turns per token, (Dk/2,), in parts of `PHASE_TURN`."""
+    return np.rint(config.theta / (2 * np.pi) * PHASE_TURN).astype(np.int64)
+
+
 def rotation(w: Writer, position: Value) -> tuple[Value, Value]:
     """cos and sin of every pair's angle at `position` int64 (…): float32 (…, Dk/2).
 
@@ -191,7 +196,7 @@ def rotation(w: Writer, position: Value) -> tuple[Value, Value]:
     the phase is as good at token 2³¹ as at token 1. Reducing n first keeps the product inside int64 at any position.
     """
     b = w.b
-    steps = np.rint(w.config.theta / (2 * np.pi) * PHASE_TURN).astype(np.int64)
+    steps = phase_per_token(w.config)
     with b.scope("rotation"):
         turn = b.constant(np.array(PHASE_TURN, np.int64), "phase_turn")
         reduced = b.op("Unsqueeze", b.op("Mod", position, turn, name="position"), b.axes(-1), name="position_column")
