@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from retnet_export.commands.common import Commands
+from retnet_export.commands.compare import compare
 from retnet_export.commands.compile import compile_
 from retnet_export.commands.demo import demo
 from retnet_export.commands.doctor import doctor
@@ -46,5 +47,5 @@ def _main(
 
 
 app.command("compile")(compile_)
-for command in (export, verify, generate, inspect, doctor, demo):
+for command in (export, verify, generate, inspect, compare, doctor, demo):
     app.command()(command)

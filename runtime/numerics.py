@@ -46,6 +46,7 @@ TOLERANCES: Mapping[str, Tolerance] = {
     "state-float32": Tolerance(1e-4, "float32 rounding of every update, which decay forgets: it must not grow with the stream"),
     "onnxruntime-float16": Tolerance(5e-2, "operands of every product rounded to 11 bits, residual and state in float32"),
     "onnxruntime-bfloat16": Tolerance(4e-1, "operands of every product rounded to 8 bits"),
+    "int8-cache": Tolerance(3e-1, "keys and values of the compared Transformer rounded to 8 bits with one scale for all"),
 }
 
 

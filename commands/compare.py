@@ -1,0 +1,128 @@
+"""`retnet-export compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from retnet_export.commands.common import BackendName, BundlePath, Json, Threads, print_json, print_table, progress
+from retnet_export.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from retnet_export.compare.report import Table
+    from retnet_export.compare.results import Comparison
+
+
+def compare(
+    bundle: BundlePath,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="REPORT",
+            help="The folder for the report; BUNDLE.comparison if not given.",
+            show_default=False,
+        ),
+    ] = None,
+    contexts: Annotated[str, typer.Option(help="Tokens read before decoding is timed.")] = "0,512,2048,8192,32768",
+    prompts: Annotated[str, typer.Option(help="Lengths of prompts to read.")] = "512,2048",
+    batches: Annotated[str, typer.Option(help="Sequences that decode together.")] = "1,2,4,8",
+    batch_context: Annotated[int, typer.Option(help="The context of the batches.")] = 2048,
+    kv_heads: Annotated[
+        int | None,
+        typer.Option(help="The Transformer's key and value heads; as many as its query heads if not given.", show_default=False),
+    ] = None,
+    cache: Annotated[
+        str, typer.Option(help="The Transformer's cache: compute (as wide as the products' operands) or int8.")
+    ] = "compute",
+    memory_budget: Annotated[
+        float | None, typer.Option(help="Gigabytes that either model may take; what is free if not given.", show_default=False)
+    ] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(help="Run an outside engine, too: onnxruntime-genai or llama.cpp; may be repeated.", show_default=False),
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Time for each engine in each cell, about.")] = 2.0,
+    backend: BackendName = "auto",
+    threads: Threads = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing report.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure the bundle against a KV-cache Transformer of the same size: memory, latency, throughput."""
+    from retnet_export.compare.comparison import Options
+    from retnet_export.compare.comparison import compare as run
+    from retnet_export.compare.report import JSON_NAME, document, write_report
+    from retnet_export.runtime.bundle import open_bundle
+    from retnet_export.runtime.files import new_folder
+
+    if memory_budget is not None and not 0 < memory_budget < 1e6:
+        raise UserError(f"--memory-budget is {memory_budget:g}, expected gigabytes, more than 0")
+    options = Options(
+        contexts=_numbers("--contexts", contexts),
+        prompts=_numbers("--prompts", prompts),
+        batches=_numbers("--batches", batches),
+        batch_context=batch_context,
+        kv_heads=kv_heads,
+        cache=cache,
+        memory_budget=None if memory_budget is None else round(memory_budget * 1e9),
+        seconds=seconds,
+        threads=threads,
+        backend=backend,
+        peers=tuple(peer or ()),
+    )
+    opened = open_bundle(bundle)
+    target = output or Path(f"{opened.manifest.name}.comparison")
+    # The folder is made first: that it cannot be written must not come out after minutes of measuring.
+    with new_folder(target, marker=JSON_NAME, force=force) as folder:
+        with progress("compare", quiet=as_json) as update:
+            comparison = run(opened, options, progress=update)
+        write_report(comparison, folder)
+    if as_json:
+        print_json(document(comparison))
+    else:
+        print_comparison(comparison, target)
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    """Whole numbers separated by commas; none in an empty text."""
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise UserError(f"{option} is {text!r}, expected whole numbers separated by commas, as in {option} 0,2048") from error
+
+
+def print_comparison(comparison: Comparison, target: Path) -> None:
+    from retnet_export.compare.analysis import paragraph
+    from retnet_export.compare.report import batch_table, facts, latency_table, model_table, prefill_table
+
+    tables = {
+        "what is compared": model_table(comparison),
+        "decoding, one sequence": latency_table(comparison),
+        "decoding, several sequences": batch_table(comparison),
+        "reading a prompt": prefill_table(comparison),
+    }
+    for title, table in tables.items():
+        if table[1]:
+            _print_columns(title, table)
+    for line in sorted({f"{m.engine}, {m.cell.name}: {m.note}" for m in comparison.measurements if m.note and m.timing is None}):
+        typer.echo(f"\n{line}")
+    print_table("\nmeasured on", facts(comparison))
+    typer.echo(f"\n{paragraph(comparison)}\n\nreport: {target / 'report.html'}")
+
+
+def _print_columns(title: str, table: Table) -> None:
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    head, lines = table
+    shown = RichTable(
+        title=f"\n{title}", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), header_style="dim"
+    )
+    for index, name in enumerate(head):
+        shown.add_column(name, justify="left" if index == 0 else "right")
+    for line in lines:
+        shown.add_row(*line)
+    Console(highlight=False, markup=False).print(shown)

@@ -1,0 +1,213 @@
+"""What the numbers say: ratios, break-even contexts, what fits in a budget, and one paragraph in plain language.
+
+Rule: every sentence is computed from the measurements; one that the numbers do not bear is not written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from retnet_export.compare.results import GENAI, RETNET, TRANSFORMER, Cell, Comparison, Measurement
+
+PEER_MARGIN = 1.10
+"""If onnxruntime-genai runs the baseline faster than ours by more than this, its figure is the one compared with."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """RetNet and baseline in one cell.
+
+    Attributes:
+        cell: what was measured.
+        retnet, transformer: the two sides; either may not have been run.
+        advantage: the Transformer's time over the RetNet's; above 1 the RetNet is faster. None if either was not run.
+    """
+
+    cell: Cell
+    retnet: Measurement
+    transformer: Measurement
+
+    @property
+    def advantage(self) -> float | None:
+        if self.retnet.timing is None or self.transformer.timing is None:
+            return None
+        return self.transformer.timing.median_ms / self.retnet.timing.median_ms
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What fits in the memory budget.
+
+    Attributes:
+        context: the context at which batches are counted.
+        retnet_batch, transformer_batch: the most sequences of that length.
+        transformer_context: the longest single sequence; the RetNet's has no limit.
+    """
+
+    context: int
+    retnet_batch: int
+    transformer_batch: int
+    transformer_context: int
+
+
+def rows(comparison: Comparison, kind: str) -> list[Row]:
+    """RetNet and Transformer side by side, cell by cell."""
+    found = []
+    for cell in comparison.cells(kind):
+        retnet, transformer = comparison.find(RETNET, cell), baseline_in(comparison, cell)
+        if retnet is not None and transformer is not None:
+            found.append(Row(cell, retnet, transformer))
+    return found
+
+
+def decode_rows(comparison: Comparison) -> list[Row]:
+    """Single sequences over context."""
+    return [row for row in rows(comparison, "decode") if row.cell.batch == 1]
+
+
+def batch_rows(comparison: Comparison) -> list[Row]:
+    """Batches, at the context at which batches were measured."""
+    context = comparison.settings["batch_context"]
+    return sorted((row for row in rows(comparison, "decode") if row.cell.context == context), key=lambda row: row.cell.batch)
+
+
+def baseline_in(comparison: Comparison, cell: Cell) -> Measurement | None:
+    """The Transformer to compare with: ours, or onnxruntime-genai's run of it where that is faster by more than a tenth."""
+    ours, theirs = comparison.find(TRANSFORMER, cell), comparison.find(GENAI, cell)
+    if ours is None or ours.timing is None or theirs is None or theirs.timing is None:
+        return ours
+    return theirs if theirs.timing.median_ms * PEER_MARGIN < ours.timing.median_ms else ours
+
+
+def slower_than_peer(comparison: Comparison) -> list[Cell]:
+    """Cells in which our baseline is slower than onnxruntime-genai's by more than a tenth."""
+    cells = dict.fromkeys(measurement.cell for measurement in comparison.measurements)
+    return [cell for cell in cells if (found := baseline_in(comparison, cell)) is not None and found.engine == GENAI]
+
+
+def faster_from(comparison: Comparison) -> int | None:
+    """The context from which the RetNet decodes faster, interpolated between those measured; None if not within them.
+
+    It must then stay faster: a crossing that later reverses is noise and does not count.
+    """
+    points = [(row.cell.context, row.advantage) for row in decode_rows(comparison) if row.advantage is not None]
+    crossing = None
+    for (before, low), (after, high) in zip([(0, None), *points], points, strict=False):
+        if high <= 1:
+            crossing = None
+        elif crossing is None:
+            crossing = after if low is None else round(before + (after - before) * (1 - low) / (high - low)) if low < 1 else before
+    return crossing
+
+
+def smaller_from(comparison: Comparison) -> int:
+    """The context from which the RetNet's state is smaller than the cache."""
+    return comparison.retnet.bytes_per_sequence // comparison.transformer.bytes_per_token + 1
+
+
+def fit(comparison: Comparison) -> Fit | None:
+    """What fits in the budget, from the measured memory of one sequence and the size of each further one."""
+    context = int(str(comparison.settings["batch_context"]))
+    room = {}
+    for name, model in ((RETNET, comparison.retnet), (TRANSFORMER, comparison.transformer)):
+        measured = [
+            m for m in comparison.measurements if m.engine == name and m.steady_bytes is not None and m.cell.kind == "decode"
+        ]
+        if not measured:
+            return None
+        least = min(measured, key=lambda m: m.steady_bytes or 0)
+        assert least.steady_bytes is not None
+        fixed = least.steady_bytes - least.cell.batch * model.buffers * model.sequence_bytes(least.cell.context)
+        room[name] = comparison.memory_budget - fixed
+    retnet, transformer = comparison.retnet, comparison.transformer
+    return Fit(
+        context=context,
+        retnet_batch=max(0, room[RETNET] // (retnet.buffers * retnet.sequence_bytes(context))),
+        transformer_batch=max(0, room[TRANSFORMER] // max(1, transformer.sequence_bytes(context))),
+        transformer_context=max(0, room[TRANSFORMER] // transformer.bytes_per_token),
+    )
+
+
+def paragraph(comparison: Comparison) -> str:
+    """The result in plain language."""
+    sentences = [*_speed(comparison), *_memory(comparison), *_capacity(comparison), *_caveats(comparison)]
+    return " ".join(sentences)
+
+
+def _speed(comparison: Comparison) -> list[str]:
+    measured = [row for row in decode_rows(comparison) if row.advantage is not None]
+    if not measured:
+        return ["Neither model could be timed."]
+    first, last = measured[0], measured[-1]
+    assert first.retnet.timing is not None
+    assert first.transformer.timing is not None
+    sentences = [
+        f"At {_context(first.cell.context)} the RetNet takes {first.retnet.timing.median_ms:.1f} ms a token and the Transformer "
+        f"{first.transformer.timing.median_ms:.1f} ms: the RetNet is {_times(first.advantage)}."
+    ]
+    if len(measured) > 1:
+        assert last.retnet.timing is not None
+        assert last.transformer.timing is not None
+        drift = max(r.retnet.timing.median_ms for r in measured if r.retnet.timing) / min(
+            r.retnet.timing.median_ms for r in measured if r.retnet.timing
+        )
+        sentences.append(
+            f"At {_context(last.cell.context)} it is {_times(last.advantage)} ({last.retnet.timing.median_ms:.1f} ms against "
+            f"{last.transformer.timing.median_ms:.1f} ms); over these contexts its own time varied by {100 * (drift - 1):.0f} %."
+        )
+        crossing = faster_from(comparison)
+        if crossing is None:
+            sentences.append("Within the contexts measured it does not become faster for good.")
+        elif crossing == 0:
+            sentences.append("It is faster at every context measured.")
+        else:
+            sentences.append(f"It becomes faster at a context of about {crossing:,} tokens.")
+    prompts = [row for row in rows(comparison, "prefill") if row.advantage is not None]
+    if prompts:
+        row = prompts[-1]
+        sentences.append(
+            f"A prompt of {row.cell.tokens:,} tokens is read at {row.retnet.tokens_per_second:,.0f} tokens/s, "
+            f"by the Transformer at {row.transformer.tokens_per_second:,.0f}."
+        )
+    return sentences
+
+
+def _memory(comparison: Comparison) -> list[str]:
+    state, per_token = comparison.retnet.bytes_per_sequence, comparison.transformer.bytes_per_token
+    longest = max((cell.context for cell in comparison.cells("decode")), default=0)
+    sentence = f"The RetNet's state is {state / 1e6:,.1f} MB a sequence at any length"
+    sentence += f"; the cache grows by {per_token / 1e3:,.1f} kB a token"
+    if per_token * longest > state:
+        sentence += f" and is {per_token * longest / state:,.0f} times as large at {longest:,} tokens"
+    return [f"{sentence}; the state is smaller from {smaller_from(comparison):,} tokens on."]
+
+
+def _capacity(comparison: Comparison) -> list[str]:
+    fits = fit(comparison)
+    if fits is None or fits.retnet_batch < 1:
+        return []
+    return [
+        f"In {comparison.memory_budget / 1e9:,.1f} GB fit {fits.retnet_batch:,} RetNet sequences of any length, or "
+        f"{fits.transformer_batch:,} of the Transformer's with {fits.context:,} tokens each; its longest single sequence there is "
+        f"{fits.transformer_context:,} tokens."
+    ]
+
+
+def _caveats(comparison: Comparison) -> list[str]:
+    sentences = ["The Transformer's weights are random, which its speed does not depend on, so nothing is said of its quality."]
+    if comparison.perplexity is not None:
+        sentences.append(f"The RetNet's perplexity on {comparison.text} is {comparison.perplexity:.2f}.")
+    if slower_than_peer(comparison):
+        sentences.append("Where onnxruntime-genai ran the Transformer faster by more than a tenth, its figure is used.")
+    return sentences
+
+
+def _context(tokens: int) -> str:
+    return "an empty context" if tokens == 0 else f"a context of {tokens:,} tokens"
+
+
+def _times(advantage: float | None) -> str:
+    assert advantage is not None
+    if 0.97 <= advantage <= 1.03:
+        return "as fast"
+    return f"{advantage:.2f} times as fast" if advantage > 1 else f"{1 / advantage:.2f} times slower"

@@ -1,0 +1,48 @@
+"""The machine that is measured on: its cores, its memory, and what a report must say of it."""
+
+from __future__ import annotations
+
+import datetime
+import os
+
+from retnet_export.runtime.doctor import examine
+
+PACKAGES = ("retnet-export", "onnxruntime", "onnxruntime-genai", "numpy")
+
+
+def cores(threads: int | None) -> tuple[int, ...]:
+    """The cores to pin to: as many as threads are asked for, all that this process may use when None.
+
+    With fewer cores than threads the list is shorter than asked for: more threads than cores measure the scheduler.
+    """
+    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    return tuple(usable[:threads])
+
+
+def available_memory() -> int | None:
+    """Bytes that programs can still take; None outside Linux."""
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
+def description(pinned: tuple[int, ...]) -> dict[str, str]:
+    """Processor, cores in use, memory, system, date."""
+    seen = examine()["machine"]
+    return {
+        "processor": seen["processor"],
+        "cores": f"{len(pinned)} of {seen['cores']}, pinned",
+        "memory": seen["memory"],
+        "system": seen["system"],
+        "python": seen["python"],
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what runs."""
+    from retnet_export.export.pipeline import package_versions
+
+    return package_versions(*PACKAGES)
