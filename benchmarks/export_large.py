@@ -11,6 +11,7 @@ own: anonymous memory is what the export needs, mapped files are page cache that
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -75,9 +76,7 @@ def write_checkpoint(folder: Path, size: str) -> ModelConfig:
     pool = (generator.standard_normal(1 << 27, np.float32) * width**-0.5).astype(np.float16)
 
     def draw(shape: tuple[int, ...]) -> NDArray[np.float16]:
-        count = int(np.prod(shape))
-        if count > pool.size:
-            return np.resize(pool, shape)
+        count = math.prod(shape)
         start = int(generator.integers(0, pool.size - count + 1))
         return pool[start : start + count].reshape(shape)
 
@@ -157,7 +156,7 @@ def main(
             shutil.rmtree(work / "large.retnet")
     finally:
         shutil.rmtree(work)
-    parameters = sum(int(np.prod(shape)) for shape in weight_shapes(config).values())
+    parameters = sum(math.prod(shape) for shape in weight_shapes(config).values())
     machine = examine()["machine"]
     copy, export = float(np.median(copies)), float(np.median(exports))
     print(f"machine     {machine['processor']}, {machine['cores']} cores, {machine['memory']}; Python {platform.python_version()}")
