@@ -73,12 +73,13 @@ def write_checkpoint(folder: Path, size: str) -> ModelConfig:
     (folder / "config.json").write_text(json.dumps(settings, indent=2))
     # A tensor is a piece of one pool of random numbers, at a random place: drawing 6.7 billion takes longer than writing them.
     generator = np.random.default_rng(0)
-    pool = (generator.standard_normal(1 << 27, np.float32) * width**-0.5).astype(np.float16)
+    pool: NDArray[np.float16] = (generator.standard_normal(1 << 27, np.float32) * width**-0.5).astype(np.float16)
 
     def draw(shape: tuple[int, ...]) -> NDArray[np.float16]:
         count = math.prod(shape)
         start = int(generator.integers(0, pool.size - count + 1))
-        return pool[start : start + count].reshape(shape)
+        drawn: NDArray[np.float16] = pool[start : start + count].reshape(shape)
+        return drawn
 
     index: dict[str, str] = {}
     shards: dict[str, dict[str, NDArray[np.float16]]] = {}
