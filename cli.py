@@ -14,9 +14,11 @@ from retnet_export.commands.compare import compare
 from retnet_export.commands.compile import compile_
 from retnet_export.commands.demo import demo
 from retnet_export.commands.doctor import doctor
+from retnet_export.commands.evaluate import evaluate
 from retnet_export.commands.export import export
 from retnet_export.commands.generate import generate
 from retnet_export.commands.inspect import inspect
+from retnet_export.commands.quantize import quantize
 from retnet_export.commands.verify import verify
 
 app = typer.Typer(
@@ -47,5 +49,5 @@ def _main(
 
 
 app.command("compile")(compile_)
-for command in (export, verify, generate, inspect, compare, doctor, demo):
+for command in (export, verify, quantize, evaluate, generate, inspect, compare, doctor, demo):
     app.command()(command)

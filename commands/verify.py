@@ -10,6 +10,7 @@ import typer
 
 from retnet_export.commands.common import BackendName, BundlePath, Json, print_json, print_table, progress
 from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.files import read_text
 
 if TYPE_CHECKING:
     from retnet_export.export.verify import Verification
@@ -46,20 +47,6 @@ def verify(
             f"decode, {result.prefill_error.relative:.1e} in prefill (at most {result.tolerance:.0e}), "
             f"{len(result.disagreements)} tokens differ"
         )
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 file.
-
-    Raises:
-        UserError: it cannot be read or is not UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); convert it first") from error
 
 
 def print_verification(bundle: Path, result: Verification) -> None:

@@ -8,10 +8,11 @@ while it is written.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -61,17 +62,31 @@ class WeightsFile:
             self._tensors[name] = self._append(name, np.ascontiguousarray(make()))
         return self._tensors[name]
 
+    def holds(self, tensor: ir.ExternalTensor) -> bool:
+        """Whether a tensor refers to this file."""
+        return Path(tensor.base_dir) == self._path.parent and tensor.location == self._path.name
+
+    def view(self, name: str, of: ir.ExternalTensor, dtype: ir.DataType, shape: Sequence[int]) -> ir.ExternalTensor:
+        """The bytes of a tensor of this file under another name, element type and shape."""
+        assert of.offset is not None
+        assert of.length is not None
+        return self._reference(name, of.offset, of.length, dtype, shape)
+
     def _append(self, name: str, array: NDArray[np.generic]) -> ir.ExternalTensor:
-        if array.nbytes >= ALIGNMENT and self._size % ALIGNMENT:
+        stored = pack_int4(array) if array.dtype == ml_dtypes.int4 else array
+        if stored.nbytes >= ALIGNMENT and self._size % ALIGNMENT:
             self._write(memoryview(bytes(ALIGNMENT - self._size % ALIGNMENT)))
         offset = self._size
-        self._write(bytes_of(array))
+        self._write(bytes_of(stored))
+        return self._reference(name, offset, stored.nbytes, ir.DataType.from_numpy(array.dtype), array.shape)
+
+    def _reference(self, name: str, offset: int, length: int, dtype: ir.DataType, shape: Sequence[int]) -> ir.ExternalTensor:
         return ir.ExternalTensor(
             location=self._path.name,
             offset=offset,
-            length=array.nbytes,
-            dtype=ir.DataType.from_numpy(array.dtype),
-            shape=ir.Shape(array.shape),
+            length=length,
+            dtype=dtype,
+            shape=ir.Shape(shape),
             name=name,
             base_dir=str(self._path.parent),
         )
@@ -83,3 +98,11 @@ class WeightsFile:
         while left:
             left = left[self._file.write(left) :]
         self._size += len(content)
+
+
+def pack_int4(array: NDArray[np.generic]) -> NDArray[np.uint8]:
+    """Four-bit integers as ONNX stores them: two a byte, the first in the low half; an odd last one beside a zero."""
+    halves = array.astype(np.int8).reshape(-1).view(np.uint8) & 0xF
+    if halves.size % 2:
+        halves = np.append(halves, np.uint8(0))
+    return np.asarray(halves[0::2] | (halves[1::2] << 4), np.uint8)

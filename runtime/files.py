@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import glob
 import hashlib
 import os
 import shutil
@@ -14,8 +13,6 @@ from pathlib import Path
 
 from retnet_export.runtime.errors import UserError
 
-PARTIAL = "partial"
-"""Part of the hidden name that a folder has while it is written."""
 STORAGE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
@@ -34,6 +31,20 @@ def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
 def sha256_of_bytes(content: bytes | memoryview) -> str:
     """SHA-256 of bytes in memory, in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file.
+
+    Raises:
+        UserError: it cannot be read or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); convert it first") from error
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
@@ -73,11 +84,9 @@ def new_folder(target: str | Path, *, marker: str, force: bool = False) -> Itera
             raise UserError(f"{target}: exists and is not a bundle, so --force does not replace it; choose another name")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(target)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.{PARTIAL}-"))
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.partial-"))
     except OSError as error:
         raise UserError(f"{target}: cannot be written: {error.strerror} ({error.filename})") from error
-    lock = _lock(temporary)
     try:
         os.chmod(temporary, 0o755)
         try:
@@ -89,29 +98,6 @@ def new_folder(target: str | Path, *, marker: str, force: bool = False) -> Itera
         _replace_folder(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
-
-
-def _lock(folder: Path) -> int | None:
-    """Take a folder's lock, which the system releases when this process ends, however it ends; None if another holds it."""
-    import fcntl
-
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def _remove_abandoned(target: Path) -> None:
-    """Remove what a process that was killed while it wrote `target` has left beside it; what another still writes stays."""
-    for folder in target.parent.glob(f".{glob.escape(target.name)}.{PARTIAL}-*"):
-        if folder.is_dir() and (lock := _lock(folder)) is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(lock)
 
 
 def _replace_folder(temporary: Path, target: Path) -> None:

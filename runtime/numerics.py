@@ -47,6 +47,9 @@ TOLERANCES: Mapping[str, Tolerance] = {
     "onnxruntime-float16": Tolerance(5e-2, "operands of every product rounded to 11 bits, residual and state in float32"),
     "onnxruntime-bfloat16": Tolerance(4e-1, "operands of every product rounded to 8 bits"),
     "int8-cache": Tolerance(3e-1, "keys and values of the compared Transformer rounded to 8 bits with one scale for all"),
+    "onnxruntime-quantized": Tolerance(
+        4e-1, "against the same integer weights: fused products round their other operand to 8 bits in blocks, layer after layer"
+    ),
 }
 
 

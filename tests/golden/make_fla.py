@@ -14,8 +14,8 @@ Each case is a folder `fla-<case>/` with `config.json`, the weights as safetenso
   difference that remains.
 All folders go into DIR/fla-golden.tar as well.
 
-`--also FOLDER --tokens FILE.npy` loads an existing checkpoint (of either form of `mlp.gate_proj`) and writes a sample of its
-logits on the first 64 tokens of the file to DIR/also-<name>/sample.npz. `--build-only` makes checkpoints without logits, on any
+`--also FOLDER --tokens FILE.npy` loads an existing checkpoint (of either form of `mlp.gate_proj`) and writes its logits
+on the first 64 tokens of the file to DIR/also-<name>.npz. `--build-only` makes checkpoints without logits, on any
 machine.
 
 The committed files name their versions in `meta.json`; the script was written against fla 0.6.0.
@@ -325,12 +325,10 @@ def make_also(checkpoint: Path, tokens_file: Path, out: Path, device: str) -> st
     """Writes an existing checkpoint's logits on the first 64 tokens of a file. Returns a line for the summary."""
     tokens = np.load(tokens_file).astype(np.int64).reshape(-1)[:LENGTH][None]
     arrays, facts = run_all(load_model(checkpoint, device), torch.from_numpy(tokens).to(device))
-    # The greedy choice everywhere, logits at every eighth position: all of them would be megabytes.
-    folder = out / f"also-{checkpoint.resolve().name}"
-    folder.mkdir(parents=True, exist_ok=True)
-    logits, kept = arrays["recurrent"], np.arange(7, LENGTH, 8)
-    np.savez_compressed(folder / "sample.npz", tokens=tokens, greedy=logits.argmax(-1), positions=kept, recurrent=logits[:, kept])
-    (folder / "meta.json").write_text(json.dumps({**describe_machine(device), **facts}, indent=1) + "\n")
+    # The recurrent logits alone: 64 x 32,000 floats are 8 MB.
+    name = checkpoint.resolve().name
+    np.savez_compressed(out / f"also-{name}.npz", tokens=tokens, recurrent=arrays["recurrent"])
+    (out / f"also-{name}.json").write_text(json.dumps({**describe_machine(device), **facts}, indent=1) + "\n")
     return f"{checkpoint}: {json.dumps(facts)}"
 
 

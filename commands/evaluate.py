@@ -1,0 +1,65 @@
+"""`retnet-export evaluate`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from retnet_export.commands.common import BackendName, BundlePath, Json, Threads, print_json, print_table, progress
+
+if TYPE_CHECKING:
+    from retnet_export.quantize.evaluation import Evaluation
+
+
+def evaluate(
+    bundle: BundlePath,
+    text: Annotated[Path, typer.Option(metavar="FILE", help="A text that the model was not trained on.", show_default=False)],
+    against: Annotated[
+        Path | None, typer.Option(metavar="BUNDLE", help="Compare with this bundle, token by token.", show_default=False)
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Read at most so many; all if not given.", show_default=False)] = None,
+    backend: BackendName = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Say how well a bundle foretells a text: perplexity, and with --against how far it is from another bundle."""
+    from retnet_export.quantize.evaluation import evaluate as run
+    from retnet_export.runtime.model import load
+
+    model = load(bundle, backend, threads=threads)
+    other = None if against is None else load(against, backend, threads=threads)
+    with progress("evaluate", quiet=as_json) as update:
+        result = run(model, text, against=other, tokens=tokens, progress=update)
+    if as_json:
+        print_json({"bundle": str(bundle), **encode_evaluation(result)})
+    else:
+        print_evaluation(bundle, result)
+
+
+def encode_evaluation(evaluation: Evaluation) -> dict[str, object]:
+    """As JSON and the manifest have it."""
+    return asdict(evaluation)
+
+
+def print_evaluation(bundle: Path, evaluation: Evaluation) -> None:
+    rows = [
+        ("perplexity", f"{evaluation.perplexity:.3f} a token"),
+        ("bits per byte", f"{evaluation.bits_per_byte:.4f}"),
+    ]
+    if (c := evaluation.comparison) is not None:
+        greedy = sorted(c.greedy)
+        last = c.state[-1]
+        rows += [
+            ("against", f"{c.against}: perplexity {c.perplexity:.3f}; this one's is {100 * (c.perplexity_ratio - 1):+.2f} %"),
+            ("divergence", f"KL {c.kl_mean:.2e} nats a token, 99.9 % of tokens below {c.kl_p999:.2e}"),
+            ("same best token", f"{100 * c.agreement:.2f} % of positions"),
+            ("greedy", f"continuations agree for {greedy[len(greedy) // 2]} tokens (median; {greedy[0]} to {greedy[-1]})"),
+            (
+                f"state after {last.tokens:,}",
+                "relative error by head, fastest decay first: " + ", ".join(f"{error:.1e}" for error in last.by_head),
+            ),
+        ]
+    print_table(f"{bundle}: {evaluation.tokens:,} tokens of {evaluation.text}", rows)

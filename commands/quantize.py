@@ -1,0 +1,86 @@
+"""`retnet-export quantize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from retnet_export.commands.common import BundlePath, Force, Json, Output, print_json, print_table, progress, size
+from retnet_export.runtime.bundle import Bundle, open_bundle
+
+
+def quantize(
+    bundle: BundlePath,
+    output: Output,
+    weights: Annotated[str, typer.Option(help="Of all matrices but embedding and head: int8 or int4.")] = "int4",
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Inputs that share a scale: 16, 32, 64, 128 or 256; 64 for int4 and all of an output for int8 if not given.",
+            show_default=False,
+        ),
+    ] = None,
+    method: Annotated[str, typer.Option(help="rtn (round to nearest), gptq or awq; the last two need --calibration.")] = "rtn",
+    embedding: Annotated[str, typer.Option(help="Of the embedding: int8, int4 or keep.")] = "int8",
+    head: Annotated[str, typer.Option(help="Of the output head: int8, int4 or keep.")] = "int8",
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A text of the kind that the model is to continue.", show_default=False)
+    ] = None,
+    state: Annotated[str | None, typer.Option(help="fp16: of the stored state; as it is if not given.", show_default=False)] = None,
+    evaluate: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Then compare with the float bundle on this text; recorded.", show_default=False),
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Make a bundle smaller and faster: integer weights in standard ONNX; says what that costs in quality."""
+    from retnet_export.commands.evaluate import encode_evaluation, print_evaluation
+    from retnet_export.quantize.evaluation import evaluate as run_evaluation
+    from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle, with_evaluation
+    from retnet_export.runtime.files import read_text
+    from retnet_export.runtime.model import load
+
+    options = QuantizeOptions(weights, group_size, method, embedding, head, calibration, state)
+    source = open_bundle(bundle)
+    if evaluate is not None:
+        read_text(evaluate)  # a text that cannot be read should be known before the work, not after
+    with progress("quantize", quiet=as_json) as update:
+        result = quantize_bundle(source, output, options, force=force, progress=update)
+    evaluation = None
+    if evaluate is not None:
+        with progress("evaluate", quiet=as_json) as update:
+            models = load(result.path, check_hashes=False), load(source.path, check_hashes=False)
+            evaluation = run_evaluation(models[0], evaluate, against=models[1], progress=update)
+        result = with_evaluation(result, encode_evaluation(evaluation))
+    if as_json:
+        print_json({"bundle": str(result.path), **_sizes(source, result), "quantization": result.manifest.quantization})
+        return
+    _print_quantized(source, result)
+    if evaluation is not None:
+        print_evaluation(result.path, evaluation)
+
+
+def _sizes(source: Bundle, result: Bundle) -> dict[str, int]:
+    return {"weights_bytes_before": source.manifest.weights_bytes, "weights_bytes": result.manifest.weights_bytes}
+
+
+def _print_quantized(source: Bundle, result: Bundle) -> None:
+    record = result.manifest.quantization
+    assert record is not None
+    before, after = _sizes(source, result).values()
+    scales = f"a scale for {record['group_size']} inputs" if record["group_size"] else "a scale for each output"
+    errors = record["relative_weight_error"]
+    assert isinstance(errors, dict)
+    print_table(
+        f"{result.path}: {record['weights']} by {record['method']}, {scales}",
+        [
+            ("weights", f"{size(before)} -> {size(after)}, {before / after:.1f} times smaller"),
+            ("embedding, head", f"{record['embedding']}, {record['head']}"),
+            ("rounding error", ", ".join(f"{role} {100 * error:.2f} %" for role, error in errors.items()) + " of their size"),
+            ("state", f"{result.manifest.precision.state}, {size(result.manifest.state_bytes)} a sequence"),
+        ],
+    )

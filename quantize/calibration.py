@@ -1,0 +1,242 @@
+"""What flows into each matrix on the calibration text: the bundle's own decode graph, run one layer at a time.
+
+Rule: one layer in memory. The graph is cut at the residual stream: a preamble (embedding, rotation), then layer after layer.
+A layer runs over the whole text, in a batch of sequences, before the next one is looked at; between layers only the
+residual stream is kept. A layer's float weights are inputs of its cut-out graph, so the same graph runs the quantized layer:
+what the next layer is calibrated on carries the error of those before it, as GPTQ wants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from retnet_export.quantize.methods import Gram
+from retnet_export.runtime.backends.base import NUMPY_DTYPES
+from retnet_export.runtime.errors import MissingExtraError, UserError
+from retnet_export.runtime.files import read_text
+from retnet_export.runtime.manifest import StateSpec
+from retnet_export.runtime.model import Model
+
+Array = NDArray[np.generic]
+
+CHUNK = 128
+"""The fewest tokens that calibration and evaluation take; shorter texts say too little."""
+SEQUENCES = 16
+"""Sequences that run side by side in calibration."""
+LONGEST = 512
+"""Tokens of a sequence in calibration, at most; 16 × 512 are enough for the Gram matrices of the widths met here."""
+CHARACTERS_PER_TOKEN = 12
+"""More than any tokenizer's average: a passage of so many characters a token has tokens enough."""
+
+
+def calibration_tokens(model: Model, path: Path) -> NDArray[np.int64]:
+    """Token ids from a text file, (B, T): passages spread evenly over the file.
+
+    Raises:
+        UserError: the file cannot be read, is empty, not UTF-8, or shorter than one chunk.
+    """
+    text = read_text(path)
+    passage = LONGEST * CHARACTERS_PER_TOKEN
+    if len(text) <= SEQUENCES * passage:
+        tokens = encode(model, text, path)
+        rows = min(SEQUENCES, len(tokens) // CHUNK)
+        return tokens[: rows * (len(tokens) // rows)].reshape(rows, -1)[:, :LONGEST]
+    starts = np.linspace(0, len(text) - passage, SEQUENCES).astype(np.int64)
+    passages = [encode(model, text[start : start + passage], path)[:LONGEST] for start in starts]
+    return np.stack([tokens[: min(map(len, passages))] for tokens in passages])
+
+
+def encode(model: Model, text: str, path: Path) -> NDArray[np.int64]:
+    """Token ids of a text from a file.
+
+    Raises:
+        UserError: it is empty or shorter than one chunk.
+    """
+    if not text.strip():
+        raise UserError(f"{path}: empty; give a text of the kind that the model is to continue")
+    tokens = np.asarray(model.tokenizer.encode(text), np.int64)
+    if len(tokens) < CHUNK:
+        raise UserError(f"{path}: {len(tokens)} tokens, shorter than one chunk of {CHUNK}; give a longer text")
+    return tokens
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What crosses the boundary of one layer, by name.
+
+    Attributes:
+        x_in, x_out: the residual stream before and after it.
+        state_in, state_out: its state.
+        shared: values that all layers read (rotation, count of tokens).
+        weights: its tensors in the weights file.
+        inputs_of: for each of its matrices, what it is multiplied with.
+    """
+
+    x_in: str
+    x_out: str
+    state_in: str
+    state_out: str
+    shared: tuple[str, ...]
+    weights: tuple[str, ...]
+    inputs_of: Mapping[str, str]
+
+
+class LayerRunner:
+    """Runs the layers of a decode graph one after another over the same text.
+
+    Args:
+        model: the decode graph, read with onnx-ir.
+        folder: where its weights file is.
+        tokens: (B, T).
+        state: what it carries from step to step.
+    """
+
+    def __init__(self, model: ir.Model, folder: Path, tokens: NDArray[np.int64], state: Sequence[StateSpec]) -> None:
+        self._model, self._folder, self._tokens = model, folder, tokens
+        self._state = {spec.input: spec for spec in state}
+        self._layers = _layers(model.graph)
+        self._x, self._shared = self._run_preamble()
+
+    @property
+    def count(self) -> int:
+        """How many layers there are."""
+        return len(self._layers)
+
+    def weight_names(self, index: int) -> tuple[str, ...]:
+        """The tensors of the weights file that a layer reads."""
+        return self._layers[index].weights
+
+    def grams(self, index: int, weights: Mapping[str, Array], matrices: Sequence[str]) -> dict[str, Gram]:
+        """XᵀX of the inputs of some of a layer's matrices, over all tokens; the residual stream stays where it is.
+
+        Args:
+            index: the layer.
+            weights: everything `weight_names` lists.
+            matrices: those to look at.
+        """
+        taps = {name: self._layers[index].inputs_of[name] for name in matrices}
+        grams = dict.fromkeys(matrices, np.zeros(()))
+        held: dict[str, list[Array]] = {name: [] for name in matrices}
+        for step, values in enumerate(self._run(index, weights, taps.values())):
+            for name, tap in taps.items():
+                held[name].append(values[tap])
+            if step % CHUNK == CHUNK - 1 or step == self._tokens.shape[1] - 1:
+                for name, parts in held.items():
+                    x = np.concatenate(parts).astype(np.float32)
+                    grams[name] = grams[name] + (x.T @ x)
+                    parts.clear()
+        return grams
+
+    def advance(self, index: int, weights: Mapping[str, Array]) -> None:
+        """Carry the residual stream through a layer with these weights."""
+        for step, values in enumerate(self._run(index, weights, ())):
+            self._x[step] = values[self._layers[index].x_out]
+
+    def _run(self, index: int, weights: Mapping[str, Array], taps: Iterable[str]) -> Iterator[Mapping[str, Array]]:
+        """Step a layer over the text; yields its residual output and the tapped values, (B, …) each, by name."""
+        layer = self._layers[index]
+        outputs = list(dict.fromkeys((layer.x_out, layer.state_out, *taps)))
+        session = self._open((layer.x_in, layer.state_in, *layer.shared, *layer.weights), outputs)
+        spec = self._state[layer.state_in]
+        state: Array = np.zeros((len(self._tokens), *spec.shape[1:]), NUMPY_DTYPES[spec.dtype])
+        for x, shared in zip(self._x, self._shared, strict=True):
+            read = {name: shared[name] for name in layer.shared}
+            feeds = {layer.x_in: x, layer.state_in: state, **read, **weights}
+            results = dict(zip(outputs, session.run(outputs, feeds), strict=True))
+            state = results[layer.state_out]
+            yield results
+
+    def _run_preamble(self) -> tuple[list[Array], list[dict[str, Array]]]:
+        """Everything before the first layer: for each step its input, (B, D), and what layers share."""
+        first = self._layers[0].x_in
+        outputs = [first, *dict.fromkeys(name for layer in self._layers for name in layer.shared)]
+        inputs = [value.name for value in self._model.graph.inputs if value.name in ("tokens", "position")]
+        session = self._open([name for name in inputs if name], outputs)
+        steps = []
+        for step in range(self._tokens.shape[1]):
+            feeds = {"tokens": self._tokens[:, step : step + 1], "position": np.full(len(self._tokens), step, np.int64)}
+            steps.append(dict(zip(outputs, session.run(outputs, feeds), strict=True)))
+        return [values.pop(first) for values in steps], steps
+
+    def _open(self, inputs: Sequence[str], outputs: Sequence[str]):  # type: ignore[no-untyped-def]
+        """A session over the part of the graph between these values; other weights come from the file."""
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise MissingExtraError("onnxruntime", "cpu", "calibrating") from error
+        graph = ir.convenience.extract(self._model.graph, inputs, outputs)
+        for value in (*graph.inputs, *graph.outputs):
+            # Between layers flow float32 activations, whose type the exporter does not write down.
+            value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        # Steps of one layer are short: threads that spin between them would only take the cores from each other.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._folder))
+        part = ir.to_proto(ir.Model(graph, ir_version=self._model.ir_version))
+        return onnxruntime.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _layers(graph: ir.Graph) -> list[_Layer]:
+    """Cut a decode graph at the residual stream, by the names of its nodes: `layers.3.…`."""
+    nodes: dict[int, list[ir.Node]] = {}
+    for node in graph:
+        parts = _name(node).split(".")
+        if parts[0] == "layers":
+            nodes.setdefault(int(parts[1]), []).append(node)
+    found: list[_Layer] = []
+    for index in range(len(nodes)):
+        inside = set(nodes[index])
+        read = dict.fromkeys(value for node in nodes[index] for value in node.inputs if value is not None)
+        outside = [value for value in read if value.producer() not in inside]
+        flowing = [_name(value) for value in outside if not value.is_initializer()]
+        # Before the first layer stands the embedding: the only thing there that is as wide as the stream.
+        x_in = found[-1].x_out if found else _stream_input(nodes[0], flowing)
+        state_in = f"state.{index}"
+        found.append(
+            _Layer(
+                x_in=x_in,
+                x_out=_stream_output(nodes[index], inside),
+                state_in=state_in,
+                state_out=f"{state_in}_out",
+                shared=tuple(name for name in flowing if name not in (x_in, state_in)),
+                weights=tuple(_name(value) for value in outside if isinstance(value.const_value, ir.ExternalTensor)),
+                inputs_of={
+                    _name(node.inputs[1]): _name(node.inputs[0])
+                    for node in nodes[index]
+                    if node.op_type == "MatMul" and node.inputs[1] in outside
+                },
+            )
+        )
+    return found
+
+
+def _stream_input(nodes: Sequence[ir.Node], flowing: Sequence[str]) -> str:
+    """What the first layer adds its first result to, or scales and adds."""
+    addition = next(node for node in nodes if _name(node) == "layers.0.retention.residual")
+    value = addition.inputs[0]
+    while value is not None and value.name not in flowing:
+        producer = value.producer()
+        value = None if producer is None else producer.inputs[0]
+    return _name(value)
+
+
+def _stream_output(nodes: Sequence[ir.Node], inside: set[ir.Node]) -> str:
+    return next(
+        _name(value)
+        for node in nodes
+        for value in node.outputs
+        if not value.is_graph_output() and any(user not in inside for user in value.consumers())
+    )
+
+
+def _name(named: ir.Node | ir.Value | None) -> str:
+    assert named is not None
+    assert named.name is not None
+    return named.name

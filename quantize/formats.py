@@ -1,0 +1,175 @@
+"""Integer weights: symmetric, a scale for each output channel or for each block of inputs of an output channel.
+
+    weight[k, n] ≈ values[k, n] · scales[k // group_size, n]
+
+Rule: what this module rounds is what the file stores and what every runtime computes with. Scales are rounded to the
+element type of the file before the values are chosen, and the zero point is 0 (TensorRT knows no other).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+Matrix = NDArray[np.float32]
+Bits = Literal[4, 8]
+
+SMALLEST_SCALE = 2.0**-14
+"""The smallest normal float16; a weight below it is nothing beside the others of any model."""
+CHUNK_ELEMENTS = 1 << 20
+"""Weights searched at once: what fits in a cache, and bounds the memory of the search whatever the matrix."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the weights of a matrix are stored.
+
+    Attributes:
+        bits: 4 or 8.
+        group_size: inputs that share a scale; None: all inputs of an output.
+        scale: element type of the scales, which is that of the product's operands.
+    """
+
+    bits: Bits
+    group_size: int | None = None
+    scale: str = "float32"
+
+    @property
+    def name(self) -> str:
+        """As on the command line: "int8", "int4"."""
+        return f"int{self.bits}"
+
+    @property
+    def largest(self) -> int:
+        """The largest value; the smallest is one further from zero."""
+        return (1 << (self.bits - 1)) - 1
+
+    @property
+    def dtype(self) -> np.dtype[np.generic]:
+        """NumPy's type of stored values: one byte each in memory, packed in the file."""
+        return np.dtype(ml_dtypes.int4) if self.bits == 4 else np.dtype(np.int8)
+
+    @property
+    def scale_dtype(self) -> np.dtype[np.generic]:
+        return np.dtype(ml_dtypes.bfloat16) if self.scale == "bfloat16" else np.dtype(self.scale)
+
+    def group(self, inputs: int) -> int:
+        """Inputs that share a scale in a matrix of so many inputs."""
+        return self.group_size or inputs
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """One matrix as it is stored.
+
+    Attributes:
+        format: how.
+        values: int8 (inputs, outputs), within the range of the format.
+        scales: float32 (groups, outputs), exactly representable in the format's scale type.
+    """
+
+    format: Format
+    values: NDArray[np.int8]
+    scales: NDArray[np.float32]
+
+    def dequantized(self) -> Matrix:
+        """The weights that a runtime computes with, (inputs, outputs)."""
+        group = self.values.shape[0] // self.scales.shape[0]
+        return self.values.astype(np.float32) * np.repeat(self.scales, group, axis=0)
+
+    def relative_error(self, weight: Matrix) -> float:
+        """Root mean square error over the root mean square of the weights."""
+        return float(np.linalg.norm(self.dequantized() - weight) / max(float(np.linalg.norm(weight)), 1e-30))
+
+
+def round_to_nearest(weight: Matrix, form: Format, importance: NDArray[np.float32] | None = None) -> Quantized:
+    """Each weight to the nearest multiple of its scale; each scale with the least squared error.
+
+    Args:
+        weight: (inputs, outputs).
+        form: how to store it; its group size divides the inputs.
+        importance: (inputs,), the weight of each input's squared error; all alike when None.
+    """
+    inputs, outputs = weight.shape
+    group = form.group(inputs)
+    values = np.empty((inputs, outputs), np.int8)
+    scales = np.empty((inputs // group, outputs), np.float32)
+    weights = np.ones(inputs, np.float32) if importance is None else importance
+    for rows, columns in _chunks(inputs, outputs, group):
+        block = weight[rows, columns].reshape(-1, group, columns.stop - columns.start)  # (groups, group, outputs)
+        best = least_squares_scales(block, form, weights[rows].reshape(-1, group, 1))
+        scales[rows.start // group : rows.stop // group, columns] = best
+        values[rows, columns] = nearest(block, best[:, None], form).reshape(rows.stop - rows.start, -1)
+    return Quantized(form, values, scales)
+
+
+def nearest(weight: Matrix, scale: Matrix, form: Format) -> NDArray[np.int8]:
+    """weight / scale, rounded into the format's range."""
+    return np.asarray(np.clip(np.rint(weight / scale), -form.largest - 1, form.largest), np.int8)
+
+
+def least_squares_scales(block: Matrix, form: Format, importance: NDArray[np.float32]) -> Matrix:
+    """The scale of each group that loses least.
+
+    The error over scales has many local minima, so a grid is searched: from the scale that keeps the largest weight down to
+    one that clips it. The best of the grid is then refined: for fixed integers q, the best scale is ⟨w, q⟩ / ⟨q, q⟩.
+
+    Args:
+        block: weights (groups, group, outputs).
+        form: the format.
+        importance: (groups, group, 1).
+
+    Returns:
+        (groups, outputs), positive, representable in the format's scale type.
+    """
+    extreme = np.abs(block).max(axis=1)
+    extreme[extreme == 0] = 1.0
+    # Clipping pays where few steps are to be had: eight bits lose more by it than they win below 0.9.
+    shares = np.linspace(0.6, 1.0, 17) if form.bits == 4 else np.linspace(0.9, 1.0, 5)
+    best = _stored(extreme / form.largest, form)
+    error = _error(block, best, form, importance)
+    for share in shares[:-1]:
+        best, error = _better(best, error, _stored(extreme * np.float32(share / form.largest), form), block, form, importance)
+    for _ in range(2):
+        q = nearest(block, best[:, None], form).astype(np.float32)
+        weighted = q * importance
+        norm = (weighted * q).sum(axis=1)
+        refined = np.where(norm > 0, (weighted * block).sum(axis=1) / np.where(norm > 0, norm, 1), best)
+        best, error = _better(best, error, _stored(refined, form), block, form, importance)
+    return best
+
+
+def _better(
+    best: Matrix, error: Matrix, scale: Matrix, block: Matrix, form: Format, importance: NDArray[np.float32]
+) -> tuple[Matrix, Matrix]:
+    candidate = _error(block, scale, form, importance)
+    wins = candidate < error
+    return np.where(wins, scale, best), np.where(wins, candidate, error)
+
+
+def _error(block: Matrix, scale: Matrix, form: Format, importance: NDArray[np.float32]) -> Matrix:
+    rounded = np.clip(np.rint(block / scale[:, None]), -form.largest - 1, form.largest)
+    rounded *= scale[:, None]
+    rounded -= block
+    rounded *= rounded
+    rounded *= importance
+    return np.asarray(rounded.sum(axis=1), np.float32)
+
+
+def _stored(scale: Matrix, form: Format) -> Matrix:
+    """The scale as the file will hold it: of its type, positive and normal."""
+    return np.maximum(scale, SMALLEST_SCALE).astype(form.scale_dtype).astype(np.float32)
+
+
+def _chunks(inputs: int, outputs: int, group: int) -> Iterator[tuple[slice, slice]]:
+    """Blocks of whole groups that cover a matrix, each of about CHUNK_ELEMENTS."""
+    columns = min(outputs, max(1, CHUNK_ELEMENTS // group))
+    rows = group * max(1, CHUNK_ELEMENTS // (group * columns))
+    for row in range(0, inputs, rows):
+        for column in range(0, outputs, columns):
+            yield slice(row, min(row + rows, inputs)), slice(column, min(column + columns, outputs))

@@ -1,0 +1,321 @@
+"""Bundle in, smaller bundle out: matrices are quantized one after another, both graphs rewritten by one pass, files hashed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from retnet_export.quantize.formats import Bits, Format, Quantized
+from retnet_export.quantize.methods import METHODS, Awq, Gram, Method, RoundToNearest
+from retnet_export.runtime.bundle import MANIFEST, Bundle, open_bundle, record_files, write_manifest
+from retnet_export.runtime.errors import MissingExtraError, UserError
+from retnet_export.runtime.files import new_folder, sha256_of
+from retnet_export.runtime.manifest import Manifest, StateSpec
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from retnet_export.graph.weights_file import WeightsFile
+    from retnet_export.quantize.rewrite import Role
+    from retnet_export.quantize.store import MatrixStore
+
+WEIGHTS: Mapping[str, Bits] = {"int8": 8, "int4": 4}
+TABLES = ("int8", "int4", "keep")
+"""Formats of embedding and head; "keep" leaves the matrix as it is."""
+GROUP_SIZES = (16, 32, 64, 128, 256)
+DEFAULT_INT4_GROUP = 64
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """What `retnet-export quantize` decides.
+
+    Attributes:
+        weights: int8 or int4, of all matrices but embedding and head.
+        group_size: inputs that share a scale; None: all of an output for int8, 64 for int4.
+        method: rtn, gptq or awq, for the same matrices; embedding and head are rounded to nearest.
+        embedding, head: int8, int4 or keep; one and the same if the head is the embedding.
+        calibration: the text that gptq and awq need.
+        state: fp16, or None to leave it.
+    """
+
+    weights: str = "int4"
+    group_size: int | None = None
+    method: str = "rtn"
+    embedding: str = "int8"
+    head: str = "int8"
+    calibration: Path | None = None
+    state: str | None = None
+
+    def __post_init__(self) -> None:
+        choices: tuple[tuple[str, str, Iterable[str]], ...] = (
+            ("weights", self.weights, WEIGHTS),
+            ("method", self.method, METHODS),
+            ("embedding", self.embedding, TABLES),
+            ("head", self.head, TABLES),
+            ("state", self.state or "fp16", ("fp16",)),
+        )
+        for name, value, allowed in choices:
+            if value not in allowed:
+                raise UserError(f"--{name} is {value!r}, expected {' or '.join(allowed)}")
+        if self.group_size is not None and self.group_size not in GROUP_SIZES:
+            raise UserError(f"--group-size is {self.group_size}, expected {', '.join(map(str, GROUP_SIZES))}")
+        if METHODS[self.method].calibrated and self.calibration is None:
+            raise UserError(
+                f"--method {self.method} looks at activations: give it a text of the kind that the model is to continue, "
+                "--calibration FILE"
+            )
+        if not METHODS[self.method].calibrated and self.calibration is not None:
+            raise UserError(f"--method {self.method} takes no --calibration; choose gptq or awq")
+
+    def format_of(self, role: Role, scale: str) -> Format | None:
+        """The format of a matrix by what it is for; None: it stays as it is."""
+        if role == "weights":
+            bits = WEIGHTS[self.weights]
+            return Format(bits, self.group_size or (DEFAULT_INT4_GROUP if bits == 4 else None), scale)
+        chosen = self.head if role == "head" else self.embedding
+        if chosen == "keep":
+            return None
+        return Format(WEIGHTS[chosen], self.group_size or DEFAULT_INT4_GROUP if chosen == "int4" else None, scale)
+
+
+def quantize_bundle(
+    source: Bundle,
+    target: str | Path,
+    options: QuantizeOptions,
+    *,
+    force: bool = False,
+    progress: Progress = lambda stage, share: None,
+) -> Bundle:
+    """Write a quantized copy of a bundle.
+
+    Args:
+        source: a bundle with float weights.
+        target: the folder to make.
+        options: formats and methods.
+        force: replace an existing bundle.
+        progress: is told what goes on.
+
+    Raises:
+        UserError: the source is quantized already, options do not fit it, the calibration text is unfit, or the target cannot
+            be written; nothing is left behind.
+    """
+    try:
+        import onnx_ir as ir
+    except ImportError as error:
+        raise MissingExtraError("onnx-ir", "export", "quantizing") from error
+    from retnet_export.graph.retnet import graph_spec
+    from retnet_export.graph.weights_file import WeightsFile
+    from retnet_export.quantize.rewrite import matrices, quantize_graph, store_state_as_float16
+
+    _check_source(source, target, options)
+    manifest = source.manifest
+    graphs = {name: ir.load(source.file(spec.file)) for name, spec in manifest.graphs.items()}
+    plan = _plan(source, matrices(graphs["decode"]), graphs["decode"], options)
+    calibration = None if options.calibration is None else _calibration(source, options.calibration)
+    with new_folder(target, marker=MANIFEST, force=force) as folder:
+        with WeightsFile(folder / "weights.bin") as file:
+            job = _Quantization(source, graphs["decode"], plan, METHODS[options.method](), file, progress)
+            job.run(None if calibration is None else calibration.pop("tokens"))
+            for name, model in graphs.items():
+                quantize_graph(model, job.store.stored)
+                _move_weights(model, file, job.vectors)
+                if options.state == "fp16":
+                    store_state_as_float16(model, manifest.state)
+                ir.save(model, folder / manifest.graphs[name].file)
+            files = {file.name: file.record()}
+        if manifest.tokenizer is not None:
+            shutil.copyfile(source.file(manifest.tokenizer.file), folder / manifest.tokenizer.file)
+        specs = {
+            name: graph_spec(model, manifest.graphs[name].file, manifest.graphs[name].chunk_size) for name, model in graphs.items()
+        }
+        write_manifest(
+            folder,
+            replace(
+                manifest,
+                name=Path(target).name.removesuffix(".retnet"),
+                graphs=specs,
+                precision=replace(
+                    manifest.precision, weights=options.weights, state="float16" if options.state else manifest.precision.state
+                ),
+                state=_state_specs(manifest, options),
+                files=record_files(folder, files),
+                quantization={
+                    "weights": options.weights,
+                    "group_size": options.format_of("weights", "float32").group_size,  # type: ignore[union-attr]
+                    "method": options.method,
+                    "embedding": options.embedding,
+                    "head": options.head,
+                    "calibration": calibration,
+                    "relative_weight_error": job.errors,
+                    "source": {"name": manifest.name, "weights_sha256": manifest.files["weights.bin"].sha256},
+                },
+                # What was verified is the float bundle; how far this one is from it is what `evaluate` measures.
+                verification=None,
+            ),
+        )
+    return open_bundle(target, check_hashes=False)
+
+
+def with_evaluation(bundle: Bundle, evaluation: Mapping[str, object]) -> Bundle:
+    """The quantized bundle with what it cost written into its manifest."""
+    return bundle.with_manifest(quantization={**(bundle.manifest.quantization or {}), "evaluation": evaluation})
+
+
+def _check_source(source: Bundle, target: str | Path, options: QuantizeOptions) -> None:
+    manifest = source.manifest
+    if manifest.quantization is not None:
+        raise UserError(
+            f"{source.path}: quantized already ({manifest.precision.weights}); rounding twice only loses, "
+            "so give the bundle that `export` wrote"
+        )
+    if Path(target).resolve() == source.path.resolve():
+        raise UserError(f"{target}: the output is the input; choose another name")
+    config = manifest.model
+    if config.tied_embeddings and options.embedding != options.head:
+        raise UserError(
+            f"{source.path}: the head is the embedding, one matrix, so --embedding {options.embedding} and --head {options.head} "
+            "cannot differ"
+        )
+    if config.tied_embeddings and options.embedding == "int4":
+        raise UserError(
+            f"{source.path}: the head is the embedding, and no form of a four-bit matrix is fast for both; choose int8 or keep"
+        )
+    if options.embedding != "keep" and config.hidden_size % (32 // WEIGHTS[options.embedding]):
+        raise UserError(
+            f"{source.path}: width {config.hidden_size} is not a multiple of {32 // WEIGHTS[options.embedding]}, as "
+            f"--embedding {options.embedding} needs; choose --embedding keep"
+        )
+    if options.method == "awq" and config.post_norm:
+        raise UserError(f"{source.path}: in a post-norm model no norm stands before a matrix alone, as awq needs; choose gptq")
+    if options.calibration is not None and manifest.precision.compute == "bfloat16":
+        raise UserError(f"{source.path}: {options.method} runs the graph, which needs float32 or float16; export it so, or use rtn")
+    if options.state is not None and manifest.precision.state != "float32":
+        raise UserError(f"{source.path}: its state is {manifest.precision.state} already")
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """One matrix and what is to become of it."""
+
+    role: Role
+    format: Format
+
+
+def _plan(source: Bundle, found: Mapping[str, Role], decode: ir.Model, options: QuantizeOptions) -> dict[str, _Planned]:
+    from retnet_export.quantize.rewrite import check_groups
+
+    plan, shapes = {}, {}
+    for name, role in found.items():
+        tensor = decode.graph.initializers[name].const_value
+        assert tensor is not None
+        form = options.format_of(role, str(tensor.numpy().dtype))
+        if form is not None:
+            plan[name] = _Planned(role, form)
+            inputs, outputs = (int(size) for size in tensor.shape)  # type: ignore[arg-type]
+            if form.group_size is not None:
+                shapes[name] = (outputs, inputs) if role in ("embedding", "tied") else (inputs, outputs)
+    if not plan:
+        raise UserError(f"{source.path}: its graphs have no matrix to quantize")
+    group = options.group_size or DEFAULT_INT4_GROUP
+    check_groups(shapes, Format(4, group), f"{source.path}: --group-size")
+    return plan
+
+
+def _calibration(source: Bundle, path: Path) -> dict[str, Any]:
+    """The calibration text, and what the manifest says of it."""
+    from retnet_export.quantize.calibration import calibration_tokens
+    from retnet_export.runtime.model import load
+
+    tokens = calibration_tokens(load(source.path, check_hashes=False), path)
+    return {"file": path.name, "sha256": sha256_of(path), "sequences": tokens.shape[0], "length": tokens.shape[1], "tokens": tokens}
+
+
+class _Quantization:
+    """One run over all matrices of a bundle.
+
+    Attributes:
+        store: the quantized matrices.
+        vectors: norm weights and biases that have changed, by name.
+        errors: relative root mean square error of the weights, the mean over the matrices of each role.
+    """
+
+    def __init__(
+        self, source: Bundle, decode: ir.Model, plan: Mapping[str, _Planned], method: Method, file: WeightsFile, progress: Progress
+    ) -> None:
+        from retnet_export.quantize.store import MatrixStore
+
+        self._source, self._decode, self._plan, self._method, self._progress = source, decode, plan, method, progress
+        self.store: MatrixStore = MatrixStore(file)
+        self.vectors: dict[str, np.ndarray[Any, Any]] = {}
+        self._errors: dict[str, list[float]] = {}
+
+    @property
+    def errors(self) -> dict[str, float]:
+        return {role: float(np.mean(errors)) for role, errors in self._errors.items()}
+
+    def run(self, tokens: np.ndarray[Any, Any] | None) -> None:
+        """Quantize everything; layer by layer first where a calibration text says what flows into them."""
+        if tokens is not None:
+            self._run_layers(tokens)
+        for name in self._plan:
+            if name not in self.store.stored:
+                self._quantize(name, self._read(name), RoundToNearest(), None)
+
+    def _run_layers(self, tokens: np.ndarray[Any, Any]) -> None:
+        from retnet_export.quantize.calibration import LayerRunner
+        from retnet_export.quantize.folding import fold_input_scales
+
+        config = self._source.manifest.model
+        runner = LayerRunner(self._decode, self._source.path, tokens, self._source.manifest.state)
+        for index in range(runner.count):
+            weights = {name: self._read(name) for name in runner.weight_names(index)}
+            names = [name for name in weights if name in self._plan]
+            grams = runner.grams(index, weights, names)
+            if isinstance(self._method, Awq):
+                formats = {name: self._plan[name].format for name in names}
+                self.vectors |= fold_input_scales(config, f"layers.{index}", weights, grams, formats, self._method)
+            for name in names:
+                stored = weights[name]
+                quantized = self._quantize(name, stored.astype(np.float32), self._method, grams[name])
+                weights[name] = quantized.dequantized().astype(stored.dtype)
+            runner.advance(index, weights)
+
+    def _quantize(self, name: str, weight: np.ndarray[Any, Any], method: Method, gram: Gram | None) -> Quantized:
+        planned = self._plan[name]
+        weight = np.asarray(weight, np.float32)
+        if planned.role in ("embedding", "tied"):
+            weight = np.ascontiguousarray(weight.T)
+        quantized = method.quantize(weight, planned.format, gram)
+        self.store.put(name, planned.role, quantized)
+        self._errors.setdefault(planned.role, []).append(quantized.relative_error(weight))
+        self._progress("quantizing", len(self.store.stored) / len(self._plan))
+        return quantized
+
+    def _read(self, name: str) -> np.ndarray[Any, Any]:
+        tensor = self._decode.graph.initializers[name].const_value
+        assert tensor is not None
+        return np.array(tensor.numpy())
+
+
+def _move_weights(model: ir.Model, file: WeightsFile, changed: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    """Let every external tensor of a graph refer to the new weights file."""
+    import onnx_ir as ir
+
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and not file.holds(tensor):
+            moved = changed.get(name)
+            value.const_value = file.tensor(name, lambda moved=moved, tensor=tensor: tensor.numpy() if moved is None else moved)  # type: ignore[misc]
+
+
+def _state_specs(manifest: Manifest, options: QuantizeOptions) -> tuple[StateSpec, ...]:
+    if options.state is None:
+        return manifest.state
+    return tuple(replace(spec, dtype="float16") if spec.dtype == "float32" else spec for spec in manifest.state)

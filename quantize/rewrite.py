@@ -1,0 +1,252 @@
+"""The rewrite: float matrices of a bundle's graphs become integers and `DequantizeLinear`, standard ONNX, opset 21.
+
+    before   x ── MatMul ── y              after   x ───────────────────── MatMul ── y
+    W (K, N) ──┘                           W.int4 (K, N) ─ DequantizeLinear ─┘
+                                           W.scale (K/g, N) ──┘
+
+    before   x ── Gemm(transB) ── y        after   x ───────────────────────────────── MatMul ── y
+    E (V, D) ──┘                           E.int8 (V, D) ─ DequantizeLinear ─ Transpose ─┘
+                                           E.scale (V) ──────┘
+
+    before   E (V, D) ── Gather            after   rows of E as 32-bit words ─ Gather ─ digits ─ · scale
+    token ─────────┘                       token ──────────────────────────────┘
+
+ONNX Runtime fuses the first two into MatMulNBits; TensorRT keeps the integers. For the embedding no other form suits both:
+TensorRT takes no integer constant but before DequantizeLinear, and ONNX Runtime would dequantize all V rows for one token.
+So Gather reads 32-bit words, which are the very bytes of the int8 rows: a tied embedding stays one copy in the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from retnet_export.quantize.formats import Format
+from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.manifest import StateSpec
+
+OPSET = 21
+"""The first with four-bit integers and blocked DequantizeLinear."""
+
+Role = Literal["weights", "head", "embedding", "tied"]
+"""What a matrix is for; "tied" is an embedding that is the head, too."""
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """References into the weights file for one quantized matrix: what a product reads, what Gather reads, or both if tied.
+
+    Attributes:
+        format: its format.
+        values: integers, (K, N); of a tied embedding (V, D).
+        scales: (N,), or (K/g, N) in blocks; of a tied embedding (V,).
+        words: an embedding's rows as int32, (V, D·bits/32, 1); of a tied one the bytes of `values`.
+        row_scales: an embedding's scales, (V, 1), or (V, D/g, 1) in blocks; of a tied one the bytes of `scales`.
+    """
+
+    format: Format
+    values: ir.ExternalTensor | None = None
+    scales: ir.ExternalTensor | None = None
+    words: ir.ExternalTensor | None = None
+    row_scales: ir.ExternalTensor | None = None
+
+
+def matrices(model: ir.Model) -> dict[str, Role]:
+    """The matrices that can be quantized, by initializer name, in the order the graph meets them."""
+    found: dict[str, Role] = {}
+    for node in model.graph:
+        for name in _matrix_names(node):
+            role: Role = "embedding" if node.op_type == "Gather" else "head" if node.name == "head" else "weights"
+            found[name] = "tied" if {found.get(name), role} == {"embedding", "head"} else role
+    return found
+
+
+def _matrix_names(node: ir.Node) -> Sequence[str]:
+    position = {"MatMul": 1, "Gemm": 1, "Gather": 0}.get(node.op_type)
+    value = None if position is None else node.inputs[position]
+    if value is None or not isinstance(value.const_value, ir.ExternalTensor) or len(value.const_value.shape) != 2:
+        return ()
+    assert value.name is not None
+    return (value.name,)
+
+
+def quantize_graph(model: ir.Model, stored: Mapping[str, StoredMatrix]) -> None:
+    """Replace the float matrices named in `stored` by their integers, in place."""
+    model.graph.opset_imports[""] = max(OPSET, model.graph.opset_imports[""])
+    rewriter = _Rewriter(model.graph, stored)
+    for node in list(model.graph):
+        for name in _matrix_names(node):
+            if name in stored:
+                rewriter.replace(node, name)
+    for name in stored:
+        model.graph.initializers.pop(name, None)
+
+
+class _Rewriter:
+    """Nodes and initializers added to one graph; a matrix that two nodes read is dequantized once."""
+
+    def __init__(self, graph: ir.Graph, stored: Mapping[str, StoredMatrix]) -> None:
+        self._graph, self._stored = graph, stored
+        self._dequantized: dict[str, ir.Value] = {}
+
+    def replace(self, node: ir.Node, name: str) -> None:
+        if node.op_type == "Gather":
+            self._replace_gather(node, name)
+        elif node.op_type == "Gemm":
+            self._replace_gemm(node, name)
+        else:
+            node.replace_input_with(1, self._weight(node, name))
+
+    def _weight(self, before: ir.Node, name: str) -> ir.Value:
+        """W as floats, (K, N), from a DequantizeLinear that stands before the node `before`."""
+        if name not in self._dequantized:
+            stored = self._stored[name]
+            assert stored.values is not None
+            assert stored.scales is not None
+            inputs = [self._initializer(stored.values), self._initializer(stored.scales)]
+            # A scale for each row or column lies along the other axis than the blocks, which follow the inputs.
+            attributes = {"axis": 1} if len(stored.scales.shape) == 1 else {"axis": 0, "block_size": stored.format.group_size}
+            self._dequantized[name] = self._insert(before, "DequantizeLinear", inputs, f"{name}.dequantized", **attributes)
+        return self._dequantized[name]
+
+    def _replace_gemm(self, node: ir.Node, name: str) -> None:
+        """x · Eᵀ for the tied head: rows of E are outputs, so its scales lie along axis 0."""
+        stored = self._stored[name]
+        assert stored.values is not None
+        assert stored.scales is not None
+        inputs = [self._initializer(stored.values), self._initializer(stored.scales)]
+        rows = self._insert(node, "DequantizeLinear", inputs, f"{name}.dequantized", axis=0)
+        columns = self._insert(node, "Transpose", [rows], f"{name}.transposed", perm=[1, 0])
+        self._take_over(node, "MatMul", [node.inputs[0], columns])
+
+    def _replace_gather(self, node: ir.Node, name: str) -> None:
+        """Rows of the table for `tokens`, from words of 32 bits: each word holds 4 int8 or 8 int4, lowest first.
+
+        A digit is (word mod 2^(bits·(i+1))) div 2^(bits·i), in int64 and so never negative; the table of digits knows which of
+        them stand for negative values.
+        """
+        stored, tokens = self._stored[name], node.inputs[1]
+        assert stored.words is not None
+        assert stored.row_scales is not None
+        assert tokens is not None
+        bits, lanes = stored.format.bits, 32 // stored.format.bits
+        lane = np.arange(lanes, dtype=np.int64)
+        digits = np.arange(1 << bits)
+        values = np.where(digits > stored.format.largest, digits - (1 << bits), digits).astype(stored.format.scale_dtype)
+        lead = [0] * _rank(tokens)
+        width = stored.words.shape.numpy()[1] * lanes
+        group = stored.format.group(width)
+
+        def insert(op_type: str, role: str, *inputs: ir.Value, **attributes: object) -> ir.Value:
+            return self._insert(node, op_type, inputs, f"{node.name}.{role}", **attributes)
+
+        def constant(array: NDArray[np.generic], role: str) -> ir.Value:
+            return self._initializer(ir.Tensor(array, name=f"{node.name}.{role}"))
+
+        words = insert("Gather", "words", self._initializer(stored.words), tokens, axis=0)
+        wide = insert("Cast", "words_int64", words, to=ir.DataType.INT64)
+        low = insert("Mod", "low_bits", wide, constant(1 << (bits * (lane + 1)), "above_lane"))
+        digit = insert("Div", "digits", low, constant(1 << (bits * lane), "lane"))
+        value = insert("Gather", "digit_values", constant(values, "value_of_digit"), digit, axis=0)
+        blocks = [*lead, width // group, group] if group < width else [*lead, width]
+        row = insert("Reshape", "row", value, constant(np.array(blocks), "row_blocks"))
+        scale = insert("Gather", "row_scale", self._initializer(stored.row_scales), tokens, axis=0)
+        if group == width:
+            self._take_over(node, "Mul", [row, scale])
+            return
+        scaled = insert("Mul", "row_scaled", row, scale)
+        self._take_over(node, "Reshape", [scaled, constant(np.array([*lead, width]), "row_shape")])
+
+    def _insert(
+        self, before: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], name: str, **attributes: object
+    ) -> ir.Value:
+        node = ir.node(op_type, inputs=list(inputs), attributes=attributes, name=name)  # type: ignore[arg-type]
+        node.outputs[0].name = name
+        self._graph.insert_before(before, node)
+        return node.outputs[0]
+
+    def _take_over(self, old: ir.Node, op_type: str, inputs: Sequence[ir.Value | None]) -> None:
+        """Replace `old` by a node of another type with the same name and output."""
+        output, name = old.outputs[0], old.outputs[0].name
+        node = ir.node(op_type, inputs=list(inputs), name=old.name)
+        node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = name, output.type, output.shape
+        self._graph.insert_before(old, node)
+        output.replace_all_uses_with(node.outputs[0], replace_graph_outputs=True)
+        self._graph.remove(old, safe=True)
+
+    def _initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
+        assert tensor.name is not None
+        if tensor.name not in self._graph.initializers:
+            value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)  # type: ignore[arg-type]
+            self._graph.register_initializer(value)
+        return self._graph.initializers[tensor.name]
+
+
+def _rank(value: ir.Value) -> int:
+    """How many axes the token ids have where the embedding reads them: decode squeezes them, prefill masks its padding."""
+    if value.shape is not None:
+        return len(value.shape)
+    producer = value.producer()
+    if producer is not None and producer.op_type == "Squeeze":
+        tokens, axes = producer.inputs
+        assert tokens is not None
+        assert axes is not None
+        assert axes.const_value is not None
+        return _rank(tokens) - int(axes.const_value.size)
+    if producer is not None and producer.op_type == "Where" and producer.inputs[1] is not None:
+        return _rank(producer.inputs[1])
+    raise ValueError(f"{value.name}: cannot tell the rank of the embedding's input")
+
+
+def store_state_as_float16(model: ir.Model, specs: Sequence[StateSpec]) -> None:
+    """Make float32 state inputs and outputs float16, with a Cast behind each input and before each output; in place."""
+    graph = model.graph
+    for spec in specs:
+        if spec.dtype != "float32":
+            continue
+        value = next(value for value in graph.inputs if value.name == spec.input)
+        up = ir.node("Cast", inputs=[value], attributes={"to": ir.DataType.FLOAT}, name=f"{spec.input}.float32")
+        up.outputs[0].name = f"{spec.input}.float32"
+        value.replace_all_uses_with(up.outputs[0])
+        up.replace_input_with(0, value)
+        value.type = ir.TensorType(ir.DataType.FLOAT16)
+        graph.insert_before(graph.node(0), up)
+
+        index = next(index for index, output in enumerate(graph.outputs) if output.name == spec.output)
+        old = graph.outputs[index]
+        old_shape = old.shape
+        old.name = f"{spec.output}.float32"
+        down = ir.node("Cast", inputs=[old], attributes={"to": ir.DataType.FLOAT16}, name=spec.output)
+        new = down.outputs[0]
+        new.name, new.type, new.shape = spec.output, ir.TensorType(ir.DataType.FLOAT16), old_shape
+        graph.append(down)
+        graph.outputs[index] = new
+
+
+def check_groups(shapes: Mapping[str, tuple[int, int]], form: Format, option: str) -> None:
+    """Refuse a group size that does not divide the inputs of every matrix.
+
+    Args:
+        shapes: (inputs, outputs) of the matrices, by name.
+        form: the format asked for.
+        option: how the user asked for it.
+
+    Raises:
+        UserError: with the matrices it does not fit and the sizes that would.
+    """
+    group = form.group_size
+    if group is None:
+        return
+    wrong = {name: shape[0] for name, shape in shapes.items() if shape[0] % group}
+    if wrong:
+        fitting = [size for size in (16, 32, 64, 128, 256) if all(shape[0] % size == 0 for shape in shapes.values())]
+        shown = ", ".join(f"{name} has {inputs}" for name, inputs in list(wrong.items())[:4])
+        raise UserError(
+            f"{option} {group} does not divide the inputs of {len(wrong)} matrices ({shown}); weights are not padded: "
+            + (f"choose {', '.join(map(str, fitting))}" if fitting else "none of 16 to 256 fits, choose --weights int8")
+        )

@@ -1,0 +1,217 @@
+"""A quantized bundle computes what its integers say, is small, and keeps everything that is not a matrix."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import oracle
+import pytest
+import tiny
+
+from retnet_export.graph.blocks import rotated_projection_order
+from retnet_export.graph.weights import random_weights, retention_inputs
+from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
+from retnet_export.runtime.bundle import open_bundle
+from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.model import load
+from retnet_export.runtime.numerics import TOLERANCES, measure
+
+TOKENS = np.array([7, 3, 11, 0, 49, 8, 2, 33], np.int64)
+GROUP = 16
+
+
+def tensors_of(bundle, file):
+    """The constants of a graph by name."""
+    return {name: value.const_value for name, value in ir.load(bundle.file(file)).graph.initializers.items()}
+
+
+def dequantized_weights(bundle, config, weights):
+    """The canonical weights with every quantized matrix as the bundle's file has it."""
+    tensors = tensors_of(bundle, "decode.onnx")
+
+    def restored(name):
+        values = next(tensors[key].numpy() for key in (f"{name}.int8", f"{name}.int4") if key in tensors).astype(np.float32)
+        scales = tensors[f"{name}.scale"].numpy().astype(np.float32)
+        if name == "embedding.weight":
+            return values * scales[:, None]
+        return values * (scales if scales.ndim == 1 else np.repeat(scales, len(values) // len(scales), 0))
+
+    result = dict(weights)
+    for layer in (f"layers.{index}" for index in range(config.num_layers)):
+        parts = retention_inputs(config)
+        joined = np.empty((sum(parts.values()), config.hidden_size), np.float32)
+        joined[rotated_projection_order(config)] = restored(f"{layer}.retention.projections.weight").T
+        for name, rows in zip(parts, np.split(joined, np.cumsum(list(parts.values()))[:-1]), strict=True):
+            result[f"{layer}.retention.{name}.weight"] = rows
+        if config.ffn == "glu":
+            gate, up = np.split(restored(f"{layer}.ffn.gate_up.weight").T, 2)
+            result |= {f"{layer}.ffn.gate.weight": gate, f"{layer}.ffn.up.weight": up}
+        else:
+            result[f"{layer}.ffn.up.weight"] = restored(f"{layer}.ffn.up.weight").T
+        for name in ("retention.out", "ffn.down"):
+            result[f"{layer}.{name}.weight"] = restored(f"{layer}.{name}.weight").T
+    if config.tied_embeddings:
+        result["embedding.weight"] = restored("embedding.weight")
+        return result
+    result["head.weight"] = restored("head.weight").T
+    words = next(tensors[key] for key in tensors if key.startswith("embedding.weight.int")).numpy()[..., 0]
+    scales = tensors["embedding.weight.row_scale"].numpy()
+    if "embedding.weight.int8_words" in tensors:
+        result["embedding.weight"] = words.view(np.int8) * scales
+    else:
+        nibbles = np.stack([(words >> (4 * lane)) & 15 for lane in range(8)], -1).reshape(len(words), -1)
+        values = np.where(nibbles > 7, nibbles - 16, nibbles).astype(np.float32)
+        result["embedding.weight"] = values * np.repeat(scales[..., 0], values.shape[1] // scales.shape[1], 1)
+    return result
+
+
+def logits_without_fusion(bundle, tokens):
+    """Logits (T, V) of the decode graph as it is written: ONNX Runtime with every optimisation off."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(bundle.file("decode.onnx")), options, providers=["CPUExecutionProvider"])
+    types = {"float32": np.float32, "float16": np.float16, "int64": np.int64}
+    state = {spec.input: np.zeros((1, *spec.shape[1:]), types[spec.dtype]) for spec in bundle.manifest.state}
+    rows = []
+    for token in tokens:
+        names = [output.name for output in session.get_outputs()]
+        results = dict(zip(names, session.run(names, {"tokens": [[token]], **state}), strict=True))
+        state = {spec.input: results[spec.output] for spec in bundle.manifest.state}
+        rows.append(results["logits"][0])
+    return np.stack(rows)
+
+
+def stepped(bundle, tokens):
+    """Logits (T, V) through the runtime."""
+    session = load(bundle.path).session()
+    return np.stack([session.step([token])[0].copy() for token in tokens])
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_the_graph_computes_what_the_stored_integers_say(tmp_path, name, weights):
+    config = tiny.CONFIGS[name]
+    tables = "int8" if weights == "int8" or config.tied_embeddings else "int4"
+    options = QuantizeOptions(weights, group_size=GROUP, embedding=tables, head=tables)
+    quantized = quantize_bundle(tiny.bundle(tmp_path, config), tmp_path / "small.retnet", options)
+    expected = oracle.logits(config, dequantized_weights(quantized, config, random_weights(config)), TOKENS)
+    error = measure(logits_without_fusion(quantized, TOKENS), expected)
+    assert error.relative <= TOLERANCES["onnxruntime-float32"].relative
+    # Through the runtime, where ONNX Runtime rounds the other operand of fused products to eight bits as well.
+    assert measure(stepped(quantized, TOKENS), expected).relative <= TOLERANCES["onnxruntime-quantized"].relative
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_prefill_reads_the_same_weights_as_decode(tmp_path, weights):
+    quantized = quantize_bundle(
+        tiny.bundle(tmp_path, tiny.config()), tmp_path / "small.retnet", QuantizeOptions(weights, group_size=GROUP)
+    )
+    session = load(quantized.path).session()
+    logits = session.prefill(TOKENS[None], np.array([len(TOKENS)]))[0]
+    assert measure(logits, stepped(quantized, TOKENS)[-1]).relative <= TOLERANCES["onnxruntime-quantized"].relative
+    places = [
+        {tensor.offset for tensor in tensors_of(quantized, file).values() if isinstance(tensor, ir.ExternalTensor)}
+        for file in ("decode.onnx", "prefill.onnx")
+    ]
+    assert places[0] == places[1]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_bundle_with_reduced_products_keeps_them(tmp_path, precision):
+    quantized = quantize_bundle(
+        tiny.bundle(tmp_path, tiny.config(), precision=precision),
+        tmp_path / "small.retnet",
+        QuantizeOptions("int4", group_size=GROUP),
+    )
+    graph = ir.load(quantized.file("decode.onnx")).graph
+    scale = graph.initializers["layers.0.ffn.down.weight.scale"].const_value
+    assert scale.dtype == {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}[precision]
+    assert quantized.manifest.precision.compute == {"fp16": "float16", "bf16": "bfloat16"}[precision]
+
+
+def test_a_half_precision_state_is_read_and_written_by_both_graphs(tmp_path):
+    source = tiny.bundle(tmp_path, tiny.config())
+    options = QuantizeOptions("int8", state="fp16")
+    quantized = quantize_bundle(source, tmp_path / "small.retnet", options)
+    plain = quantize_bundle(source, tmp_path / "plain.retnet", QuantizeOptions("int8"))
+    assert quantized.manifest.state_bytes < 0.51 * plain.manifest.state_bytes
+    assert measure(stepped(quantized, TOKENS), stepped(plain, TOKENS)).relative < TOLERANCES["onnxruntime-float16"].relative
+    session = load(quantized.path).session()
+    logits = session.prefill(TOKENS[None], np.array([len(TOKENS)]))[0]
+    assert measure(logits, stepped(quantized, TOKENS)[-1]).relative < TOLERANCES["onnxruntime-quantized"].relative
+
+
+def test_kept_matrices_stay_as_they_are(tmp_path):
+    source = tiny.bundle(tmp_path, tiny.config())
+    quantized = quantize_bundle(source, tmp_path / "small.retnet", QuantizeOptions("int8", embedding="keep", head="keep"))
+    before, after = (ir.load(bundle.file("decode.onnx")).graph.initializers for bundle in (source, quantized))
+    for name in ("embedding.weight", "head.weight", "norm.weight"):
+        assert (before[name].const_value.numpy() == after[name].const_value.numpy()).all()
+
+
+def test_a_tied_embedding_is_one_copy_in_the_file(tmp_path):
+    config = tiny.config(tied_embeddings=True, vocab_size=4096)
+    quantized = quantize_bundle(tiny.bundle(tmp_path, config), tmp_path / "small.retnet", QuantizeOptions("int8"))
+    table = config.vocab_size * config.hidden_size
+    assert table < quantized.manifest.weights_bytes < 1.5 * table
+    initializers = ir.load(quantized.file("decode.onnx")).graph.initializers
+    matrix, words = (initializers[f"embedding.weight.int8{suffix}"].const_value for suffix in ("", "_words"))
+    assert (matrix.offset, matrix.length) == (words.offset, words.length)
+
+
+def test_the_manifest_records_what_was_done_and_forgets_the_verification(tmp_path):
+    source = tiny.bundle(tmp_path, tiny.config()).with_manifest(verification={"passed": True})
+    quantize_bundle(source, tmp_path / "small.retnet", QuantizeOptions("int4", group_size=GROUP))
+    manifest = open_bundle(tmp_path / "small.retnet").manifest
+    record = json.loads((tmp_path / "small.retnet" / "manifest.json").read_text())["quantization"]
+    assert (record["weights"], record["group_size"], record["method"], record["head"]) == ("int4", GROUP, "rtn", "int8")
+    assert manifest.precision.weights == "int4"
+    assert manifest.verification is None
+    assert manifest.provenance == source.manifest.provenance
+
+
+REFUSALS = [
+    ({"weights": "int3"}, "--weights is 'int3', expected int8 or int4"),
+    ({"group_size": 48}, "--group-size is 48, expected 16, 32, 64, 128, 256"),
+    ({"method": "gptq"}, "--method gptq looks at activations: give it a text of the kind that the model is to continue"),
+    ({"calibration": Path("x.txt")}, "--method rtn takes no --calibration"),
+    ({"state": "int8"}, "--state is 'int8', expected fp16"),
+    ({"embedding": "fp16"}, "--embedding is 'fp16', expected int8 or int4 or keep"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSALS, ids=[message[:30] for _, message in REFUSALS])
+def test_options_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(UserError) as refusal:
+        QuantizeOptions(**options)
+    assert message in str(refusal.value)
+
+
+UNFIT = [
+    (tiny.config(), {"group_size": 32}, "does not divide the inputs of 4 matrices (layers.0.retention.out.weight has 48"),
+    (tiny.config(tied_embeddings=True), {"group_size": 16, "head": "keep"}, "--embedding int8 and --head keep cannot differ"),
+    (
+        tiny.config(tied_embeddings=True),
+        {"group_size": 16, "head": "int4", "embedding": "int4"},
+        "no form of a four-bit matrix is fast",
+    ),
+    (tiny.config(hidden_size=30, ffn_size=32, head_value_dim=16), {"weights": "int8"}, "width 30 is not a multiple of 4"),
+]
+
+
+@pytest.mark.parametrize(("config", "options", "message"), UNFIT, ids=[message[:30] for *_, message in UNFIT])
+def test_options_that_do_not_fit_the_model_are_refused_and_leave_nothing(tmp_path, config, options, message):
+    source = tiny.bundle(tmp_path, config)
+    with pytest.raises(UserError) as refusal:
+        quantize_bundle(source, tmp_path / "small.retnet", QuantizeOptions(**options))
+    assert message in str(refusal.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.retnet"]
+
+
+def test_a_quantized_bundle_is_not_quantized_again(tmp_path):
+    quantized = quantize_bundle(tiny.bundle(tmp_path, tiny.config()), tmp_path / "small.retnet", QuantizeOptions("int8"))
+    with pytest.raises(UserError, match=r"quantized already \(int8\); rounding twice only loses"):
+        quantize_bundle(quantized, tmp_path / "smaller.retnet", QuantizeOptions("int4", group_size=GROUP))
+    assert not (tmp_path / "smaller.retnet").exists()
