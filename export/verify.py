@@ -156,10 +156,11 @@ def compare(
     rows = np.arange(len(reference))
     margin = reference[rows, theirs] - reference[rows, mine]
     differs = mine != theirs
-    # Both logits may be off by the position's error, so a margin of twice the error decides nothing.
-    tied = differs & (margin <= 2 * per_position)
-    wrong = tuple(int(index) for index in np.flatnonzero(differs & ~tied))
     tolerance = TOLERANCES[tolerance_name]
+    # Both logits may be off by the position's error, so a margin of twice that error decides nothing; but an error beyond
+    # the tolerance is no excuse.
+    tied = differs & (margin <= 2 * np.minimum(per_position, tolerance.relative * reference.std()))
+    wrong = tuple(int(index) for index in np.flatnonzero(differs & ~tied))
     return Verification(
         tokens=len(reference),
         source=source,

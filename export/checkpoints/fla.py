@@ -12,6 +12,7 @@ from typing import Literal, cast
 from retnet_export.export.checkpoints.base import HUGGING_FACE_FIELDS, Checkpoint, Fields, Stored, make_checkpoint
 from retnet_export.export.checkpoints.files import Found
 from retnet_export.runtime.config import ModelConfig
+from retnet_export.runtime.errors import UserError
 
 ACTIVATIONS = {"swish": "silu", "silu": "silu"}
 HARMLESS = HUGGING_FACE_FIELDS | {
@@ -54,6 +55,8 @@ def read(found: Found) -> Checkpoint:
     Raises:
         UserError: a field is missing or unusable, or the tensors are not those that the configuration describes.
     """
+    if not found.settings:
+        raise UserError(f"{found.path}: no config.json beside the weights; copy the whole checkpoint folder")
     fields = Fields(found)
     config = model_config(fields)
     fields.warn_of_others(HARMLESS)
@@ -73,7 +76,7 @@ def read(found: Found) -> Checkpoint:
 
 
 def model_config(fields: Fields) -> ModelConfig:
-    """fla's RetNetConfig as ours; defaults are fla's.
+    """fla's RetNetConfig as ours; defaults are fla's, but the sizes that every saved config.json holds are required.
 
     Raises:
         UserError: a field is missing, or asks for something that is no plain RetNet.
@@ -85,14 +88,14 @@ def model_config(fields: Fields) -> ModelConfig:
         "some layers are softmax attention, whose cache grows with the text; only models of retention alone are exported",
     )
     fields.refuse("attnres_block_size", None, "attention over residuals is not exported; train without attnres_block_size")
-    hidden_size, heads = fields.integer("hidden_size", 2048), fields.integer("num_heads", 8)
+    hidden_size, heads = fields.integer("hidden_size"), fields.integer("num_heads")
     ratio = fields.number("hidden_ratio", 2)
     default_ffn = 256 * -(-int(hidden_size * ratio * 2 / 3) // 256)
     eps = fields.number("norm_eps", 1e-6)
     return ModelConfig(
-        vocab_size=fields.integer("vocab_size", 32000),
+        vocab_size=fields.integer("vocab_size"),
         hidden_size=hidden_size,
-        num_layers=fields.integer("num_hidden_layers", 24),
+        num_layers=fields.integer("num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=fields.integer("num_kv_heads", heads),
         head_key_dim=round(hidden_size * fields.number("expand_k", 1.0)) // max(heads, 1),
