@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from retnet_export.runtime.bundle import Bundle
 from retnet_export.runtime.engines import (
@@ -35,6 +35,9 @@ from retnet_export.runtime.files import sha256_of_bytes, write_atomically
 from retnet_export.runtime.manifest import FileRecord, GraphSpec
 from retnet_export.runtime.plan.preflight import check_build
 from retnet_export.runtime.tensorrt_api import TARGETS, load_module, make_logger, version_of
+
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 Progress = Callable[[str, float], None]
 MAX_CANDIDATES = 3840
@@ -224,11 +227,12 @@ def _build(
     module: Any, bundle: Bundle, plan: _Plan, capabilities: Sequence[str], options: CompileOptions, progress: Progress
 ) -> _Built:
     logger = make_logger(module)
-    builder = module.Builder(logger)
+    # TensorRT-RTX's classes are those of TensorRT, so that the type stubs of the one check our calls of both.
+    builder: trt.Builder = module.Builder(logger)
     network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     graph = bundle.manifest.graphs[plan.graph]
     path = bundle.file(graph.file)
-    parser = module.OnnxParser(network, logger)
+    parser: trt.OnnxParser = module.OnnxParser(network, logger)
     if not parser.parse_from_file(str(path)):
         raise UserError(_parser_message(path, parser, options.target, module.__version__))
     if options.candidates:
@@ -239,9 +243,10 @@ def _build(
     if options.workspace_mb is not None:
         config.set_memory_pool_limit(module.MemoryPoolType.WORKSPACE, options.workspace_mb << 20)
     if TARGETS[options.target].capabilities is not None:
-        config.num_compute_capabilities = len(capabilities)
+        rtx_config: Any = config  # which has these two members more
+        rtx_config.num_compute_capabilities = len(capabilities)
         for index, capability in enumerate(capabilities):
-            config.set_compute_capability(getattr(module.ComputeCapability, f"SM{capability.replace('.', '')}"), index)
+            rtx_config.set_compute_capability(getattr(module.ComputeCapability, f"SM{capability.replace('.', '')}"), index)
     for profile in plan.profiles:
         config.add_optimization_profile(_profile(builder, graph, profile, options.max_batch))
     cache = _load_timing_cache(config, options.timing_cache)
@@ -258,12 +263,12 @@ def _build(
     return _Built(memoryview(serialized), sum(weights), tuple(activations[: len(plan.profiles)]))
 
 
-def _profile(builder: Any, graph: GraphSpec, profile: _Profile, max_batch: int) -> Any:
+def _profile(builder: trt.Builder, graph: GraphSpec, profile: _Profile, max_batch: int) -> trt.IOptimizationProfile:
     """Sizes left open in the graph are the batch, on the first axis, and the tokens, on the second."""
     result = builder.create_optimization_profile()
     typical_batch = max_batch if profile.role == "decode" else 1
 
-    def shape(sizes: tuple[int, ...], batch: int, tokens: int) -> tuple[int, ...]:
+    def shape(sizes: tuple[int, ...], batch: int, tokens: int) -> Any:  # a tuple is taken as a Dims
         return tuple(size if size != -1 else batch if axis == 0 else tokens for axis, size in enumerate(sizes))
 
     for spec in graph.inputs:
@@ -276,7 +281,7 @@ def _profile(builder: Any, graph: GraphSpec, profile: _Profile, max_batch: int) 
     return result
 
 
-def _add_candidates(module: Any, network: Any, count: int) -> None:
+def _add_candidates(module: Any, network: trt.INetworkDefinition, count: int) -> None:
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
     logits = next(tensor for tensor in outputs if tensor.name == "logits")
     layer = network.add_topk(logits, module.TopKOperation.MAX, count, 1 << 1)  # axis 1 of (B, V)
@@ -287,7 +292,7 @@ def _add_candidates(module: Any, network: Any, count: int) -> None:
         network.mark_output(tensor)
 
 
-def _parser_message(path: Path, parser: Any, target: str, version: str) -> str:
+def _parser_message(path: Path, parser: trt.OnnxParser, target: str, version: str) -> str:
     faults = [parser.get_error(index) for index in range(parser.num_errors)]
     shown = [
         f"node {fault.node_name() or fault.node()} ({fault.node_operator() or 'no operator'}): {fault.desc()}"
@@ -308,7 +313,7 @@ def _last(errors: Sequence[str]) -> str:
     return errors[-1] if errors else "it gave no reason"
 
 
-def _load_timing_cache(config: Any, path: Path | None) -> Any:
+def _load_timing_cache(config: trt.IBuilderConfig, path: Path | None) -> trt.ITimingCache | None:
     if path is None:
         return None
     try:

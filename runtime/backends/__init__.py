@@ -6,7 +6,7 @@ from retnet_export.runtime.backends.base import Backend
 from retnet_export.runtime.bundle import Bundle
 from retnet_export.runtime.errors import UserError
 
-NAMES = ("auto", "onnxruntime")
+NAMES = ("auto", "onnxruntime", "tensorrt", "tensorrt-rtx")
 
 
 def open_backend(name: str, bundle: Bundle, threads: int | None = None, low_memory: bool | None = None) -> Backend:
@@ -17,6 +17,10 @@ def open_backend(name: str, bundle: Bundle, threads: int | None = None, low_memo
     """
     if name not in NAMES:
         raise UserError(f"no backend {name!r}; there are {', '.join(NAMES)}")
+    if name in ("tensorrt", "tensorrt-rtx"):
+        from retnet_export.runtime.backends.tensorrt import TensorRtBackend
+
+        return TensorRtBackend(bundle, name)
     from retnet_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(bundle, threads, low_memory)

@@ -1,0 +1,275 @@
+"""TensorRT: engines that `compile` made, with state and logits on the GPU from the first token to the last.
+
+Rules. No address is bound to a state input and a state output at once: two sets of state buffers change roles each step. What
+crosses to the host in a step is a token in and a few candidates out, through pinned memory; the logits cross when asked for.
+The host waits once per token, when it looks at the candidates. A step is one CUDA graph, one for each of the two directions
+between the buffer sets; it is captured after the direction has run once, because TensorRT may allocate when shapes are new.
+
+    step, even:  tokens -> device;  engine: state 0 -> state 1;  candidates -> host
+    step, odd:   tokens -> device;  engine: state 1 -> state 0;  candidates -> host
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retnet_export.runtime import cuda
+from retnet_export.runtime.backends.base import NUMPY_DTYPES, State, initial_state, top_of
+from retnet_export.runtime.bundle import Bundle
+from retnet_export.runtime.engines import TOP_LOGITS, TOP_TOKENS, EnginePart, EngineRecord, Role, find_engine, map_engine
+from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.manifest import Manifest, StateSpec
+from retnet_export.runtime.tensorrt_api import load_module, make_logger
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+
+class TensorRtError(RuntimeError):
+    """TensorRT refused a call that should have worked."""
+
+
+class TensorRtBackend:
+    """A compiled bundle on this machine's GPU.
+
+    Args:
+        bundle: the bundle; its folder `engines/` holds the engine.
+        target: "tensorrt" or "tensorrt-rtx".
+
+    Raises:
+        UserError: TensorRT or the GPU is missing, there is no engine for them, or it is of another bundle.
+    """
+
+    def __init__(self, bundle: Bundle, target: str = "tensorrt") -> None:
+        self.name = target
+        self.manifest: Manifest = bundle.manifest
+        self.module: Any = load_module(target)
+        device = cuda.device()
+        capability = f"{device.compute_capability[0]}.{device.compute_capability[1]}"
+        self.record: EngineRecord = find_engine(bundle, target, self.module.__version__, capability)
+        self.logger = make_logger(self.module)
+        self._runtime: trt.Runtime = self.module.Runtime(self.logger)
+        self._engines = {name: self._load(bundle, name) for name in self.record.files}
+        # One stream for everything: runs never overlap, so one block of scratch memory serves them all.
+        self.stream = cuda.Stream()
+        self.scratch = cuda.DeviceBuffer(
+            max(self.engine(part).get_device_memory_size_for_profile_v2(part.profile) for part in self.record.parts)
+        )
+
+    def _load(self, bundle: Bundle, name: str) -> trt.ICudaEngine:
+        with map_engine(bundle, self.record, name) as content:
+            engine: trt.ICudaEngine | None = self._runtime.deserialize_cuda_engine(content)
+        if engine is None:
+            reason = self.logger.errors[-1] if self.logger.errors else "it gave no reason"
+            raise UserError(
+                f"{bundle.path}: {self.name} {self.module.__version__} cannot load {name}: {reason}; "
+                f"compile again on this machine: retnet-export compile {bundle.path} --target {self.name}"
+            )
+        return engine
+
+    def engine(self, part: EnginePart) -> trt.ICudaEngine:
+        """The loaded engine of a part."""
+        return self._engines[part.file]
+
+    def open_stream(self, batch: int) -> TensorRtStream:
+        fixed = self.manifest.graphs["decode"].inputs[0].shape[0]
+        if not 1 <= batch <= self.record.max_batch or fixed not in (-1, batch):
+            expected = f"1 to {self.record.max_batch}" if fixed == -1 else str(fixed)
+            raise UserError(
+                f"{self.name}: asked for a batch of {batch}, the engine takes {expected}; compile it with --max-batch {batch}"
+            )
+        return TensorRtStream(self, batch)
+
+
+class TensorRtStream:
+    """Buffers, execution contexts and CUDA graphs of one batch of sequences."""
+
+    def __init__(self, backend: TensorRtBackend, batch: int) -> None:
+        self._backend, self.batch = backend, batch
+        self._stream = backend.stream
+        self._specs = {spec.input: spec for spec in backend.manifest.state}
+        self._state = tuple({name: cuda.DeviceBuffer(_bytes(spec, batch)) for name, spec in self._specs.items()} for _ in range(2))
+        self._side = 0
+        self._decode = _Inputs(backend, "decode", batch)
+        self._prefill: _Inputs | None = None  # made when a prompt of more than one token comes
+
+        vocab_size, candidates = backend.manifest.model.vocab_size, backend.record.candidates
+        self._logits = cuda.DeviceBuffer(4 * batch * vocab_size)
+        self._host_logits: NDArray[np.float32] | None = None
+        self._logits_current = False
+        self._top_logits, self._top_tokens = (cuda.DeviceBuffer(4 * batch * candidates) for _ in range(2))
+        self._host_top_logits = cuda.pinned((batch, candidates), np.float32)
+        self._host_top_tokens = cuda.pinned((batch, candidates), np.int32)
+
+        self._graphs: list[cuda.Graph | None] = [None, None]
+        self._warm = [False, False]
+        self._capturable = True
+        self._waiting = False  # whether the stream may still read or write host buffers
+        for slot in range(batch):
+            self.write_state(slot, initial_state(backend.manifest.state))
+
+    def step(self, tokens: NDArray[np.int64]) -> None:
+        self._wait()
+        self._decode.tokens[:, 0] = tokens
+        side = self._side
+        if self._graphs[side] is None and self._warm[side] and self._capturable:
+            self._capture(side)
+        graph = self._graphs[side]
+        if graph is not None:
+            self._stream.launch(graph)
+        else:
+            self._enqueue(self._decode, 1, side)
+            self._warm[side] = True
+        self._advanced()
+
+    def prefill(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
+        self._wait()
+        if self._prefill is None:
+            self._prefill = _Inputs(self._backend, "prefill", self.batch)
+        # Columns that are padding in every slot are not computed at all.
+        count = max(int(lengths.max()), 1)
+        self._prefill.set_tokens(tokens[:, :count], lengths)
+        self._enqueue(self._prefill, count, self._side)
+        self._advanced()
+
+    def logits(self) -> NDArray[np.float32]:
+        if self._host_logits is None:
+            self._host_logits = cuda.pinned((self.batch, self._backend.manifest.model.vocab_size), np.float32)
+        if not self._logits_current:
+            self._stream.copy_to_host(self._host_logits, self._logits)
+            self._waiting, self._logits_current = True, True
+        self._wait()
+        return self._host_logits
+
+    def top(self, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        if k > self._backend.record.candidates:
+            return top_of(self.logits(), k)
+        self._wait()
+        # TensorRT promises no order among equal logits; the protocol asks for that of their tokens.
+        order = np.lexsort((self._host_top_tokens, -self._host_top_logits), axis=-1)[:, :k]
+        tokens = np.take_along_axis(self._host_top_tokens, order, -1).astype(np.int64)
+        return tokens, np.take_along_axis(self._host_top_logits, order, -1)
+
+    def read_state(self, slot: int) -> State:
+        arrays: dict[str, NDArray[np.generic]] = {}
+        for name, spec in self._specs.items():
+            array = np.empty((1, *spec.shape[1:]), NUMPY_DTYPES[spec.dtype])
+            self._stream.copy_to_host(array, self._state[self._side][name], slot * array.nbytes)
+            arrays[name] = array
+        self._stream.synchronize()
+        return arrays
+
+    def write_state(self, slot: int, state: State) -> None:
+        for name, spec in self._specs.items():
+            array = np.ascontiguousarray(state[name], NUMPY_DTYPES[spec.dtype])
+            self._stream.copy_to_device(self._state[self._side][name], array, slot * array.nbytes)
+            self._stream.synchronize()  # the array may be gone after this turn of the loop
+
+    def _wait(self) -> None:
+        if self._waiting:
+            self._stream.synchronize()
+            self._waiting = False
+
+    def _advanced(self) -> None:
+        self._side = 1 - self._side
+        self._waiting, self._logits_current = True, False
+
+    def _capture(self, side: int) -> None:
+        try:
+            with self._stream.capture() as graph:
+                self._enqueue(self._decode, 1, side)
+        except (cuda.CudaError, TensorRtError) as error:
+            self._capturable = False
+            warnings.warn(f"no CUDA graphs here, each step is enqueued kernel by kernel: {error}", RuntimeWarning, stacklevel=3)
+        else:
+            self._graphs[side] = graph
+
+    def _enqueue(self, inputs: _Inputs, count: int, side: int) -> None:
+        """Everything a run does on the device, of `count` tokens per sequence, from the state of `side` to the other."""
+        inputs.upload(self._stream, count)
+        inputs.set_shapes(count)
+        before, after = self._state[side], self._state[1 - side]
+        addresses = {name: before[name].address for name in self._specs}
+        addresses |= {spec.output: after[name].address for name, spec in self._specs.items()}
+        addresses |= inputs.addresses() | {"logits": self._logits.address}
+        if self._backend.record.candidates:
+            addresses |= {TOP_LOGITS: self._top_logits.address, TOP_TOKENS: self._top_tokens.address}
+        inputs.run(addresses, self._stream)
+        if self._backend.record.candidates:
+            self._stream.copy_to_host(self._host_top_logits, self._top_logits)
+            self._stream.copy_to_host(self._host_top_tokens, self._top_tokens)
+
+
+class _Inputs:
+    """The execution context of decode or prefill, and what it reads beside the state: tokens, and in prefill their number."""
+
+    def __init__(self, backend: TensorRtBackend, role: Role, batch: int) -> None:
+        self._backend, self._batch = backend, batch
+        self.part = backend.record.part(role)
+        capacity = 1 if role == "decode" else self.part.max_tokens
+        self.tokens = cuda.pinned((batch, capacity), np.int64)
+        self._device_tokens = cuda.DeviceBuffer(self.tokens.nbytes)
+        self._host = self.tokens  # of the current count
+        self._lengths = cuda.pinned((batch,), np.int64)
+        self._lengths[:] = 1
+        self._device_lengths = cuda.DeviceBuffer(self._lengths.nbytes)
+        self._takes_length = self.part.graph == "prefill"
+        self._shaped: int | None = None
+        module = backend.module
+        engine = backend.engine(self.part)
+        self._context = engine.create_execution_context(module.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if self._context is None:
+            raise TensorRtError(f"no execution context: {_reason(backend)}")
+        self._context.set_device_memory(backend.scratch.address, backend.scratch.bytes)
+        if not self._context.set_optimization_profile_async(self.part.profile, backend.stream.handle):
+            raise TensorRtError(f"optimization profile {self.part.profile}: {_reason(backend)}")
+        backend.stream.synchronize()
+
+    def set_tokens(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
+        """Take a chunk of tokens (B, C) and how many are real (B,)."""
+        # The buffer is as wide as the largest chunk; a narrower one fills its beginning, so that it is contiguous.
+        self._host = self.tokens.reshape(-1)[: tokens.size].reshape(tokens.shape)
+        self._host[...] = tokens
+        self._lengths[:] = lengths
+
+    def upload(self, stream: cuda.Stream, count: int) -> None:
+        stream.copy_to_device(self._device_tokens, self._host)
+        if self._takes_length:
+            stream.copy_to_device(self._device_lengths, self._lengths)
+
+    def set_shapes(self, count: int) -> None:
+        """Tell TensorRT the sizes of this run, if they are not those of the last."""
+        if count == self._shaped:
+            return
+        for spec in self._backend.manifest.graphs[self.part.graph].inputs:
+            shape = tuple(size if size != -1 else self._batch if axis == 0 else count for axis, size in enumerate(spec.shape))
+            if not self._context.set_input_shape(spec.name, shape):
+                raise TensorRtError(f"input {spec.name} of shape {shape}: {_reason(self._backend)}")
+        self._shaped = count
+
+    def addresses(self) -> dict[str, int]:
+        """Device addresses of the inputs other than the state."""
+        tokens = {"tokens": self._device_tokens.address}
+        return tokens | {"length": self._device_lengths.address} if self._takes_length else tokens
+
+    def run(self, addresses: Mapping[str, int], stream: cuda.Stream) -> None:
+        """Bind and enqueue."""
+        for name, address in addresses.items():
+            if not self._context.set_tensor_address(name, address):
+                raise TensorRtError(f"tensor {name}: {_reason(self._backend)}")
+        if not self._context.execute_async_v3(stream.handle):
+            raise TensorRtError(f"the engine did not run: {_reason(self._backend)}")
+
+
+def _reason(backend: TensorRtBackend) -> str:
+    return backend.logger.errors[-1] if backend.logger.errors else "TensorRT gave no reason"
+
+
+def _bytes(spec: StateSpec, batch: int) -> int:
+    return batch * math.prod(spec.shape[1:]) * NUMPY_DTYPES[spec.dtype].itemsize
