@@ -129,7 +129,7 @@ def _run(
     jobs: list[_Job | None] = [None] * session.batch
     while True:
         tokens = np.zeros(session.batch, np.int64)
-        sampling_ms = 0.0
+        sampling_ms, made = 0.0, 0
         for slot in range(session.batch):
             # A prompt may end with its first token: go on until this slot has a token to read, or no prompt is left.
             while (job := jobs[slot] or _start(reader, after, session, slot, waiting, options, stats)) is not None:
@@ -137,17 +137,18 @@ def _run(
                 token = job.next_token(session, slot)
                 sampling_ms += 1e3 * (time.perf_counter() - began)
                 jobs[slot] = None if job.ended else job
+                made += token is not None
                 if token is not None and not job.ended:
                     tokens[slot] = token
                     break
                 yield job.completion
-        working = sum(job is not None for job in jobs)
-        if not working:
+        if not any(jobs):
+            stats.new_tokens += made
             return
         began = time.perf_counter()
         session.advance(tokens)
         graph_ms = 1e3 * (time.perf_counter() - began)
-        stats.add_step(graph_ms, sampling_ms, graph_ms + sampling_ms, working)
+        stats.add_step(graph_ms, sampling_ms, graph_ms + sampling_ms, made)
 
 
 @dataclass
