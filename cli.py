@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from retnet_export.commands.chat import chat
 from retnet_export.commands.common import Commands
 from retnet_export.commands.compare import compare
 from retnet_export.commands.compile import compile_
@@ -49,5 +50,5 @@ def _main(
 
 
 app.command("compile")(compile_)
-for command in (export, verify, quantize, evaluate, generate, inspect, compare, doctor, demo):
+for command in (export, verify, quantize, evaluate, generate, chat, inspect, compare, doctor, demo):
     app.command()(command)

@@ -73,6 +73,11 @@ class Session:
         return int(self._positions[0])
 
     @property
+    def tail(self) -> tuple[int, ...]:
+        """The last tokens read by the first sequence, which text joins on to."""
+        return tuple(self._tails[0])
+
+    @property
     def logits(self) -> Logits | None:
         """Float32 (B, V) after the last token read, valid until the next step; None at the start."""
         if self._restored is not None:
@@ -154,7 +159,7 @@ class Session:
         """
         if self.batch != 1:
             raise UserError(f"feed reads one sequence, this session has {self.batch}; use step")
-        tokens = self._checked(self._encode(text) if isinstance(text, str) else text)
+        tokens = self._checked(self.encode(text) if isinstance(text, str) else text)
         if not len(tokens):
             raise UserError("the prompt is empty: give at least one character")
         began = time.perf_counter()
@@ -169,6 +174,13 @@ class Session:
         if stats is not None:
             stats.add_prompt(len(tokens), time.perf_counter() - began)
         return len(tokens)
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens that `feed` would read, with the one that begins a text if nothing was read yet."""
+        tokenizer = self.model.tokenizer
+        tokens = tokenizer.encode(text)
+        start = tokenizer.spec.bos_id
+        return [start, *tokens] if self.position == 0 and start is not None else tokens
 
     def generate(self, options: Options | None = None, *, stats: Stats | None = None, **changes: Any) -> Iterator[str]:
         """Text piece by piece, whole characters only; lazy, and can be closed at any piece.
@@ -375,12 +387,6 @@ class Session:
         if outside.any():
             raise UserError(f"token {int(array[outside][0])} is not in the vocabulary of {self._vocab_size}")
         return array
-
-    def _encode(self, text: str) -> list[int]:
-        tokenizer = self.model.tokenizer
-        tokens = tokenizer.encode(text)
-        start = tokenizer.spec.bos_id
-        return [start, *tokens] if self.position == 0 and start is not None else tokens
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,178 @@
+"""`generate` and `chat` from the outside: what they print, save and refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from retnet_export.cli import app
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Path:
+    from retnet_export.export.checkpoints import open_checkpoint
+    from retnet_export.export.pipeline import export_bundle
+
+    path = tmp_path_factory.mktemp("text") / "classics.retnet"
+    export_bundle(open_checkpoint(ROOT / "examples" / "classics"), path)
+    return path
+
+
+def run(*arguments: object, text: str | None = None, code: int = 0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=text)
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result
+
+
+def generated(*arguments: object, **options) -> dict:
+    return json.loads(run("generate", *arguments, "--json", **options).stdout)
+
+
+def test_a_long_prompt_is_read_once_and_gone_on_from(bundle, tmp_path):
+    state, greedy = tmp_path / "prompt.state", ("--temperature", 0)
+    whole = generated(bundle, "--prompt", "In the beginning God created", "--max-new-tokens", 12, *greedy)
+    run("generate", bundle, "--prompt", "In the beginning", "--max-new-tokens", 0, "--save-state", state)
+    after = generated(bundle, "--load-state", state, "--prompt", " God created", "--max-new-tokens", 12, *greedy)
+    assert after["text"] == whole["text"]
+    assert after["stats"]["prompt_tokens"] < whole["stats"]["prompt_tokens"]
+
+
+def test_text_without_a_prompt_goes_on_from_the_saved_logits(bundle, tmp_path):
+    state, options = tmp_path / "prompt.state", ("--temperature", 0, "--max-new-tokens", 10)
+    expected = generated(bundle, "--prompt", "In the beginning", *options)["text"]
+    run("generate", bundle, "--prompt", "In the beginning", "--max-new-tokens", 0, "--save-state", state)
+    assert generated(bundle, "--load-state", state, *options)["text"] == expected
+
+
+def test_a_state_of_another_model_is_refused_before_anything_runs(bundle, tmp_path):
+    (tmp_path / "odd.state").write_bytes(b"nothing")
+    result = run("generate", bundle, "--load-state", tmp_path / "odd.state", code=1)
+    assert "odd.state: not a saved state" in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_state_that_cannot_be_saved_is_refused_before_the_prompt_is_read(bundle, tmp_path):
+    result = run("generate", bundle, "--prompt", "x", "--save-state", tmp_path / "absent" / "s", code=1)
+    assert "there is no folder" in result.stderr
+
+
+def test_many_prompts_give_a_json_line_each_equal_to_single_runs(bundle, tmp_path):
+    prompts = ["In the beginning", "O Romeo", "And it came to pass", "To be", "Sing, heavenly muse"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n\n")
+    options = ("--seed", 5, "--max-new-tokens", 10)
+    lines = run("generate", bundle, "--prompts", tmp_path / "prompts.txt", "--batch", 2, *options).stdout.splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [record["prompt"] for record in records] == prompts
+    for record in records:
+        single = generated(bundle, "--prompt", record["prompt"], "--max-new-tokens", 10, "--seed", record["seed"])
+        assert single["text"] == record["text"]
+
+
+def test_json_lines_bring_options_of_their_own(bundle, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('"In the beginning"\n{"prompt": "O Romeo", "max_new_tokens": 3, "temperature": 0, "stop": ["zzz"]}\n')
+    document = generated(bundle, "--prompts", file, "--max-new-tokens", 6, "--logprobs", 1)
+    first, second = document["completions"]
+    assert len(first["tokens"]) == 6
+    assert len(second["tokens"]) == 3
+    assert all(token["top"][0]["id"] == token["id"] for token in second["tokens"])
+    assert document["stats"]["new_tokens"] == 9
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{broken", "line 1: not valid JSON"),
+        ('"fine"\n{"prompt": 3}', "line 2.prompt: expected a string, found 3"),
+        ('{"text": "x"}', "line 1: unknown field 'text'"),
+        ('{"prompt": "x", "top_p": 7}', "top_p is 7.0"),
+        ("\n\n", "there is no prompt in it"),
+        ('""', "prompt 0: the prompt is empty"),
+    ],
+)
+def test_a_prompt_file_at_fault_is_refused_with_its_line(bundle, tmp_path, content, message):
+    (tmp_path / "prompts.jsonl").write_text(content)
+    assert message in run("generate", bundle, "--prompts", tmp_path / "prompts.jsonl", code=1).stderr.replace("\n", " ")
+
+
+def test_stats_name_every_figure(bundle):
+    arguments = ("generate", bundle, "--prompt", "In the beginning", "--max-new-tokens", 5)
+    printed = run(*arguments, "--stats").stderr
+    for name in ("first token", "prompt", "generated", "p50", "p95", "p99", "graph", "sampling", "state", "peak memory"):
+        assert name in printed
+    stats = generated(*arguments[1:])["stats"]
+    assert stats["new_tokens"] == 5
+    assert stats["peak_memory_bytes"] > stats["state_bytes"] > 0
+
+
+@pytest.mark.parametrize("bias", ["5", "x=1", "5=much"])
+def test_a_malformed_bias_is_refused(bundle, bias):
+    assert "expected ID=BIAS" in run("generate", bundle, "--prompt", "x", "--logit-bias", bias, code=1).stderr
+
+
+def test_a_bias_bans_a_token(bundle):
+    options = ("--prompt", "In the beginning", "--temperature", 0, "--max-new-tokens", 1, "--logprobs", 1)
+    best = generated(bundle, *options)["tokens"][0]["id"]
+    assert generated(bundle, *options, "--logit-bias", f"{best}=-inf")["tokens"][0]["id"] != best
+
+
+CHAT = ("--temperature", 0, "--max-new-tokens", 6)
+
+
+def test_a_chat_works_over_a_pipe(bundle, tmp_path):
+    lines = ["Who art thou?", f"/save {tmp_path / 'talk.state'}", "And whence?", "/rewind", "And whence?", "/stats", "/help"]
+    result = run("chat", bundle, *CHAT, text="\n".join(lines) + "\n")
+    assert "saved to" in result.stderr
+    assert "/fork" in result.stderr
+    assert "tokens/s" in result.stderr
+    loaded = run("chat", bundle, *CHAT, "--load-state", tmp_path / "talk.state", text="And whence?\n").stdout
+    assert result.stdout.endswith(loaded + loaded)
+
+
+def test_a_system_prompt_comes_before_and_reset_comes_back_to_it(bundle, tmp_path):
+    (tmp_path / "system.txt").write_text("ROMEO and JULIET.\n")
+    text = "Who art thou?\n/reset\nWho art thou?\n"
+    with_system = run("chat", bundle, *CHAT, "--system", tmp_path / "system.txt", text=text).stdout
+    half = len(with_system) // 2
+    assert with_system[:half] == with_system[half:]
+    assert with_system != run("chat", bundle, *CHAT, text=text).stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/nonsense", "no command /nonsense"),
+        ("/save", "/save needs a file"),
+        ("/load /absent/file", "/absent/file: "),
+        ("/rewind", "cannot take back 1 messages: 0 are kept"),
+        ("/rewind x", "expected a number"),
+        ("/switch 4", "no branch 4"),
+    ],
+)
+def test_a_command_at_fault_ends_a_piped_chat(bundle, line, message):
+    assert message in run("chat", bundle, text=line + "\nWho art thou?\n", code=1).stderr.replace("\n", " ")
+
+
+def test_interrupting_a_reply_keeps_the_conversation(bundle):
+    command = [sys.executable, "-c", "from retnet_export.cli import app; app()", "chat", str(bundle), "--max-new-tokens", "100000"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ) as chat:
+        chat.stdin.write(b"Who art thou?\n")
+        chat.stdin.flush()
+        said = os.read(chat.stdout.fileno(), 1)
+        time.sleep(0.2)
+        chat.send_signal(signal.SIGINT)
+        output, errors = chat.communicate(b"/rewind\n/quit\n", timeout=60)
+    assert chat.returncode == 0, errors
+    assert said + output
+    assert b"back to 0 tokens" in errors
