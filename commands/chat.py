@@ -62,8 +62,8 @@ def chat(
     low_memory: LowMemory = None,
 ) -> None:
     """Talk to a model: at a terminal, or a line of stdin a message. /help lists what can be done with the conversation."""
-    from retnet_export.commands.verify import read_text
     from retnet_export.runtime.conversation import Conversation
+    from retnet_export.runtime.files import read_text
     from retnet_export.runtime.generation import Options
     from retnet_export.runtime.model import load
 
