@@ -88,8 +88,8 @@ def test_the_paragraph_says_what_the_numbers_say():
     assert text.startswith(
         "At an empty context the RetNet takes 10.0 ms a token and the Transformer 8.0 ms: the RetNet is 1.25 times slower. "
         "At a context of 2,000 tokens it is 1.60 times as fast (10.0 ms against 16.0 ms); over these contexts its own time varied "
-        "by 0 %. It becomes faster at a context of about 500 tokens. The RetNet's state is 1.0 MB a sequence at any length; the cache "
-        "grows by 10.0 kB a token and is 20 times as large at 2,000 tokens; the state is smaller from 101 tokens on."
+        "by 0 %. It becomes faster at a context of about 500 tokens. The RetNet's state is 1.0 MB a sequence at any length; the "
+        "cache grows by 10.0 kB a token and is 20 times as large at 2,000 tokens; the state is smaller from 101 tokens on."
     )
     assert "perplexity" not in text
 
