@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retnet_export.commands.common import BackendName, BundlePath, Json, print_json, print_table, progress
+from retnet_export.commands.common import BackendName, BundlePath, Json, print_json, print_table, print_warning, progress, size
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.files import read_text
 
@@ -24,19 +24,46 @@ def verify(
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Compare at most so many positions.")] = 512,
     backend: BackendName = "auto",
+    by_layer: Annotated[
+        bool | None,
+        typer.Option(
+            "--by-layer/--whole",
+            help="A layer at a time, on ONNX Runtime, for models larger than memory; if not given, where memory is short.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare the bundle, stepped token by token, with the checkpoint's parallel form; the result goes into the manifest."""
     from retnet_export.export.checkpoints import open_checkpoint
-    from retnet_export.export.verify import verify as run
+    from retnet_export.export.verify import memory_needed, verify_by_layer
+    from retnet_export.export.verify import verify as verify_whole
+    from retnet_export.runtime.bundle import open_bundle
+    from retnet_export.runtime.doctor import available_memory
     from retnet_export.runtime.model import load
 
-    # A session for each graph, so that it is decode.onnx that steps.
-    model, opened = load(bundle, backend, low_memory=False), open_checkpoint(checkpoint)
+    on_cpu = backend in ("auto", "onnxruntime")
+    if by_layer and not on_cpu:
+        raise UserError(f"--by-layer runs on onnxruntime, not on {backend}; give one of the two")
+    checked, opened = open_bundle(bundle), open_checkpoint(checkpoint)
+    needed, available = memory_needed(checked), available_memory()
+    if by_layer is None:
+        by_layer = on_cpu and available is not None and needed > available
+        if by_layer:
+            print_warning(
+                f"the whole graphs would need up to {size(needed)} of memory, {size(available or 0)} are free: they are run a "
+                "layer at a time on onnxruntime; --whole insists"
+            )
+    passage = None if text is None else read_text(text)
     with progress("verify", quiet=as_json) as update:
-        result = run(model, opened, text=None if text is None else read_text(text), tokens=tokens, progress=update)
-    record = asdict(result) | {"backend": model.backend.name, "relative_error_by_position": result.drift()}
-    model.bundle.with_manifest(verification=record)
+        if by_layer:
+            name, result = "onnxruntime", verify_by_layer(checked, opened, text=passage, tokens=tokens, progress=update)
+        else:
+            # A session for each graph, so that it is decode.onnx that steps.
+            model = load(bundle, backend, low_memory=False, check_hashes=False)
+            name, result = model.backend.name, verify_whole(model, opened, text=passage, tokens=tokens, progress=update)
+    record = asdict(result) | {"backend": name, "relative_error_by_position": result.drift()}
+    checked.with_manifest(verification=record)
     if as_json:
         print_json(record)
     else:
@@ -66,6 +93,7 @@ def print_verification(bundle: Path, result: Verification) -> None:
         ("drift", f"{drift[0]:.1e} in the first eighth of the text, {drift[-1]:.1e} in the last"),
         ("prefill", f"{result.prefill_error.relative:.2e} after each chunk"),
         ("greedy", greedy),
+        *([("memory", "the graphs were run a layer at a time on onnxruntime; no other backend was")] if result.by_layer else []),
     ]
     if result.clamp_error is not None:
         rows.append(

@@ -12,8 +12,9 @@ the three forms agree wherever a sequence is cut.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
@@ -265,10 +266,14 @@ class RetNet(nn.Module):
         angles = self._angles(position, tokens.shape[1])
         x = self._embed(tokens)
         for layer in self._layers():
-            retention = partial(layer.retention.parallel, angles=angles, clamp_rows=clamp_rows)
-            x = self._residual(x, layer.retention_norm, retention)
-            x = self._residual(x, layer.ffn_norm, layer.ffn)
+            x = self._layer(layer, x, angles, clamp_rows)
         return self._logits(x)
+
+    def _layer(self, layer: Layer, x: Tensor, angles: Tensor, clamp_rows: bool) -> Tensor:
+        """One layer in parallel form, x (B, T, D)."""
+        retention = partial(layer.retention.parallel, angles=angles, clamp_rows=clamp_rows)
+        x = self._residual(x, layer.retention_norm, retention)
+        return self._residual(x, layer.ffn_norm, layer.ffn)
 
     def chunk(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """Read one chunk: logits (B, T, V) of tokens (B, T) after `state`, and the state after them."""
@@ -331,3 +336,48 @@ class RetNet(nn.Module):
             x = self.norm(x)
         weight = self.embedding.weight if self.head is None else self.head.weight
         return F.linear(x, weight)
+
+
+def parallel_by_layer(
+    config: ModelConfig,
+    read: ReadWeight,
+    tokens: Tensor,
+    clamps: Sequence[bool] = (True,),
+    progress: Callable[[float], None] = lambda share: None,
+) -> list[Tensor]:
+    """`RetNet.parallel` of a checkpoint in float32, with the weights of one layer in memory at a time.
+
+    The parallel form lends itself to this: each layer sees the whole text at once, and is not needed again.
+
+    Args:
+        config: the architecture.
+        read: reads a canonical weight.
+        tokens: int64 (B, T).
+        clamps: values of `clamp_rows`; all are computed in one pass over the weights.
+        progress: told the share done.
+
+    Returns:
+        Logits (B, T, V), one for each of `clamps`.
+    """
+    with torch.device("meta"):
+        model = RetNet(replace(config, num_layers=1)).eval()
+    (layer,) = model._layers()
+
+    def load(*prefixes: str) -> None:
+        """Bring in the weights of these names; those of any layer go into the only one."""
+        names = [name for name in weight_shapes(config) if name.startswith(prefixes)]
+        weights = {re.sub(r"^layers\.\d+", "layers.0", name): np.asarray(read(name), np.float32) for name in names}
+        model.load_state_dict({name: torch.from_numpy(w) for name, w in weights.items()}, strict=False, assign=True)
+
+    with torch.no_grad():
+        load("embedding")
+        angles = model._angles(torch.zeros(1, dtype=torch.int64), tokens.shape[1])
+        streams = [model._embed(tokens)] * len(clamps)
+        model.embedding.to("meta")
+        for index in range(config.num_layers):
+            load(f"layers.{index}.")
+            streams = [model._layer(layer, x, angles, clamp) for x, clamp in zip(streams, clamps, strict=True)]
+            progress((index + 1) / config.num_layers)
+        layer.to("meta")
+        load("norm.", "embedding.weight" if config.tied_embeddings else "head.")
+        return [model._logits(x) for x in streams]

@@ -7,17 +7,20 @@ positions are ties and are counted apart. Prefill then reads the same text, and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from retnet_export.export.checkpoints.base import Checkpoint
 from retnet_export.export.pipeline import Progress
+from retnet_export.graph.weights import weight_shapes
 from retnet_export.runtime.bundle import Bundle
 from retnet_export.runtime.errors import MissingExtraError, UserError
 from retnet_export.runtime.model import Model
 from retnet_export.runtime.numerics import TOLERANCES, Error, measure
+from retnet_export.runtime.text import Tokenizer
 
 PASSAGE = """\
 If music be the food of love, play on,
@@ -62,6 +65,7 @@ class Verification:
         prefill_error: of the logits after each chunk that prefill reads.
         clamp_error: with torchscale's score normalisation, the error against the parallel form with its row clamp, which no
             recurrent form has; None otherwise.
+        by_layer: whether the graphs were run a layer at a time.
         passed: both errors within tolerance and no disagreement.
     """
 
@@ -77,6 +81,7 @@ class Verification:
     prefill_error: Error
     clamp_error: Error | None
     passed: bool
+    by_layer: bool = False
 
     def drift(self) -> list[float]:
         """The largest relative error in each eighth of the text: it must not grow."""
@@ -104,36 +109,103 @@ def verify(
     Raises:
         UserError: bundle and checkpoint describe different models, or the text has fewer than two tokens.
     """
+    bundle = model.bundle
+    ids, source = _tokens(bundle, text, tokens)
+    references = _references(bundle, checkpoint, ids, progress)
+    session = model.session()
+    stepped = np.empty_like(references[0])
+    for position, token in enumerate(ids):
+        stepped[position] = session.step([int(token)])[0]
+        progress("stepping the graph", (position + 1) / len(ids))
+    prefilled = model.session()
+    after_chunk = []
+    for chunk in np.split(ids, _chunk_ends(bundle, len(ids))[:-1]):
+        prefilled.feed(chunk.tolist())
+        assert prefilled.logits is not None
+        after_chunk.append(prefilled.logits[0].copy())
+    return _judge(bundle, model.backend.name, references, stepped, np.stack(after_chunk), source)
+
+
+def verify_by_layer(
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    *,
+    text: str | None = None,
+    tokens: int = 512,
+    progress: Progress = lambda stage, share: None,
+) -> Verification:
+    """Like `verify`, with one layer of the checkpoint and one layer of each graph in memory at a time, on ONNX Runtime.
+
+    Every node and weight of both graphs is run. What it cannot show is how another backend computes them.
+
+    Args:
+        bundle: the bundle.
+        checkpoint: the checkpoint.
+        text, tokens, progress: as for `verify`.
+
+    Raises:
+        UserError: as `verify`.
+    """
+    from retnet_export.export.layerwise import logits_by_layer
+
+    ids, source = _tokens(bundle, text, tokens)
+    references = _references(bundle, checkpoint, ids, progress)
+    stepped = logits_by_layer(bundle, "decode", ids, progress=lambda share: progress("decode, layer by layer", share))
+    after_chunk = logits_by_layer(bundle, "prefill", ids, progress=lambda share: progress("prefill, layer by layer", share))
+    return replace(_judge(bundle, "onnxruntime", references, stepped, after_chunk, source), by_layer=True)
+
+
+def memory_needed(bundle: Bundle) -> int:
+    """Bytes that ONNX Runtime takes, at most, for both graphs of a bundle side by side on the CPU.
+
+    Each session packs the weights for itself, and turns those in half precision into float32.
+    """
+    manifest = bundle.manifest
+    if manifest.quantization is not None:
+        return 2 * manifest.weights_bytes
+    return 2 * 4 * sum(math.prod(shape) for shape in weight_shapes(manifest.model).values())
+
+
+def _references(
+    bundle: Bundle, checkpoint: Checkpoint, ids: NDArray[np.int64], progress: Progress
+) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+    """Logits (T, V) of the parallel form without the row clamp, and with it where the model has one."""
     try:
         import torch
     except ImportError as error:
         raise MissingExtraError("torch", "torch", "verifying against the parallel form") from error
-    from retnet_export.export.model import RetNet
+    from retnet_export.export.model import parallel_by_layer
 
-    bundle = model.bundle
     if checkpoint.config != bundle.manifest.model:
         raise UserError(f"{bundle.path} was not made from {checkpoint.path}: their model configurations differ")
-    ids, source = _tokens(model, text, tokens)
-    progress("parallel form", 0.0)
-    reference_model = RetNet.from_weights(checkpoint.config, checkpoint.read)
-    with torch.no_grad():
-        batch = torch.from_numpy(ids)[None]
-        reference = reference_model.parallel(batch, clamp_rows=False)[0].numpy()
-        clamped = reference_model.parallel(batch)[0].numpy() if checkpoint.config.score_norm else None
-    session = model.session()
-    actual = np.empty_like(reference)
-    for position, token in enumerate(ids):
-        actual[position] = session.step([int(token)])[0]
-        progress("stepping the graph", (position + 1) / len(ids))
-    prefilled = model.session()
-    chunk_size = bundle.manifest.graphs["prefill"].chunk_size
-    ends = [*range(chunk_size, len(ids), chunk_size), len(ids)]
-    after_chunk = np.empty((len(ends), reference.shape[1]), np.float32)
-    for row, end in enumerate(ends):
-        prefilled.feed(ids[chunk_size * row : end].tolist())
-        after_chunk[row] = prefilled.logits
-    prefill_error = measure(after_chunk, reference[np.array(ends) - 1])
-    return compare(actual, reference, prefill_error, source, tolerance_key(model.backend.name, bundle), clamped)
+    results = parallel_by_layer(
+        checkpoint.config,
+        checkpoint.read,
+        torch.from_numpy(ids)[None],
+        clamps=(False, True) if checkpoint.config.score_norm else (False,),
+        progress=lambda share: progress("parallel form", share),
+    )
+    plain, *clamped = (result[0].numpy() for result in results)
+    return plain, clamped[0] if clamped else None
+
+
+def _chunk_ends(bundle: Bundle, length: int) -> list[int]:
+    """Where prefill stops in a text of `length` tokens."""
+    size = bundle.manifest.graphs["prefill"].chunk_size
+    return [*range(size, length, size), length]
+
+
+def _judge(
+    bundle: Bundle,
+    backend: str,
+    references: tuple[NDArray[np.float32], NDArray[np.float32] | None],
+    stepped: NDArray[np.float32],
+    after_chunk: NDArray[np.float32],
+    source: str,
+) -> Verification:
+    reference, clamped = references
+    prefill_error = measure(after_chunk, reference[np.array(_chunk_ends(bundle, len(reference))) - 1])
+    return compare(stepped, reference, prefill_error, source, tolerance_key(backend, bundle), clamped)
 
 
 def tolerance_key(backend: str, bundle: Bundle) -> str:
@@ -177,12 +249,15 @@ def compare(
     )
 
 
-def _tokens(model: Model, text: str | None, most: int) -> tuple[NDArray[np.int64], str]:
-    manifest = model.bundle.manifest
-    if text is None and manifest.tokenizer is None:
+def _tokens(bundle: Bundle, text: str | None, most: int) -> tuple[NDArray[np.int64], str]:
+    spec = bundle.manifest.tokenizer
+    if spec is None:
+        if text is not None:
+            raise UserError(f"{bundle.path}: the bundle has no tokenizer, so it cannot read a text; verify it without --text")
         generator = np.random.default_rng(0)
-        return generator.integers(0, manifest.model.vocab_size, most, dtype=np.int64), "random tokens (the bundle has no tokenizer)"
-    ids = model.tokenizer.encode(PASSAGE if text is None else text)[:most]
+        random = generator.integers(0, bundle.manifest.model.vocab_size, most, dtype=np.int64)
+        return random, "random tokens (the bundle has no tokenizer)"
+    ids = Tokenizer(bundle.file(spec.file), spec).encode(PASSAGE if text is None else text)[:most]
     if len(ids) < 2:
         raise UserError(f"the text has {len(ids)} tokens, expected at least 2 to verify on")
     return np.array(ids, np.int64), "Twelfth Night 1.1 and Ruth 1" if text is None else "the given text"

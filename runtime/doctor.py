@@ -65,6 +65,12 @@ def _memory() -> str:
     return f"{int(total.split()[0]) / 2**20:.1f} GiB, {int(available.split()[0]) / 2**20:.1f} GiB available"
 
 
+def available_memory() -> int | None:
+    """Bytes that programs may still take, as the system estimates; None where it does not say."""
+    available = _field("/proc/meminfo", "MemAvailable")
+    return None if available is None else int(available.split()[0]) * 1024
+
+
 def _field(path: str, name: str) -> str | None:
     try:
         lines = Path(path).read_text().splitlines()
