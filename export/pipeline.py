@@ -123,7 +123,7 @@ def _write_graphs(folder: Path, checkpoint: Checkpoint, options: ExportOptions, 
         import onnx_ir as ir
     except ImportError as error:
         raise MissingExtraError("onnx-ir", "export", "exporting") from error
-    from retnet_export.export.fingerprint import Fingerprint
+    from retnet_export.export.reading import WeightReader
     from retnet_export.graph.decode import build_decode
     from retnet_export.graph.prefill import build_prefill
     from retnet_export.graph.retnet import graph_spec, state_specs
@@ -136,15 +136,15 @@ def _write_graphs(folder: Path, checkpoint: Checkpoint, options: ExportOptions, 
         nonlocal done
         done += 1
         progress("writing weights", done / total)
-        return fingerprint.read(name)
+        return reader.read(name)
 
     graphs = {}
-    with Fingerprint(checkpoint.read) as fingerprint, WeightsFile(folder / "weights.bin") as weights:
+    with WeightReader(config, checkpoint.read) as reader, WeightsFile(folder / "weights.bin") as weights:
         for name, build, chunk_size in (("decode", build_decode, 1), ("prefill", build_prefill, options.chunk)):
             graph = build(config, read, weights, PRECISIONS[options.precision], STATES[options.state], options.batch)
             ir.save(graph, folder / f"{name}.onnx")
             graphs[name] = graph_spec(graph, f"{name}.onnx", chunk_size)
-        files, checkpoint_sha256 = {weights.name: weights.record()}, fingerprint.sha256()
+        files, checkpoint_sha256 = {weights.name: weights.record()}, reader.sha256()
     state = state_specs(
         config.num_layers, config.num_heads, config.head_key_dim, config.head_value_dim, STATES[options.state], options.batch or -1
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import os
 import shutil
@@ -13,6 +14,8 @@ from pathlib import Path
 
 from retnet_export.runtime.errors import UserError
 
+PARTIAL = "partial"
+"""Part of the hidden name that a folder has while it is written."""
 STORAGE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
@@ -84,9 +87,11 @@ def new_folder(target: str | Path, *, marker: str, force: bool = False) -> Itera
             raise UserError(f"{target}: exists and is not a bundle, so --force does not replace it; choose another name")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.partial-"))
+        _remove_abandoned(target)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.{PARTIAL}-"))
     except OSError as error:
         raise UserError(f"{target}: cannot be written: {error.strerror} ({error.filename})") from error
+    lock = _lock(temporary)
     try:
         os.chmod(temporary, 0o755)
         try:
@@ -98,6 +103,29 @@ def new_folder(target: str | Path, *, marker: str, force: bool = False) -> Itera
         _replace_folder(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Take a folder's lock, which the system releases when this process ends, however it ends; None if another holds it."""
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what a process that was killed while it wrote `target` has left beside it; what another still writes stays."""
+    for folder in target.parent.glob(f".{glob.escape(target.name)}.{PARTIAL}-*"):
+        if folder.is_dir() and (lock := _lock(folder)) is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
 
 
 def _replace_folder(temporary: Path, target: Path) -> None:
