@@ -202,12 +202,10 @@ class _Line:
 def _read_prompts(path: Path, options: Options) -> Iterator[Prompt]:
     """Prompts line by line, without those that are blank; prompt i has the seed `seed + i` unless it brings its own."""
     from retnet_export.runtime.batching import Prompt
+    from retnet_export.runtime.files import read_text
     from retnet_export.runtime.schema import decode
 
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: the prompts cannot be read: {error}") from error
+    lines = read_text(path).splitlines()
     prompts: list[Prompt] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

@@ -19,11 +19,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.external_data import external_locations
 from retnet_export.runtime.files import sha256_of, write_atomically
 from retnet_export.runtime.manifest import FORMAT, FORMAT_VERSION, FileRecord, Manifest
 from retnet_export.runtime.schema import decode, encode
+from retnet_export.runtime.validation import check_manifest
 
 MANIFEST = "manifest.json"
+LARGEST_MANIFEST = 16 << 20
+"""Bytes; a real one has some ten thousand."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,8 @@ def open_bundle(path: str | Path, *, check_hashes: bool = True, progress: Callab
         progress: called with the number of bytes hashed since the last call.
 
     Raises:
-        UserError: it is not a bundle, or a file is missing, changed, truncated, linked from outside, or unlisted names climb
-            out of the folder.
+        UserError: it is not a bundle, its manifest contradicts itself, or a file is missing, changed, truncated, or outside
+            the folder, by its name, by a link, or as the place of a graph's weights.
     """
     path = Path(path)
     if not path.is_dir():
@@ -66,12 +70,19 @@ def open_bundle(path: str | Path, *, check_hashes: bool = True, progress: Callab
     manifest = _read_manifest(manifest_path)
     for name, record in manifest.files.items():
         _check_file(path, name, record, check_hashes, progress)
-    return Bundle(path, manifest)
+    bundle = Bundle(path, manifest)
+    _check_external_data(bundle)
+    return bundle
 
 
 def _read_manifest(path: Path) -> Manifest:
     try:
-        document = json.loads(path.read_bytes())
+        size = path.stat().st_size
+        if size > LARGEST_MANIFEST:
+            raise UserError(f"{path}: {size:,} bytes, a manifest has at most {LARGEST_MANIFEST:,}")
+        document = json.loads(path.read_bytes(), object_pairs_hook=_object, parse_constant=_refuse_constant)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); the bundle is damaged, export it again") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
@@ -82,62 +93,57 @@ def _read_manifest(path: Path) -> Manifest:
             "export the checkpoint again with this version"
         )
     manifest = decode(Manifest, document, str(path))
-    named = [(f"graphs.{name}.file", graph.file) for name, graph in manifest.graphs.items()]
-    if manifest.tokenizer is not None:
-        named.append(("tokenizer.file", manifest.tokenizer.file))
-    for where, name in named:
-        if name not in manifest.files:
-            raise UserError(f"{path}: {where} is {name!r}, which is not among the bundle's files")
-    for graph_name in ("decode", "prefill"):
-        if graph_name not in manifest.graphs:
-            raise UserError(f"{path}: the bundle has no {graph_name} graph; export the checkpoint again")
-    _check_state(path, manifest)
+    try:
+        check_manifest(manifest, MANIFEST)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     return manifest
 
 
-def _check_state(path: Path, manifest: Manifest) -> None:
-    for graph_name, graph in manifest.graphs.items():
-        inputs = {spec.name: spec for spec in graph.inputs}
-        outputs = {spec.name: spec for spec in graph.outputs}
-        if len(inputs) != len(graph.inputs) or len(outputs) != len(graph.outputs):
-            raise UserError(f"{path}: graph {graph_name!r} names an input or output twice")
-        for spec in manifest.state:
-            for kind, name, table in (("input", spec.input, inputs), ("output", spec.output, outputs)):
-                found = table.get(name)
-                if found is None or found.dtype != spec.dtype or found.shape != spec.shape:
-                    raise UserError(
-                        f"{path}: state {spec.input!r} is {spec.dtype}{list(spec.shape)}, but graph {graph_name!r} has "
-                        + (f"no {kind} {name!r}" if found is None else f"{kind} {name!r} as {found.dtype}{list(found.shape)}")
-                    )
-    config = manifest.model
-    expected = (config.num_heads, config.head_key_dim, config.head_value_dim)
-    layers = [spec for spec in manifest.state if spec.input.startswith("state.")]
-    if len(layers) != config.num_layers or any(spec.shape[1:] != expected for spec in layers):
-        raise UserError(
-            f"{path}: the state has {len(layers)} layers of shapes {sorted({spec.shape[1:] for spec in layers})} a sequence, "
-            f"the model configuration asks for {config.num_layers} of {expected}"
-        )
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; Python would let the last of two equal keys win, another reader the first."""
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} twice in one object")
+    return document
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _check_file(root: Path, name: str, record: FileRecord, check_hash: bool, progress: Callable[[int], None] | None) -> None:
-    relative = Path(name)
-    if relative.is_absolute() or ".." in relative.parts or name in ("", ".", MANIFEST) or "\\" in name or "\0" in name:
-        raise UserError(f"{root / MANIFEST}: the file name {name!r} is not a plain name inside the bundle")
-    path = root / relative
-    if not path.is_file():
-        raise UserError(f"{path}: missing; the manifest lists it, so the bundle is incomplete: copy or export it again")
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise UserError(f"{path}: a link that leaves the bundle; a bundle must hold its own files")
-    size = path.stat().st_size
-    if size != record.bytes:
-        raise UserError(
-            f"{path}: {size:,} bytes, the manifest says {record.bytes:,}; "
-            "the file is truncated or replaced: copy or export it again"
-        )
-    if check_hash and sha256_of(path, progress) != record.sha256:
-        raise UserError(
-            f"{path}: its SHA-256 is not the one in the manifest; the file is damaged or replaced: copy or export it again"
-        )
+    path = root / name
+    try:
+        if not path.is_file():
+            raise UserError(f"{path}: missing; the manifest lists it, so the bundle is incomplete: copy or export it again")
+        if not path.resolve().is_relative_to(root.resolve()):
+            raise UserError(f"{path}: a link that leaves the bundle; a bundle must hold its own files")
+        size = path.stat().st_size
+        if size != record.bytes:
+            raise UserError(
+                f"{path}: {size:,} bytes, the manifest says {record.bytes:,}; "
+                "the file is truncated or replaced: copy or export it again"
+            )
+        if check_hash and sha256_of(path, progress) != record.sha256:
+            raise UserError(
+                f"{path}: its SHA-256 is not the one in the manifest; the file is damaged or replaced: copy or export it again"
+            )
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _check_external_data(bundle: Bundle) -> None:
+    """The graphs' weights must be in files of the bundle, which have been checked."""
+    for graph in bundle.manifest.graphs.values():
+        path = bundle.file(graph.file)
+        try:
+            locations = external_locations(path.read_bytes())
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        if strange := sorted(locations - set(bundle.manifest.files)):
+            raise UserError(f"{path}: its weights are said to be in {strange[0]!r}, which is not among the bundle's files")
 
 
 def record_files(folder: Path, known: Mapping[str, FileRecord] | None = None) -> dict[str, FileRecord]:

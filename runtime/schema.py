@@ -92,7 +92,10 @@ def _decode_dataclass(kind: type, value: object, where: str) -> object:
             arguments[name] = _decode(hints[name], value[name], f"{where}.{name}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise UserError(f"{where}: the field {name!r} is missing")
-    return kind(**arguments)
+    try:
+        return kind(**arguments)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def _fault(where: str, expected: str, value: object) -> UserError:

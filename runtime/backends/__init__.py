@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from retnet_export.runtime.backends.base import Backend
-from retnet_export.runtime.bundle import Bundle
+from typing import TYPE_CHECKING
+
 from retnet_export.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from retnet_export.runtime.backends.base import Backend
+    from retnet_export.runtime.bundle import Bundle
 
 NAMES = ("auto", "onnxruntime", "tensorrt", "tensorrt-rtx")
 
