@@ -28,7 +28,7 @@ from retnet_export.export.checkpoints.base import Checkpoint
 from retnet_export.export.drift import Drift, measure_drift, references
 from retnet_export.export.model import RetNet
 from retnet_export.export.pipeline import DEFAULT_CHUNK, ExportOptions, export_bundle
-from retnet_export.runtime.session import load
+from retnet_export.runtime.model import load
 
 ROOT = Path(__file__).resolve().parent.parent
 STRETCH = 1000

@@ -17,7 +17,7 @@ from retnet_export.runtime.backends.base import Stream, initial_state, top_of
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.generation import Continuation, Generation, Options, Piece
 from retnet_export.runtime.sampling import Logits, Tokens
-from retnet_export.runtime.state import Snapshot, model_hash
+from retnet_export.runtime.state import Snapshot, first_broken_layer, model_hash
 from retnet_export.runtime.stats import Stats
 
 if TYPE_CHECKING:
@@ -368,14 +368,7 @@ class Session:
     def _check_finite(self, largest: np.floating[Any], slot: int) -> None:
         if np.isfinite(largest):
             return
-        state = self._stream.read_state(slot)
-        names = (spec.input for spec in self.model.bundle.manifest.state if not np.isfinite(state[spec.input]).all())
-        first = next(names, None)
-        where = (
-            "every layer's state is finite, so it arose after the last one or in the output head"
-            if first is None
-            else f"the first state that is not finite is {first!r}, of layer {first.rpartition('.')[2]}"
-        )
+        where = first_broken_layer(self._stream.read_state(slot))
         raise UserError(
             f"the logits after step {self._positions[slot]} are not finite ({largest}), so nothing was sampled: {where}. "
             "Reset the session, or restore it to before; if the bundle is fp16, export it with --precision fp32 or --state fp32"
@@ -387,10 +380,3 @@ class Session:
         if outside.any():
             raise UserError(f"token {int(array[outside][0])} is not in the vocabulary of {self._vocab_size}")
         return array
-
-
-def __getattr__(name: str) -> Any:
-    # Where these lived before they had modules of their own; to go once nothing imports them from here.
-    from retnet_export.runtime import model, stats
-
-    return getattr({"load": model, "Model": model, "Stats": stats}.get(name, model), name)

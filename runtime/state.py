@@ -33,6 +33,14 @@ def model_hash(manifest: Manifest) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
+def first_broken_layer(state: State) -> str:
+    """Where values that are not finite arose, as a clause: each layer passes them to the state of the next, not back."""
+    broken = next((name for name, array in state.items() if not np.isfinite(array).all()), None)
+    if broken is None:
+        return "every layer's state is finite, so it arose after the last one or in the output head"
+    return f"the first state that is not finite is {broken!r}, of layer {broken.rpartition('.')[2]}"
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """One sequence at one moment.
@@ -136,7 +144,9 @@ class Snapshot:
                     )
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except OSError as error:
-            raise UserError(f"{path}: the state cannot be read: {error.strerror or error}") from error
+            # safetensors puts the path behind its message
+            reason = error.strerror or str(error).removesuffix(f": {path}")
+            raise UserError(f"{path}: the state cannot be read: {reason}") from error
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a saved state, or a damaged one ({error}); save it again") from error
         if metadata.pop("sha256", None) != _checksum(metadata, tensors):

@@ -15,17 +15,10 @@ from typer.testing import CliRunner
 
 from retnet_export.cli import app
 
-ROOT = Path(__file__).parents[2]
 
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory) -> Path:
-    from retnet_export.export.checkpoints import open_checkpoint
-    from retnet_export.export.pipeline import export_bundle
-
-    path = tmp_path_factory.mktemp("text") / "classics.retnet"
-    export_bundle(open_checkpoint(ROOT / "examples" / "classics"), path)
-    return path
+@pytest.fixture
+def bundle(example_bundle) -> Path:
+    return example_bundle.path
 
 
 def run(*arguments: object, text: str | None = None, code: int = 0):

@@ -16,8 +16,8 @@ from retnet_export.export.drift import measure_drift, references  # noqa: E402
 from retnet_export.export.model import RetNet  # noqa: E402
 from retnet_export.export.pipeline import export_bundle  # noqa: E402
 from retnet_export.graph.weights import random_weights  # noqa: E402
+from retnet_export.runtime.model import load  # noqa: E402
 from retnet_export.runtime.numerics import TOLERANCES  # noqa: E402
-from retnet_export.runtime.session import load  # noqa: E402
 
 CLASSICS = Path(__file__).parents[2] / "examples" / "classics"
 LENGTH = 6_000

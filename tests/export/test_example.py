@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from retnet_export.runtime.model import load
 from retnet_export.runtime.numerics import TOLERANCES, measure
-from retnet_export.runtime.session import load
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "classics"
 

@@ -11,8 +11,8 @@ from conftest import EXAMPLE
 from retnet_export.export.checkpoints import open_checkpoint
 from retnet_export.export.verify import compare, verify
 from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.model import load
 from retnet_export.runtime.numerics import measure
-from retnet_export.runtime.session import load
 
 
 @pytest.fixture(scope="module")

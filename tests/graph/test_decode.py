@@ -9,8 +9,8 @@ import pytest
 import tiny
 
 from retnet_export.graph.weights import random_weights
+from retnet_export.runtime.model import load
 from retnet_export.runtime.numerics import TOLERANCES, measure
-from retnet_export.runtime.session import load
 
 CONFIGS = {**tiny.CONFIGS, "odd head sizes": tiny.config(num_heads=2, num_kv_heads=2, head_key_dim=6, head_value_dim=432)}
 

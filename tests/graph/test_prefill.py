@@ -14,8 +14,8 @@ from retnet_export.graph.decode import build_decode
 from retnet_export.graph.prefill import build_prefill
 from retnet_export.graph.weights import random_weights
 from retnet_export.graph.weights_file import WeightsFile
+from retnet_export.runtime.model import Model, load
 from retnet_export.runtime.numerics import TOLERANCES, measure
-from retnet_export.runtime.session import Model, load
 
 CHUNK = 16
 LONGEST = 3 * CHUNK

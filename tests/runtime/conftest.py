@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import tiny
 
 from retnet_export.runtime.model import Model, load
-
-EXAMPLE = Path(__file__).parents[2] / "examples" / "classics"
 
 
 @pytest.fixture(scope="session")
@@ -31,11 +27,6 @@ def other_model(tmp_path_factory) -> Model:
 
 
 @pytest.fixture(scope="session")
-def writer(tmp_path_factory) -> Model:
+def writer(example_bundle) -> Model:
     """The bundled model, which reads and writes text."""
-    from retnet_export.export.checkpoints import open_checkpoint
-    from retnet_export.export.pipeline import export_bundle
-
-    path = tmp_path_factory.mktemp("text") / "classics.retnet"
-    export_bundle(open_checkpoint(EXAMPLE), path)
-    return load(path, "onnxruntime", threads=1)
+    return load(example_bundle.path, "onnxruntime", threads=1)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+from conftest import EXAMPLE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,7 +11,7 @@ from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.manifest import TokenizerSpec
 from retnet_export.runtime.text import LONGEST_WAIT, StopStrings, Tokenizer
 
-TOKENIZER = Tokenizer(Path(__file__).parents[2] / "examples" / "classics" / "tokenizer.json", TokenizerSpec("tokenizer.json"))
+TOKENIZER = Tokenizer(EXAMPLE / "tokenizer.json", TokenizerSpec("tokenizer.json"))
 BYTES = {TOKENIZER._tokenizer.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
 
 

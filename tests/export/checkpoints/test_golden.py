@@ -16,8 +16,8 @@ import torch
 from retnet_export.export.checkpoints import open_checkpoint
 from retnet_export.export.model import RetNet
 from retnet_export.export.pipeline import export_bundle
+from retnet_export.runtime.model import load
 from retnet_export.runtime.numerics import TOLERANCES, measure
-from retnet_export.runtime.session import load
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 FOLDERS = sorted(path.parent for path in GOLDEN.glob("*/expected.npz"))

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import tiny
 
+from retnet_export.runtime.model import load
 from retnet_export.runtime.numerics import TOLERANCES, measure
-from retnet_export.runtime.session import load
 
 TOKENS = np.random.default_rng(3).integers(0, 50, 40, dtype=np.int64)
 
@@ -30,7 +30,7 @@ def test_one_session_for_both_graphs_gives_what_two_give(tmp_path, low_memory):
 
 RESIDENT = """
 import sys, numpy
-from retnet_export.runtime.session import load
+from retnet_export.runtime.model import load
 
 def resident(kind):
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/smaps_rollup") if line.startswith(kind))
