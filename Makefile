@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A CPU build of torch is enough here, and far smaller: set TORCH=torch where you want the default build.
 TORCH ?= torch==2.13.0
 
-.PHONY: help demo test check bench-decode clean
+.PHONY: help demo test check bench-decode bench-export clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,9 @@ check: $(VENV)/.installed  ## lint and types
 
 bench-decode: $(VENV)/.installed  ## decode speed on the CPU, bundled and random 148M model
 	$(BIN)/python benchmarks/decode.py
+
+bench-export: $(VENV)/.installed  ## memory and time of exporting a random 6.7B checkpoint (needs 40 GB in TMPDIR)
+	$(BIN)/python benchmarks/export_large.py --folder $${TMPDIR:-/tmp}/retnet-export-large
 
 clean:  ## remove what make made
 	rm -rf $(VENV) .cache build dist *.egg-info *.retnet

@@ -24,24 +24,19 @@ from retnet_export.runtime.files import sha256_of
 SLOW_EXPORT = """
 import sys, time
 import tiny
-from retnet_export.export import reading
 from retnet_export.export.checkpoints.base import Checkpoint
 from retnet_export.export.pipeline import export_bundle
 from retnet_export.graph.weights import random_weights
 
-reading.ELEMENTS_AHEAD = 0  # of a tiny model all would be read before any is written
 config = tiny.config()
-weights = random_weights(config)
-read = []
+checkpoint = Checkpoint(path=".", family="random", config=config, read=random_weights(config).__getitem__, files=())
 
-def slowly(name):
-    read.append(name)
-    if len(read) == 12:
+def stop_half_way(stage, share):
+    if share > 0.5:
         print("half of the weights are written", flush=True)
         time.sleep(60)
-    return weights[name]
 
-export_bundle(Checkpoint(path=".", family="random", config=config, read=slowly, files=()), sys.argv[1])
+export_bundle(checkpoint, sys.argv[1], progress=stop_half_way)
 """
 TESTS = Path(__file__).parents[1]
 
