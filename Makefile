@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A CPU build of torch is enough here, and far smaller: set TORCH=torch where you want the default build.
 TORCH ?= torch==2.13.0
 
-.PHONY: help demo test check bench-decode bench-export clean
+.PHONY: help demo test test-gpu check bench-decode bench-export bench-gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -31,6 +31,12 @@ check: $(VENV)/.installed  ## lint and types
 	# mypy needs the package under its name: the root folder is the package, whatever the clone is called.
 	mkdir -p .cache && ln -sfn $(CURDIR) .cache/retnet_export
 	cd .cache && MYPYPATH=. ../$(BIN)/mypy --config-file ../pyproject.toml -p retnet_export
+
+test-gpu: $(VENV)/.installed  ## tests on an NVIDIA GPU; they skip, and say why, where there is none
+	$(BIN)/pytest tests/gpu
+
+bench-gpu: $(VENV)/.installed  ## decode and prefill on an NVIDIA GPU against its memory bus (docs/gpu.md)
+	$(BIN)/python benchmarks/gpu.py
 
 bench-decode: $(VENV)/.installed  ## decode speed on the CPU, bundled and random 148M model
 	$(BIN)/python benchmarks/decode.py

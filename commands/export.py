@@ -17,6 +17,9 @@ def export(
     state: Annotated[str, typer.Option(help="Of the stored state: fp32 or fp16.")] = "fp32",
     batch: Annotated[int | None, typer.Option(help="A fixed batch; any if not given.", show_default=False)] = None,
     chunk: Annotated[int, typer.Option(help="The most tokens that prefill reads at once.")] = 128,
+    dialect: Annotated[
+        str, typer.Option(help="Of the graphs: portable, or onnxruntime-cuda, which ONNX Runtime runs faster on an NVIDIA GPU.")
+    ] = "portable",
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -24,7 +27,7 @@ def export(
     from retnet_export.export.checkpoints import open_checkpoint
     from retnet_export.export.pipeline import ExportOptions, export_bundle
 
-    options = ExportOptions(precision, state, batch, chunk)
+    options = ExportOptions(precision, state, batch, chunk, dialect)  # type: ignore[arg-type]  # checked there
     opened = open_checkpoint(checkpoint)
     with progress("export", quiet=as_json) as update:
         bundle = export_bundle(opened, output, options, force=force, progress=update)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from retnet_export.export.checkpoints.base import Checkpoint
 from retnet_export.graph.weights import weight_shapes
@@ -27,6 +27,8 @@ from retnet_export.runtime.manifest import (
 
 PRECISIONS: Mapping[str, Literal["float32", "float16", "bfloat16"]] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 STATES: Mapping[str, DType] = {"fp32": "float32", "fp16": "float16"}
+Dialect = Literal["portable", "onnxruntime-cuda"]
+DIALECT_NAMES = get_args(Dialect)
 DEFAULT_CHUNK = 128
 """Within 7 % of the fastest on two CPU cores, with the memory and the waste at the end of a prompt of the smaller."""
 Progress = Callable[[str, float], None]
@@ -42,15 +44,18 @@ class ExportOptions:
         state: of the stored state: fp32 or fp16.
         batch: a fixed batch size, or None for any.
         chunk: the most tokens per sequence that the prefill graph reads at once.
+        dialect: "portable", which every runtime reads, or the operators of one runtime: "onnxruntime-cuda".
     """
 
     precision: str = "fp32"
     state: str = "fp32"
     batch: int | None = None
     chunk: int = DEFAULT_CHUNK
+    dialect: Dialect = "portable"
 
     def __post_init__(self) -> None:
-        for name, value, choices in (("precision", self.precision, PRECISIONS), ("state", self.state, STATES)):
+        given = (("precision", self.precision, PRECISIONS), ("state", self.state, STATES), ("dialect", self.dialect, DIALECT_NAMES))
+        for name, value, choices in given:
             if value not in choices:
                 raise UserError(f"--{name} is {value!r}, expected {', '.join(choices)}")
         if self.batch is not None and self.batch < 1:
@@ -92,7 +97,7 @@ def export_bundle(
             name=Path(target).name.removesuffix(".retnet"),
             model=checkpoint.config,
             precision=Precision(PRECISIONS[options.precision], PRECISIONS[options.precision], STATES[options.state]),
-            dialect="portable",
+            dialect=options.dialect,
             graphs=written.graphs,
             state=written.state,
             files=record_files(folder, written.files),
@@ -125,6 +130,7 @@ def _write_graphs(folder: Path, checkpoint: Checkpoint, options: ExportOptions, 
         raise MissingExtraError("onnx-ir", "export", "exporting") from error
     from retnet_export.export.reading import WeightReader
     from retnet_export.graph.decode import build_decode
+    from retnet_export.graph.dialects import DIALECTS, rewrite
     from retnet_export.graph.prefill import build_prefill
     from retnet_export.graph.retnet import graph_spec, state_specs
     from retnet_export.graph.weights_file import WeightsFile
@@ -142,13 +148,11 @@ def _write_graphs(folder: Path, checkpoint: Checkpoint, options: ExportOptions, 
     with WeightReader(config, checkpoint.read) as reader, WeightsFile(folder / "weights.bin") as weights:
         for name, build, chunk_size in (("decode", build_decode, 1), ("prefill", build_prefill, options.chunk)):
             graph = build(config, read, weights, PRECISIONS[options.precision], STATES[options.state], options.batch)
+            rewrite(graph, DIALECTS[options.dialect])
             ir.save(graph, folder / f"{name}.onnx")
             graphs[name] = graph_spec(graph, f"{name}.onnx", chunk_size)
         files, checkpoint_sha256 = {weights.name: weights.record()}, reader.sha256()
-    state = state_specs(
-        config.num_layers, config.num_heads, config.head_key_dim, config.head_value_dim, STATES[options.state], options.batch or -1
-    )
-    return _Written(graphs, state, files, checkpoint_sha256)
+    return _Written(graphs, state_specs(graphs["decode"]), files, checkpoint_sha256)
 
 
 def package_versions(*names: str) -> dict[str, str]:

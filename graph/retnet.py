@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from retnet_export.graph.blocks import NUMPY_DTYPES, Writer, feed_forward, norm
 from retnet_export.graph.builder import Value
-from retnet_export.runtime.manifest import DType, GraphSpec, StateSpec, TensorSpec
+from retnet_export.runtime.manifest import GraphSpec, StateSpec, TensorSpec
 
 OPSET = 20
 """TensorRT 10.3 (JetPack 6.1) parses up to 20; blocked quantization raises it to 21."""
@@ -18,11 +18,11 @@ OPSET = 20
 STATE_TYPES: dict[str, ir.DataType] = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
 
 
-def state_specs(config_layers: int, heads: int, key_dim: int, value_dim: int, dtype: DType, batch: int) -> tuple[StateSpec, ...]:
-    """The tensors carried from step to step: the position, and S of each layer."""
-    position = StateSpec("position", "position_out", "int64", (batch,))
-    shape = (batch, heads, key_dim, value_dim)
-    return (position, *(StateSpec(f"state.{i}", f"state.{i}_out", dtype, shape) for i in range(config_layers)))
+def state_specs(graph: GraphSpec) -> tuple[StateSpec, ...]:
+    """The tensors carried from step to step: every input that has an output of its name with `_out`."""
+    outputs = {spec.name for spec in graph.outputs}
+    carried = (spec for spec in graph.inputs if f"{spec.name}_out" in outputs)
+    return tuple(StateSpec(spec.name, f"{spec.name}_out", spec.dtype, spec.shape) for spec in carried)
 
 
 def embed(w: Writer, tokens: Value) -> Value:

@@ -120,8 +120,11 @@ def _check_state(manifest: Manifest) -> None:
         raise UserError("the state has no 'position', int64 with one axis")
     config = manifest.model
     expected = (config.num_heads, config.head_key_dim, config.head_value_dim)
+    allowed = [expected]
+    if manifest.dialect == "onnxruntime-cuda":  # its operator wants a head's state the other way round
+        allowed.append((config.num_heads, config.head_value_dim, config.head_key_dim))
     layers = [spec for spec in manifest.state if spec.input.startswith("state.")]
-    if len(layers) != config.num_layers or any(spec.shape[1:] != expected for spec in layers):
+    if len(layers) != config.num_layers or any(spec.shape[1:] not in allowed for spec in layers):
         raise UserError(
             f"the state has {len(layers)} layers of shapes {sorted({spec.shape[1:] for spec in layers})} a sequence, "
             f"the model configuration asks for {config.num_layers} of {expected}"

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from retnet_export.runtime.backends.base import Backend
     from retnet_export.runtime.bundle import Bundle
 
-NAMES = ("auto", "onnxruntime", "tensorrt", "tensorrt-rtx")
+NAMES = ("auto", "onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 
 
 def open_backend(name: str, bundle: Bundle, threads: int | None = None, low_memory: bool | None = None) -> Backend:
@@ -25,6 +25,15 @@ def open_backend(name: str, bundle: Bundle, threads: int | None = None, low_memo
         from retnet_export.runtime.backends.tensorrt import TensorRtBackend
 
         return TensorRtBackend(bundle, name)
+    from retnet_export.runtime.backends import onnxruntime_cuda
+
+    # With threads given, the CPU is meant.
+    if name == "onnxruntime-cuda" or (name == "auto" and threads is None and onnxruntime_cuda.unavailable() is None):
+        try:
+            return onnxruntime_cuda.OnnxRuntimeCudaBackend(bundle)
+        except UserError:
+            if name != "auto" or bundle.manifest.dialect == "onnxruntime-cuda":
+                raise
     from retnet_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(bundle, threads, low_memory)

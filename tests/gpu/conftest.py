@@ -13,3 +13,11 @@ def gpu():
     if cuda.device_count() == 0:
         pytest.skip("this machine has no NVIDIA GPU that CUDA can use")
     return cuda.device()
+
+
+@pytest.fixture(scope="session")
+def onnxruntime_cuda():
+    from retnet_export.runtime.backends.onnxruntime_cuda import unavailable
+
+    if reason := unavailable():
+        pytest.skip(reason)

@@ -1,0 +1,233 @@
+"""The decode step's retention as ONNX Runtime's own operators: `RotaryEmbedding` and `GatedDeltaNet`, update rule "gated".
+
+Rule: the four passes over the state (decay, key × value, sum, read) become one kernel that loads it once and stores it once.
+Queries, keys, values and the result have the format of the products; the state and ln γ are float32, and so is the update.
+
+    state ─ ·γ ─ + ─ state_out             q (B, H, Dk), k, v ─┐
+    k·v ────────┘ └─ q· ─ o       ->       ln γ (B, H), state ─┴─ GatedDeltaNet ─ o (B, H, Dv), state_out
+
+The operator keeps a head's state as (Dv, Dk), each row the key side of one value channel. So in this dialect the state of both
+graphs is (B, H, Dv, Dk); prefill, which runs once a chunk, transposes it on its way in and out.
+
+`com.microsoft::LinearAttention` would keep (Dk, Dv), but its kernel for Dk = 256 reads one column a warp: 21.4 µs where the
+plain operators took 17.5 (docs/gpu.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from retnet_export.graph.dialects.pattern import (
+    MICROSOFT,
+    Writer,
+    constant,
+    inputs_of,
+    made_by,
+    narrowed,
+    scope_of,
+    substitute,
+)
+
+KEY_DIMS = (64, 128, 256)
+"""Sizes of Dk for which the operator has a kernel that reads whole rows; others stay in plain operators."""
+
+
+class ValueMajorStatePass(ir.passes.InPlacePass):
+    """Let the graph take and give the state as (B, H, Dv, Dk), with a Transpose at both ends."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph = model.graph
+        states = [value for value in graph.inputs if value.shape is not None and len(value.shape) == 4]
+        if not states or any(each.dtype != ir.DataType.FLOAT or _size(each, 2) not in KEY_DIMS for each in states):
+            return ir.passes.PassResult(model, False)
+        outputs = {value.name: value for value in graph.outputs}
+        for state in states:
+            assert state.shape is not None
+            assert state.name is not None
+            batch, heads, key_dim, value_dim = state.shape
+            shape = ir.Shape([batch, heads, value_dim, key_dim])
+            after = outputs[f"{state.name}_out"]
+            last = after.producer()
+            assert last is not None
+            turn_out = ir.node("Transpose", [after], {"perm": [0, 1, 3, 2]}, name=f"{state.name}.value_major")
+            graph.insert_after(last, turn_out)
+            result = turn_out.outputs[0]
+            name, after.name = after.name, f"{state.name}.key_major_out"
+            result.name, result.type, result.shape = name, ir.TensorType(ir.DataType.FLOAT), shape
+            graph.outputs[graph.outputs.index(after)] = result
+            turn_in = ir.node("Transpose", [state], {"perm": [0, 1, 3, 2]}, name=f"{state.name}.key_major")
+            turned = turn_in.outputs[0]
+            turned.name, turned.type = f"{state.name}.key_major", ir.TensorType(ir.DataType.FLOAT)
+            state.replace_all_uses_with(turned)
+            turn_in.replace_input_with(0, state)
+            graph.insert_before(graph[0], turn_in)
+            state.shape = shape
+        return ir.passes.PassResult(model, True)
+
+
+class RotaryEmbeddingPass(ir.passes.InPlacePass):
+    """Six elementwise kernels become one.
+
+    The angles stay those of the graph, from the exact integer phase: the operator's tables are the cosines and sines of this
+    step, one row a sequence, so it is handed the batch as its sequence axis.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph, modified = model.graph, False
+        for node in list(graph):
+            found = _match_rotation(node)
+            if found is None:
+                continue
+            first, second, cos, sin, heads, half = found
+            w = Writer(graph, node, scope_of(node))
+            narrow = [narrowed(each) for each in (first, second)]
+            dtype = narrow[0][1] if narrow[0] is not None and narrow[1] is not None else ir.DataType.FLOAT
+            parts = [each[0] for each in narrow if each is not None] if dtype != ir.DataType.FLOAT else [first, second]
+            joined = w.op("Concat", *parts, name="qk_unrotated", dtype=dtype, axis=-1)
+            packed = w.reshape(joined, "qk_packed", 1, -1, 2 * heads * half)
+            start = w.initializer(np.zeros(1, np.int64), "rotary_start")
+            tables = [_table(graph, angle, name, half, dtype) for angle, name in ((cos, "cos"), (sin, "sin"))]
+            turned = w.op("RotaryEmbedding", packed, start, *tables, name="qk_rotated", dtype=dtype, domain=MICROSOFT)
+            result = w.reshape(turned, "qk_of_head", -1, heads, 2 * half)
+            substitute(node.outputs[0], w.cast(result, ir.DataType.FLOAT, "qk_float32") if dtype != ir.DataType.FLOAT else result)
+            modified = True
+        return ir.passes.PassResult(model, modified)
+
+
+class GatedDeltaNetPass(ir.passes.InPlacePass):
+    """Replace the decode step's retention, where the state is value-major."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        found = [match for node in model.graph if (match := _match_retention(node)) is not None]
+        for match in found:
+            _replace(model.graph, match)
+        return ir.passes.PassResult(model, bool(found))
+
+
+@dataclass(frozen=True)
+class _Retention:
+    """One layer's retention.
+
+    Attributes:
+        q, k: (B, H, Dk).
+        v: (B, H, Dv).
+        state: (B, H, Dv, Dk), a graph input.
+        state_after: the graph output that is to hold the state after the step.
+        gamma: the decay of each head, (H,).
+        node: computes the read o, (B, H, Dv).
+    """
+
+    q: ir.Value
+    k: ir.Value
+    v: ir.Value
+    state: ir.Value
+    state_after: ir.Value
+    gamma: NDArray[np.generic]
+    node: ir.Node
+
+
+def _match_retention(node: ir.Node) -> _Retention | None:
+    """Squeeze(MatMul(q, total)) and Transpose(total), where total = Add(Mul(Transpose(state), gamma), Mul(k, v))."""
+    product = inputs_of(node.inputs[0], "MatMul") if node.op_type == "Squeeze" else None
+    total = inputs_of(product[1], "Add") if product else None
+    decayed, outer = (inputs_of(each, "Mul") for each in total) if total else (None, None)
+    before = inputs_of(decayed[0], "Transpose") if decayed else None
+    if product is None or decayed is None or outer is None or before is None:
+        return None
+    gamma, lines = constant(decayed[1]), [inputs_of(each, "Unsqueeze") for each in (product[0], *outer)]
+    after = [user.outputs[0] for user in product[1].consumers() if user.op_type == "Transpose"]
+    if gamma is None or gamma.ndim != 3 or any(each is None for each in lines) or len(after) != 1 or not before[0].is_graph_input():
+        return None
+    q, k, v = (each[0] for each in lines if each is not None)
+    return _Retention(q, k, v, before[0], after[0], gamma.reshape(-1), node)
+
+
+def _replace(graph: ir.Graph, found: _Retention) -> None:
+    w = Writer(graph, found.node, scope_of(found.node))
+    narrow = [narrowed(each) for each in (found.q, found.k, found.v)]
+    if any(each is None for each in narrow):
+        dtype, inputs = ir.DataType.FLOAT, [found.q, found.k, found.v]
+    else:
+        dtype, inputs = narrow[0][1], [each[0] for each in narrow if each is not None]  # type: ignore[index]
+    # The read is scaled down so that a format of 16 bits holds what a slow head has added up, and scaled up after it.
+    scale = 1.0 if dtype == ir.DataType.FLOAT else 1.0 / _size(found.state, 3)
+    read, state_after = w.op_n(
+        "GatedDeltaNet",
+        *inputs,
+        None,
+        _log_decay(graph, np.log(found.gamma.astype(np.float64)).astype(np.float32)),
+        None,
+        found.state,
+        names=["retention", "state_after_retention"],
+        dtypes=[dtype, ir.DataType.FLOAT],
+        domain=MICROSOFT,
+        update_rule="gated",
+        scale=scale,
+    )
+    if dtype != ir.DataType.FLOAT:
+        wide = w.cast(read, ir.DataType.FLOAT, "o_scaled")
+        factor = w.initializer(np.array(1 / scale, np.float32), f"factor_{1 / scale:g}")
+        read = w.op("Mul", wide, factor, name="o_float32", dtype=ir.DataType.FLOAT)
+    substitute(found.state_after, state_after)
+    substitute(found.node.outputs[0], read)
+
+
+def _log_decay(graph: ir.Graph, log_gamma: NDArray[np.float32]) -> ir.Value:
+    """ln γ for every sequence, (B, H), once for all layers; B is taken from the position, whose values do not matter."""
+    name = "log_decay_of_sequence"
+    made = next((node.outputs[0] for node in graph if node.outputs[0].name == f"decay.{name}"), None)
+    if made is not None:
+        return made
+    position = next(value for value in graph.inputs if value.name == "position")
+    w = Writer(graph, graph[0], "decay")
+    zero = w.initializer(np.array(0, np.int64), "int_zero")
+    nothing = w.cast(w.op("Mul", position, zero, name="zero_int", dtype=ir.DataType.INT64), ir.DataType.FLOAT, "zero")
+    column = w.reshape(nothing, "zero_column", -1, 1)
+    return w.op("Add", column, w.initializer(log_gamma[None], "log_gamma_row"), name=name, dtype=ir.DataType.FLOAT)
+
+
+def _match_rotation(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value, int, int] | None:
+    """Concat(first·cos - second·sin, second·cos + first·sin) of (B, heads, half): decode's three axes, not prefill's four."""
+    if node.op_type != "Concat" or len(node.inputs) != 2:
+        return None
+    pairs = inputs_of(node.inputs[0], "Sub"), inputs_of(node.inputs[1], "Add")
+    products = [inputs_of(each, "Mul") for pair in pairs if pair for each in pair]
+    if len(products) != 4 or any(each is None for each in products):
+        return None
+    (first, cos), (second, sin), again, last = (each for each in products if each is not None)
+    shapes = [each.inputs[1] for value in (first, second) if (each := made_by(_wide_source(value), "Reshape"))]
+    shape = constant(shapes[0]) if len(shapes) == 2 else None
+    if again != (second, cos) or last != (first, sin) or shape is None or shape.shape != (3,):
+        return None
+    return first, second, cos, sin, int(shape[1]), int(shape[2])
+
+
+def _wide_source(value: ir.Value) -> ir.Value:
+    before = narrowed(value)
+    return value if before is None else before[0]
+
+
+def _table(graph: ir.Graph, angle: ir.Value, name: str, half: int, dtype: ir.DataType) -> ir.Value:
+    """cos or sin (B, 1, half) as the operator's table (B, half), once for all layers."""
+    full = f"rotation.{name}_table"
+    made = next((node.outputs[0] for node in graph if node.outputs[0].name == full), None)
+    if made is not None:
+        return made
+    producer = angle.producer()
+    assert producer is not None
+    following = graph[graph.index(producer) + 1] if hasattr(graph, "index") else producer
+    w = Writer(graph, following, "rotation")
+    if dtype != ir.DataType.FLOAT:
+        angle = w.cast(angle, dtype, f"{name}_narrow")
+    return w.reshape(angle, f"{name}_table", -1, half)
+
+
+def _size(value: ir.Value, axis: int) -> int:
+    assert value.shape is not None
+    size = value.shape[axis]
+    assert isinstance(size, int)
+    return size

@@ -1,0 +1,149 @@
+"""The backend `onnxruntime-cuda` on a GPU: what it computes, where it keeps it, and that CUDA graphs change nothing."""
+
+import numpy as np
+import oracle
+import pytest
+
+from retnet_export.graph.decode import build_decode
+from retnet_export.graph.dialects import DIALECTS, rewrite
+from retnet_export.graph.prefill import build_prefill
+from retnet_export.graph.retnet import graph_spec, state_specs
+from retnet_export.graph.weights import random_weights
+from retnet_export.graph.weights_file import WeightsFile
+from retnet_export.runtime.bundle import Bundle
+from retnet_export.runtime.config import ModelConfig
+from retnet_export.runtime.manifest import FORMAT_VERSION, Manifest, Precision
+from retnet_export.runtime.numerics import TOLERANCES, measure
+
+pytestmark = pytest.mark.usefixtures("onnxruntime_cuda")
+CONFIG = ModelConfig(
+    vocab_size=300, hidden_size=128, num_layers=3, num_heads=2, head_key_dim=64, head_value_dim=128, ffn_size=256, num_kv_heads=2
+)
+WEIGHTS = random_weights(CONFIG, seed=1)
+TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (3, 24))
+
+
+def make(folder, compute="float32", dialect="onnxruntime-cuda", state="float32", config=CONFIG, weights=WEIGHTS):
+    import onnx_ir as ir
+
+    folder.mkdir(exist_ok=True)
+    graphs = {}
+    with WeightsFile(folder / "weights.bin") as file:
+        for name, build, chunk in (("decode", build_decode, 1), ("prefill", build_prefill, 16)):
+            model = rewrite(build(config, weights.__getitem__, file, compute, state), DIALECTS[dialect])
+            ir.save(model, folder / f"{name}.onnx")
+            graphs[name] = graph_spec(model, f"{name}.onnx", chunk)
+    specs = state_specs(graphs["decode"])
+    precision = Precision(compute, compute, state)
+    return Bundle(folder, Manifest("retnet-export bundle", FORMAT_VERSION, "t", config, precision, dialect, graphs, specs, {}))
+
+
+def opened(bundle, **options):
+    from retnet_export.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
+
+    return OnnxRuntimeCudaBackend(bundle, **options)
+
+
+def steps(stream, tokens):
+    rows = []
+    for column in tokens.T:
+        stream.step(column)
+        rows.append(stream.logits().copy())
+    return np.stack(rows, 1)  # (B, T, V)
+
+
+@pytest.mark.parametrize("dialect", ["portable", "onnxruntime-cuda"])
+@pytest.mark.parametrize("compute", ["float32", "float16"])
+def test_steps_agree_with_the_oracle(tmp_path, compute, dialect):
+    logits = steps(opened(make(tmp_path, compute, dialect)).open_stream(3), TOKENS)
+    expected = np.stack([oracle.logits(CONFIG, WEIGHTS, row) for row in TOKENS])
+    assert measure(logits, expected).relative < TOLERANCES[f"onnxruntime-cuda-{compute}"].relative
+
+
+def test_cuda_graphs_change_no_bit(tmp_path):
+    bundle = make(tmp_path, "float16")
+    with_graphs, without = (steps(opened(bundle, graphs=graphs).open_stream(3), TOKENS) for graphs in (True, False))
+    np.testing.assert_array_equal(with_graphs, without)
+
+
+def test_two_streams_of_one_backend_do_not_disturb_each_other(tmp_path):
+    backend = opened(make(tmp_path))
+    first, second = backend.open_stream(1), backend.open_stream(2)
+    a, b = [], []
+    for column in TOKENS.T:
+        first.step(column[:1])
+        second.step(column[1:])
+        a.append(first.logits().copy())
+        b.append(second.logits().copy())
+    together = steps(backend.open_stream(3), TOKENS)
+    np.testing.assert_allclose(np.concatenate([np.stack(a, 1), np.stack(b, 1)]), together, atol=1e-4)
+
+
+def test_prefill_gives_what_steps_give_and_padding_leaves_no_trace(tmp_path):
+    backend = opened(make(tmp_path))
+    lengths = np.array([16, 9, 1])
+    read = backend.open_stream(3)
+    read.prefill(TOKENS[:, :16], lengths)
+    for slot, length in enumerate(lengths):
+        stepped = backend.open_stream(1)
+        expected = steps(stepped, TOKENS[slot : slot + 1, :length])[0, -1]
+        assert measure(read.logits()[slot], expected).relative < TOLERANCES["onnxruntime-cuda-float32"].relative
+        for name, array in stepped.read_state(0).items():
+            np.testing.assert_allclose(read.read_state(slot)[name], array, atol=1e-4)
+
+
+def test_a_snapshot_restored_in_another_slot_continues_the_same_text(tmp_path):
+    backend = opened(make(tmp_path))
+    stream = backend.open_stream(1)
+    steps(stream, TOKENS[:1, :10])
+    snapshot = stream.read_state(0)
+    expected = steps(stream, TOKENS[:1, 10:])
+    other = backend.open_stream(3)
+    steps(other, TOKENS[:, :3])
+    other.write_state(2, snapshot)
+    continued = steps(other, np.repeat(TOKENS[:1, 10:], 3, 0))[2]
+    np.testing.assert_allclose(continued, expected[0], atol=1e-4)
+
+
+def test_the_largest_logits_are_chosen_on_the_device(tmp_path):
+    stream = opened(make(tmp_path)).open_stream(3)
+    for column in TOKENS.T[:4]:
+        stream.step(column)
+        tokens, values = stream.top(5)
+        order = np.argsort(-stream.logits(), axis=-1)[:, :5]
+        np.testing.assert_array_equal(tokens, order)
+        np.testing.assert_array_equal(values, np.take_along_axis(stream.logits(), order, -1))
+    assert stream.top(100)[0].shape == (3, 100)
+
+
+def test_the_dialects_state_is_the_portable_graphs_turned(tmp_path):
+    states = []
+    for dialect in ("portable", "onnxruntime-cuda"):
+        stream = opened(make(tmp_path / dialect, dialect=dialect)).open_stream(1)
+        steps(stream, TOKENS[:1])
+        states.append(stream.read_state(0))
+    for name, array in states[0].items():
+        turned = states[1][name].swapaxes(2, 3) if array.ndim == 4 else states[1][name]
+        np.testing.assert_allclose(turned, array, atol=1e-4)
+
+
+def test_sums_over_wide_rows_and_key_dims_of_256_stay_within_rounding(tmp_path):
+    """Accumulating 4,096 terms in float16 would show; so would a kernel for Dk = 256 that differs from those for 64."""
+    config = ModelConfig(
+        vocab_size=512,
+        hidden_size=2048,
+        num_layers=2,
+        num_heads=8,
+        head_key_dim=256,
+        head_value_dim=512,
+        ffn_size=4096,
+        num_kv_heads=8,
+    )
+    weights = random_weights(config, seed=2)
+    rows = []
+    for compute, dialect in (("float32", "portable"), ("float16", "onnxruntime-cuda")):
+        stream = opened(make(tmp_path / dialect, compute, dialect, config=config, weights=weights)).open_stream(2)
+        rows.append(steps(stream, TOKENS[:2]))
+    error = measure(rows[1], rows[0])
+    print(error)
+    assert error.relative < TOLERANCES["onnxruntime-cuda-float16"].relative
