@@ -205,7 +205,7 @@ def plot(results: dict[str, Any], folder: Path) -> None:
     rows = results["rows"]
     contexts = sorted({row["context"] for row in rows if row["context"]})
     batches = sorted({row["batch"] for row in rows})
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4))
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.6))
     views: tuple[tuple[str, Callable[[dict[str, Any]], float]], ...] = (
         ("device memory, GB", lambda row: row["device_bytes"] / GIGA),
         ("throughput, tokens/s", lambda row: 1e3 * row["batch"] / row["ms"]),
@@ -225,13 +225,15 @@ def plot(results: dict[str, Any], folder: Path) -> None:
                 color=colour,
                 label=f"Transformer, batch {batch}",
             )
-        axis.set(title=title, xlabel="tokens read", xscale="log", yscale="log")
+        axis.set(title=title, xlabel="tokens read", xscale="log", yscale="log" if "throughput" in title else "linear")
+        if "throughput" not in title:
+            axis.set_ylim(bottom=0)
         axis.set_xticks(contexts, [f"{context // 1024}k" for context in contexts])
         axis.minorticks_off()
-    axes[0].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=len(batches), fontsize=8)
     where = f"one {results['device']}, ONNX Runtime {results['onnxruntime']}"
     figure.suptitle(f"{results['size']} fp16, {where}; points that do not fit are missing")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
     figure.savefig(folder / "gpu_comparison.png", dpi=110)
 
 

@@ -12,13 +12,13 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
 from retnet_export.graph.dialects.casts import SinkCastsPass
+from retnet_export.graph.dialects.element_types import InferElementTypes
 from retnet_export.graph.dialects.gates import GatedNormPass, SwishPass
 from retnet_export.graph.dialects.norms import ResidualNormPass
 from retnet_export.graph.dialects.products import MatMulNBitsPass
 from retnet_export.graph.dialects.retention import GatedDeltaNetPass, RotaryEmbeddingPass, ValueMajorStatePass
 from retnet_export.graph.dialects.splits import SplitRowsPass
 from retnet_export.graph.dialects.top import TopLogitsPass
-from retnet_export.graph.dialects.types import InferElementTypes
 
 ONNXRUNTIME_CUDA: Sequence[type[ir.passes.InPlacePass]] = (
     SinkCastsPass,

@@ -219,8 +219,7 @@ def _table(graph: ir.Graph, angle: ir.Value, name: str, half: int, dtype: ir.Dat
         return made
     producer = angle.producer()
     assert producer is not None
-    following = graph[graph.index(producer) + 1] if hasattr(graph, "index") else producer
-    w = Writer(graph, following, "rotation")
+    w = Writer(graph, producer, "rotation")  # nodes are put in order at the end
     if dtype != ir.DataType.FLOAT:
         angle = w.cast(angle, dtype, f"{name}_narrow")
     return w.reshape(angle, f"{name}_table", -1, half)

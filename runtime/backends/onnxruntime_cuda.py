@@ -42,6 +42,8 @@ FLOATS = frozenset({"float32", "float16", "bfloat16"})
 class OnnxRuntimeCudaBackend:
     """A bundle loaded into ONNX Runtime's CUDA provider.
 
+    Weights are held once a session: decode, prefill when it is first used, and decode for batches where weights are quantized.
+
     Args:
         bundle: the bundle, of either dialect; `onnxruntime-cuda` is the faster one.
         graphs: whether steps are captured as CUDA graphs.

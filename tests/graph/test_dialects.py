@@ -135,3 +135,27 @@ def test_four_bit_weights_are_packed_low_half_first():
     packed = pack_blocks(np.arange(-8, 8, dtype=np.int8).repeat(2).reshape(32, 1), 32, 4)
     assert packed.shape == (1, 1, 16)
     np.testing.assert_array_equal(packed[0, 0], np.arange(16) * 17)
+
+
+def test_an_exported_bundle_of_the_dialect_says_so_and_runs(tmp_path):
+    import tiny
+
+    from retnet_export.runtime.bundle import open_bundle
+    from retnet_export.runtime.session import load
+
+    config = CONFIGS["plain"]
+    made = tiny.bundle(tmp_path, config, dialect="onnxruntime-cuda")
+    manifest = open_bundle(made.path).manifest
+    assert manifest.dialect == "onnxruntime-cuda"
+    assert {spec.shape for spec in manifest.state if spec.input != "position"} == {(-1, 2, 128, 64)}
+    session = load(made.path, "onnxruntime").session()
+    session.feed([1, 2, 3])
+    assert len(list(session.generate_tokens(max_new_tokens=5))) == 5
+
+
+def test_an_unknown_dialect_is_refused():
+    from retnet_export.export.pipeline import ExportOptions
+    from retnet_export.runtime.errors import UserError
+
+    with pytest.raises(UserError, match="--dialect is 'cuda', expected portable, onnxruntime-cuda"):
+        ExportOptions(dialect="cuda")
