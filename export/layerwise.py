@@ -83,6 +83,7 @@ def logits_by_layer(
                 feed[streams[piece]], carried = results[0], {name: results[1]}
                 for done in before:
                     del feed[done]
+        del session  # before the next piece is loaded: one layer's weights at a time
         progress((piece + 1) / (layers + 1))
     return np.concatenate(rows).astype(np.float32, copy=False)
 
