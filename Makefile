@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A CPU build of torch is enough here, and far smaller: set TORCH=torch where you want the default build.
 TORCH ?= torch==2.13.0
 
-.PHONY: help demo test test-gpu check bench-decode bench-export bench-gpu clean
+.PHONY: help demo test test-gpu check bench-decode bench-compare bench-export bench-gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -14,12 +14,12 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable '.[cpu,export,torch,dev]'
+	$(BIN)/pip install --quiet --editable '.[cpu,export,torch,compare,dev]'
 	# TensorRT-RTX compiles without a GPU; where it cannot be installed its tests skip and say so.
 	$(BIN)/pip install --quiet '.[tensorrt-rtx]' || echo "tensorrt-rtx is not available here: its tests will skip"
 	touch $@
 
-demo: $(VENV)/.installed  ## export the bundled model, verify it, generate text
+demo: $(VENV)/.installed  ## export the bundled model, verify it, generate text, compare with a Transformer
 	$(BIN)/retnet-export demo --force
 
 test: $(VENV)/.installed check  ## lint, types and tests
@@ -44,5 +44,8 @@ bench-decode: $(VENV)/.installed  ## decode speed on the CPU, bundled and random
 bench-export: $(VENV)/.installed  ## memory and time of exporting a random 6.7B checkpoint (needs 40 GB in TMPDIR)
 	$(BIN)/python benchmarks/export_large.py --folder $${TMPDIR:-/tmp}/retnet-export-large
 
+bench-compare: $(VENV)/.installed  ## the comparison of docs/comparison.md, about three minutes a format
+	for format in fp32 int8 int4; do $(BIN)/python benchmarks/compare.py $$format; done
+
 clean:  ## remove what make made
-	rm -rf $(VENV) .cache build dist *.egg-info *.retnet
+	rm -rf $(VENV) .cache build dist *.egg-info *.retnet *.comparison

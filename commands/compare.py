@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +15,8 @@ from retnet_export.runtime.errors import UserError
 if TYPE_CHECKING:
     from retnet_export.compare.report import Table
     from retnet_export.compare.results import Comparison
+
+Progress = Callable[[str, float], None]
 
 
 def compare(
@@ -45,6 +49,12 @@ def compare(
         list[str] | None,
         typer.Option(help="Run an outside engine, too: onnxruntime-genai or llama.cpp; may be repeated.", show_default=False),
     ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Report the bundle's perplexity on this text, which it was not trained on.", show_default=False
+        ),
+    ] = None,
     seconds: Annotated[float, typer.Option(help="Time for each engine in each cell, about.")] = 2.0,
     backend: BackendName = "auto",
     threads: Threads = None,
@@ -54,10 +64,12 @@ def compare(
     """Measure the bundle against a KV-cache Transformer of the same size: memory, latency, throughput."""
     from retnet_export.compare.comparison import Options
     from retnet_export.compare.comparison import compare as run
+    from retnet_export.compare.plots import require_matplotlib
     from retnet_export.compare.report import JSON_NAME, document, write_report
     from retnet_export.runtime.bundle import open_bundle
     from retnet_export.runtime.files import new_folder
 
+    require_matplotlib()
     if memory_budget is not None and not 0 < memory_budget < 1e6:
         raise UserError(f"--memory-budget is {memory_budget:g}, expected gigabytes, more than 0")
     options = Options(
@@ -78,12 +90,22 @@ def compare(
     # The folder is made first: that it cannot be written must not come out after minutes of measuring.
     with new_folder(target, marker=JSON_NAME, force=force) as folder:
         with progress("compare", quiet=as_json) as update:
+            perplexity = None if text is None else _perplexity(opened.path, text, backend, threads, update)
             comparison = run(opened, options, progress=update)
+        if text is not None:
+            comparison = replace(comparison, perplexity=perplexity, text=text.name)
         write_report(comparison, folder)
     if as_json:
         print_json(document(comparison))
     else:
         print_comparison(comparison, target)
+
+
+def _perplexity(bundle: Path, text: Path, backend: str, threads: int | None, update: Progress) -> float:
+    from retnet_export.quantize.evaluation import evaluate
+    from retnet_export.runtime.model import load
+
+    return evaluate(load(bundle, backend, threads=threads, check_hashes=False), text, progress=update).perplexity
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:

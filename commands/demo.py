@@ -21,7 +21,8 @@ def demo(
     checkpoint: Annotated[Path | None, typer.Option(help="Another checkpoint than the bundled model.", show_default=False)] = None,
     force: Force = False,
 ) -> None:
-    """The whole path on the bundled model: export, verify, generate."""
+    """The whole path on the bundled model: export, verify, generate, and a short comparison with a Transformer."""
+    from retnet_export.commands.compare import compare
     from retnet_export.commands.export import export
     from retnet_export.commands.generate import generate
     from retnet_export.commands.verify import verify
@@ -38,6 +39,10 @@ def demo(
     verify(output, source)
     _announce(f"retnet-export generate {output} --prompt {PROMPT!r} --seed 1 --stats")
     generate(output, prompt=PROMPT, max_new_tokens=160, seed=1, stats=True)
+    report = output.with_suffix(".comparison")
+    contexts = "0,512,2048,8192"
+    _announce(f"retnet-export compare {output} -o {report} --contexts {contexts} --prompts 512 --batches 1,4 --seconds 0.3")
+    compare(output, report, contexts=contexts, prompts="512", batches="1,4", seconds=0.3, force=force)
 
 
 def _announce(command: str) -> None:

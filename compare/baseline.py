@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from retnet_export.compare.transformer import RandomWeights, TransformerConfig, transformer_like
 from retnet_export.runtime.bundle import Bundle
 from retnet_export.runtime.errors import MissingExtraError, UserError
 
 if TYPE_CHECKING:
-    from retnet_export.compare.transformer_graph import Lengths
+    import onnx_ir as ir
 
+    from retnet_export.compare.transformer_graph import Lengths
+    from retnet_export.graph.weights_file import WeightsFile
+    from retnet_export.quantize.formats import Format, Quantized
+
+WEIGHTS = "weights.bin"
 CACHE_SCALE = 1 / 24
 """Step of an INT8 cache: covers ±5.3 for keys and values of unit variance, as random weights give them."""
 
@@ -31,6 +39,7 @@ class Baseline:
         weights: how matrices are stored, as the bundle's.
         cache: "compute", in which the cache is as wide as the operands of products, or "int8".
         capacity: the longest sequence.
+        quantization: formats of the integer matrices, as options of `quantize`; None if there are none.
     """
 
     folder: Path
@@ -39,6 +48,7 @@ class Baseline:
     weights: str
     cache: str
     capacity: int
+    quantization: Mapping[str, object] | None = None
 
     @property
     def graph(self) -> Path:
@@ -73,7 +83,7 @@ class Baseline:
     @property
     def weights_bytes(self) -> int:
         """Bytes of the weights file."""
-        return (self.folder / "weights.bin").stat().st_size
+        return (self.folder / WEIGHTS).stat().st_size
 
 
 def baseline_for(bundle: Bundle, folder: Path, *, capacity: int, kv_heads: int | None = None, cache: str = "compute") -> Baseline:
@@ -90,31 +100,92 @@ def baseline_for(bundle: Bundle, folder: Path, *, capacity: int, kv_heads: int |
         UserError: there is no such baseline (see `transformer_like`), or the bundle's formats have no counterpart in it.
     """
     manifest = bundle.manifest
-    if manifest.quantization is not None:
-        raise UserError(f"{bundle.path}: quantized bundles cannot be compared yet; compare the bundle it was made from")
     if manifest.precision.compute == "bfloat16":
         raise UserError(
             f"{bundle.path}: its products are bfloat16, which ONNX Runtime's CPU attention does not take; "
             "export with --precision fp32 or fp16 to compare"
         )
-    config = transformer_like(manifest.model, kv_heads)
-    return Baseline(folder, config, manifest.precision.compute, manifest.precision.weights, cache, capacity)
+    quantization = None
+    if manifest.quantization is not None:
+        quantization = {name: manifest.quantization[name] for name in ("weights", "group_size", "embedding", "head")}
+    group = quantization["group_size"] if quantization is not None else None
+    return Baseline(
+        folder=folder,
+        config=transformer_like(manifest.model, kv_heads, group if isinstance(group, int) else 1),
+        compute=manifest.precision.compute,
+        weights=manifest.precision.weights,
+        cache=cache,
+        capacity=capacity,
+        quantization=quantization,
+    )
 
 
 def write(baseline: Baseline) -> None:
-    """Write graphs and weights into the baseline's folder, a tensor in memory at a time."""
+    """Write graphs and weights into the baseline's folder, a tensor in memory at a time.
+
+    Raises:
+        UserError: a package is missing, or a group size does not divide a matrix.
+    """
     try:
         import onnx_ir as ir
     except ImportError as error:
         raise MissingExtraError("onnx-ir", "export", "writing the baseline") from error
-    from retnet_export.compare.transformer_graph import build_transformer
     from retnet_export.graph.weights_file import WeightsFile
 
-    read = RandomWeights(baseline.config)
-    scale = baseline.cache_scale if baseline.cache == "int8" else None
-    with WeightsFile(baseline.folder / "weights.bin") as weights:
-        for path, lengths in baseline.graphs.items():
-            graph = build_transformer(
-                baseline.config, read, weights, baseline.compute, baseline.capacity, lengths=lengths, cache_scale=scale
-            )
+    with tempfile.TemporaryDirectory(dir=baseline.folder) as aside, WeightsFile(baseline.folder / WEIGHTS) as weights:
+        if baseline.quantization is None:
+            graphs = _build(baseline, weights)
+        else:
+            with WeightsFile(Path(aside) / WEIGHTS) as floats:
+                graphs = _build(baseline, floats)
+            _quantize(list(graphs.values()), baseline.quantization, weights)
+        for path, graph in graphs.items():
             ir.save(graph, path)
+
+
+def _build(baseline: Baseline, weights: WeightsFile) -> dict[Path, ir.Model]:
+    from retnet_export.compare.transformer_graph import build_transformer
+
+    scale = baseline.cache_scale if baseline.cache == "int8" else None
+    options = (baseline.config, RandomWeights(baseline.config), weights, baseline.compute, baseline.capacity)
+    return {path: build_transformer(*options, lengths=lengths, cache_scale=scale) for path, lengths in baseline.graphs.items()}
+
+
+def _quantize(graphs: Sequence[ir.Model], quantization: Mapping[str, object], weights: WeightsFile) -> None:
+    """Give the baseline's matrices the formats that the bundle's have, by the rewrite that made the bundle."""
+    import onnx_ir as ir
+
+    from retnet_export.quantize.pipeline import QuantizeOptions
+    from retnet_export.quantize.rewrite import matrices, quantize_graph
+    from retnet_export.quantize.store import MatrixStore
+
+    options = QuantizeOptions(**quantization)  # type: ignore[arg-type]
+    store = MatrixStore(weights)
+    for name, role in matrices(graphs[0]).items():
+        matrix = _float_tensor(graphs[0], name)
+        form = options.format_of(role, str(matrix.dtype))
+        if form is not None:
+            store.put(name, role, rounded(matrix.T if role in ("embedding", "tied") else matrix, form))
+    for graph in graphs:
+        quantize_graph(graph, store.stored)
+        for name, value in graph.graph.initializers.items():
+            if isinstance(value.const_value, ir.ExternalTensor) and not weights.holds(value.const_value):
+                value.const_value = weights.tensor(name, partial(_float_tensor, graph, name))
+
+
+def rounded(weight: NDArray[np.generic], form: Format) -> Quantized:
+    """A matrix (inputs, outputs) in a format, the largest weight of each group kept: random weights deserve no better."""
+    from retnet_export.quantize.formats import Quantized
+
+    inputs, outputs = weight.shape
+    groups = np.asarray(weight, np.float32).reshape(-1, form.group(inputs), outputs)
+    scales = (np.abs(groups).max(axis=1) / form.largest).astype(form.scale_dtype).astype(np.float32)
+    values = np.rint(groups / scales[:, None]).clip(-form.largest, form.largest).astype(np.int8)
+    return Quantized(form, values.reshape(inputs, outputs), scales)
+
+
+def _float_tensor(graph: ir.Model, name: str) -> NDArray[np.generic]:
+    tensor = graph.graph.initializers[name].const_value
+    assert tensor is not None
+    array: NDArray[np.generic] = np.array(tensor.numpy())
+    return array

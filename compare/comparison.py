@@ -107,7 +107,6 @@ def compare(
             raise UserError(f"--peer {peer}: {missing}")
     pinned = machine.cores(options.threads)
     budget = options.memory_budget or machine.available_memory() or LONGEST**2
-    notes: list[str] = []
     with tempfile.TemporaryDirectory(prefix="retnet-export-compare-") as folder:
         baseline = baseline_for(bundle, Path(folder), capacity=options.capacity, kv_heads=options.kv_heads, cache=options.cache)
         _check_budget(bundle, budget)
@@ -130,7 +129,6 @@ def compare(
         transformer=transformer,
         measurements=found,
         memory_budget=budget,
-        notes=tuple(notes),
     )
 
 

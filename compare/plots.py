@@ -6,6 +6,7 @@ Ito's, which the colour-blind tell apart.
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -104,12 +105,20 @@ def png(plot: Plot) -> bytes:
     return buffer.getvalue()
 
 
+def require_matplotlib() -> None:
+    """Find out that it is missing before minutes of measuring.
+
+    Raises:
+        UserError: it is.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingExtraError("matplotlib", "compare", "drawing the report")
+
+
 def _figure(plot: Plot, *, title: bool = False) -> Figure:
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "compare", "drawing the report") from error
+    import matplotlib
+    from matplotlib.figure import Figure
+
     settings: Any = {
         "font.family": "DejaVu Sans",
         "font.size": 10,

@@ -42,11 +42,7 @@ table.facts td:last-child { text-align: left; white-space: normal } .notes { fon
 
 
 def write_report(comparison: Comparison, folder: Path) -> None:
-    """Write report.json, report.html and the PNG files into a folder.
-
-    Raises:
-        UserError: matplotlib is missing.
-    """
+    """Write report.json, report.html and the PNG files into a folder; needs matplotlib."""
     figures = plots(comparison)
     for plot in figures:
         (folder / f"{plot.name}.png").write_bytes(png(plot))

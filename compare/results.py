@@ -126,7 +126,6 @@ class Comparison:
         memory_budget: bytes that were to suffice.
         perplexity: of the bundle on the user's text, or None.
         text: what the perplexity was taken on.
-        notes: on peers that could not run, and the like.
     """
 
     format: Literal["retnet-export comparison"]
@@ -141,7 +140,6 @@ class Comparison:
     memory_budget: int
     perplexity: float | None = None
     text: str | None = None
-    notes: tuple[str, ...] = ()
 
     @property
     def engines(self) -> tuple[str, ...]:

@@ -76,12 +76,13 @@ class TransformerConfig:
         )
 
 
-def transformer_like(config: ModelConfig, kv_heads: int | None = None) -> TransformerConfig:
+def transformer_like(config: ModelConfig, kv_heads: int | None = None, group: int = 1) -> TransformerConfig:
     """The baseline for a RetNet.
 
     Args:
         config: the RetNet.
         kv_heads: heads of keys and values; as many as query heads when None.
+        group: inputs of a matrix that share a scale, which must divide the feed-forward width.
 
     Raises:
         UserError: `kv_heads` does not divide the query heads, or no feed-forward width matches the parameter count.
@@ -113,8 +114,13 @@ def transformer_like(config: ModelConfig, kv_heads: int | None = None) -> Transf
     # Round widths first: kernels and quantization blocks like them.
     for multiple in (128, 64, 32, 16, 8, 1):
         size = multiple * round(exact / multiple)
-        if size > 0 and abs(with_ffn(size).parameters - wanted) <= PARAMETER_MATCH * wanted:
+        if size > 0 and size % group == 0 and abs(with_ffn(size).parameters - wanted) <= PARAMETER_MATCH * wanted:
             return with_ffn(size)
+    if exact > group > 1:
+        raise UserError(
+            f"no feed-forward width that is a multiple of {group} gives the Transformer the RetNet's {wanted:,} parameters within "
+            f"{100 * PARAMETER_MATCH:.0f} %; compare a bundle that was quantized with a smaller --group-size"
+        )
     raise UserError(
         f"no Transformer of width {config.hidden_size} and {config.num_layers} layers has the RetNet's {wanted:,} parameters: "
         "its attention alone has more. There is nothing fair to compare with"

@@ -13,6 +13,7 @@ from typing import TypedDict
 PURPOSES: Mapping[str, tuple[tuple[str, ...], str]] = {
     "generate on the CPU (onnxruntime)": (("onnxruntime", "numpy", "tokenizers"), "cpu"),
     "export safetensors checkpoints": (("onnx", "onnx_ir", "ml_dtypes", "safetensors"), "export"),
+    "compare with a Transformer": (("matplotlib", "onnx_ir", "onnxruntime"), "compare"),
     "verify against the parallel form": (("torch",), "torch"),
 }
 """What users want to do, the modules it needs, and the extra that brings them."""

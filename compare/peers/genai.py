@@ -9,8 +9,10 @@ import json
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from retnet_export.compare.baseline import Baseline
+from retnet_export.compare.engines import TransformerEngine
 from retnet_export.compare.results import Cell
 from retnet_export.runtime.errors import UserError
 
@@ -63,7 +65,7 @@ class GenaiEngine:
         generator = np.random.default_rng(0)
         self._generator = self._new_generator()
         if context:
-            self._generator.append_tokens(self._prompt(generator.integers(0, self._baseline.config.vocab_size, context)))
+            self._append(generator.integers(0, self._baseline.config.vocab_size, context))
 
     def step(self) -> None:
         if self._generator.token_count() == 0:
@@ -72,7 +74,13 @@ class GenaiEngine:
 
     def prefill(self, tokens: int) -> None:
         self._generator = self._new_generator()
-        self._generator.append_tokens(self._prompt(np.zeros(tokens, np.int64)))
+        self._append(np.zeros(tokens, np.int64))
+
+    def _append(self, tokens: NDArray[np.int64]) -> None:
+        # As for our own engine: in pieces, which only a single sequence can be read in.
+        piece = TransformerEngine.PREFILL_CHUNK if self._batch == 1 else len(tokens)
+        for start in range(0, len(tokens), piece):
+            self._generator.append_tokens(self._prompt(tokens[start : start + piece]))
 
     def _new_generator(self) -> Any:
         parameters = self._library.GeneratorParams(self._model)
@@ -85,7 +93,7 @@ class GenaiEngine:
         )
         return self._library.Generator(self._model, parameters)
 
-    def _prompt(self, tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def _prompt(self, tokens: NDArray[np.int64]) -> NDArray[np.int32]:
         return np.repeat(tokens.astype(np.int32)[None], self._batch, 0)
 
 

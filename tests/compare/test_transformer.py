@@ -10,10 +10,11 @@ import pytest
 import tiny
 from llama import CONFIGS, GOLDEN, TOKENS
 
-from retnet_export.compare.baseline import Baseline, write
+from retnet_export.compare.baseline import Baseline, baseline_for, write
 from retnet_export.compare.engines import TransformerEngine
 from retnet_export.compare.transformer import PARAMETER_MATCH, TransformerConfig, count_parameters, transformer_like
 from retnet_export.graph.weights import weight_shapes
+from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.runtime.config import ModelConfig
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.numerics import TOLERANCES, measure
@@ -43,6 +44,16 @@ def assert_close(actual, reference, tolerance="onnxruntime-float32"):
     assert measure(actual, reference).relative <= TOLERANCES[tolerance].relative
 
 
+def logits_as_written(path: Path, config: TransformerConfig) -> np.ndarray:
+    """Logits (1, 1, V) after TOKENS of the graph that takes a mask, with ONNX Runtime's optimisations off."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    empty = np.zeros((1, config.num_kv_heads, 0, config.head_dim), np.float32)
+    caches = {spec.name: empty for spec in session.get_inputs() if spec.name.startswith("past")}
+    return session.run(["logits"], {"input_ids": TOKENS[None], "attention_mask": np.ones((1, len(TOKENS)), np.int64), **caches})[0]
+
+
 def test_decoding_token_by_token_gives_the_logits_of_transformers_llama(golden):
     baseline, reference = golden
     engine = opened(baseline)
@@ -65,18 +76,6 @@ def test_sequences_of_a_batch_do_not_see_each_other(golden):
     for column in np.vstack([others[:1], TOKENS[None], others[1:]]).T:
         logits = engine.read(column[:, None])
     assert_close(logits[1], reference[-1:])
-
-
-def test_the_graph_for_onnxruntime_genai_computes_the_same_from_a_mask(golden):
-    baseline, reference = golden
-    session = onnxruntime.InferenceSession(str(baseline.genai_graph), providers=["CPUExecutionProvider"])
-    config = baseline.config
-    empty = np.zeros((1, config.num_kv_heads, 0, config.head_dim), np.float32)
-    caches = {spec.name: empty for spec in session.get_inputs() if spec.name.startswith("past")}
-    (logits,) = session.run(
-        ["logits"], {"input_ids": TOKENS[None], "attention_mask": np.ones((1, len(TOKENS)), np.int64), **caches}
-    )
-    assert_close(logits[:, 0], reference[-1:])
 
 
 def test_an_int8_cache_costs_a_little_accuracy_and_no_more(tmp_path):
@@ -123,3 +122,34 @@ def test_key_value_heads_that_do_not_divide_the_query_heads_are_refused():
 def test_a_retnet_smaller_than_its_transformers_attention_has_no_fair_baseline():
     with pytest.raises(UserError, match="nothing fair to compare with"):
         transformer_like(ModelConfig(50, 64, 2, 1, 2, 2, 2, 1, output_gate=False))
+
+
+def test_the_graph_for_onnxruntime_genai_computes_the_same_from_a_mask(golden):
+    baseline, reference = golden
+    assert_close(logits_as_written(baseline.genai_graph, baseline.config)[:, 0], reference[-1:])
+
+
+@pytest.mark.parametrize(("weights", "group_size"), [("int8", None), ("int4", 16)])
+def test_a_quantized_baseline_computes_what_its_integers_say(tmp_path, weights, group_size):
+    quantization = {"weights": weights, "group_size": group_size, "embedding": "int8", "head": "int8"}
+    baseline = Baseline(tmp_path, CONFIGS["grouped-query, tied"], "float32", weights, "compute", 64, quantization)
+    write(baseline)
+    reference = logits_as_written(baseline.genai_graph, baseline.config)
+    assert_close(opened(baseline).read(TOKENS[None]), reference, "onnxruntime-quantized")
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_the_baseline_takes_the_formats_of_a_quantized_bundle(tmp_path, weights):
+    model = tiny.config(hidden_size=64, ffn_size=256, head_value_dim=16)
+    bundle = quantize_bundle(
+        tiny.bundle(tmp_path, model),
+        tmp_path / "q.retnet",
+        QuantizeOptions(weights=weights, group_size=32 if weights == "int4" else None),
+    )
+    baseline = baseline_for(bundle, tmp_path / "baseline", capacity=64)
+    baseline.folder.mkdir()
+    write(baseline)
+    # The same formats and almost the same parameters: almost the same bytes, but for the table of angles.
+    assert baseline.weights == weights
+    angles = 2 * 64 * baseline.config.head_dim // 2 * 4
+    assert abs(baseline.weights_bytes - angles - bundle.manifest.weights_bytes) < 0.1 * bundle.manifest.weights_bytes

@@ -1,0 +1,50 @@
+"""The comparison of docs/comparison.md: a random RetNet of 148M parameters against its Transformer, in one number format.
+
+    python benchmarks/compare.py fp32|int8|int4 [--peer onnxruntime-genai] [--peer llama.cpp]
+
+Writes report.json, report.html and the figures to docs/comparison/FORMAT. Speed does not depend on what the weights are.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from common import ROOT, random_bundle
+
+from retnet_export.commands.compare import print_comparison
+from retnet_export.compare.comparison import Options, compare
+from retnet_export.compare.report import write_report
+from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
+from retnet_export.runtime.bundle import Bundle
+
+
+def bundle_in(form: str, size: str, folder: Path) -> Bundle:
+    """A random bundle in a number format."""
+    bundle = random_bundle(size)
+    return bundle if form == "fp32" else quantize_bundle(bundle, folder / f"{size}-{form}.retnet", QuantizeOptions(weights=form))
+
+
+def main(
+    form: Annotated[str, typer.Argument(metavar="FORMAT", help="fp32, int8 or int4")],
+    size: Annotated[str, typer.Option(help="the random model")] = "148M",
+    seconds: Annotated[float, typer.Option(help="for each engine in each cell")] = 1.0,
+    peer: Annotated[list[str] | None, typer.Option(help="outside engines to run, too")] = None,
+    cache: Annotated[str, typer.Option(help="the Transformer's cache: compute or int8")] = "compute",
+    output: Annotated[Path | None, typer.Option("-o", help="docs/comparison/FORMAT if not given")] = None,
+) -> None:
+    """Measure, print, and write the report."""
+    target = output or ROOT / "docs" / "comparison" / form
+    with tempfile.TemporaryDirectory() as folder:
+        comparison = compare(bundle_in(form, size, Path(folder)), Options(seconds=seconds, peers=tuple(peer or ()), cache=cache))
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    write_report(comparison, target)
+    print_comparison(comparison, target)
+
+
+if __name__ == "__main__":
+    typer.run(main)
