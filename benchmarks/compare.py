@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +29,11 @@ def bundle_in(form: str, size: str, folder: Path) -> Bundle:
     return bundle if form == "fp32" else quantize_bundle(bundle, folder / f"{size}-{form}.retnet", QuantizeOptions(weights=form))
 
 
+def told(stage: str, share: float) -> None:
+    """Progress for a log."""
+    typer.echo(f"{time.strftime('%H:%M:%S')} {stage} {100 * share:.0f} %", err=True)
+
+
 def main(
     form: Annotated[str, typer.Argument(metavar="FORMAT", help="fp32, int8 or int4")],
     size: Annotated[str, typer.Option(help="the random model")] = "148M",
@@ -39,7 +45,8 @@ def main(
     """Measure, print, and write the report."""
     target = output or ROOT / "docs" / "comparison" / form
     with tempfile.TemporaryDirectory() as folder:
-        comparison = compare(bundle_in(form, size, Path(folder)), Options(seconds=seconds, peers=tuple(peer or ()), cache=cache))
+        options = Options(seconds=seconds, peers=tuple(peer or ()), cache=cache)
+        comparison = compare(bundle_in(form, size, Path(folder)), options, progress=told)
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     write_report(comparison, target)

@@ -19,8 +19,10 @@ from retnet_export.compare.worker import MakeEngine, Worker
 from retnet_export.runtime.errors import UserError
 
 ROUNDS = 5
-WARM_UP = 3
-"""Runs before the first round: they page in the weights and show how long a run takes."""
+WARM_UP = 2
+"""Runs after the very first, which pages in the weights: they show how long a run takes."""
+LONG_MS = 300.0
+"""A run of this length needs no runs before it that do not count: waking up is no part of it that shows."""
 SETTLE_SECONDS = 0.05
 """Between turns: threads of the engine that ran last stop spinning."""
 Progress = Callable[[str, float], None]
@@ -93,27 +95,21 @@ def _measure_cell(
                     refusal = str(error)
             if refusal is not None:
                 refused[contender.name] = refusal
-        per_round = {}
-        for name, worker in list(workers.items()):
-            try:
-                # The first run is a warm-up even of the clock: it is slower than what follows.
-                slowest = max(worker.run(WARM_UP)[1:])
-                per_round[name] = int(
-                    np.clip(seconds * 1e3 / ROUNDS / slowest, 1 if cell.kind == "prefill" else 5, runs // ROUNDS - WARM_UP)
-                )
-                times[name] = []
-            except UserError as error:
-                refused[name] = str(error)
-                del workers[name]
-        for _ in range(ROUNDS):
+        turns: dict[str, Turn] = {}
+        for _ in range(1 + ROUNDS):
             for name, worker in list(workers.items()):
                 time.sleep(SETTLE_SECONDS)
                 try:
-                    # One run to wake up, which does not count.
-                    times[name].append(worker.run(1 + per_round[name])[1:])
+                    if name not in turns:
+                        turns[name] = _warm_up(worker, cell, seconds, runs)
+                        times[name] = []
+                    else:
+                        turn = turns[name]
+                        times[name].append(worker.run(turn.wake_up + turn.runs)[turn.wake_up :])
                 except UserError as error:
                     refused[name] = str(error)
-                    del workers[name], times[name]
+                    del workers[name]
+                    times.pop(name, None)
         memory: Mapping[str, tuple[int | None, int | None]] = {name: worker.memory() for name, worker in workers.items()}
     return [
         Measurement(name, cell, timing(times[name]), *memory[name])
@@ -121,6 +117,28 @@ def _measure_cell(
         else Measurement(name, cell, note=refused[name])
         for name in (contender.name for contender in contenders)
     ]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What an engine does when it is its turn.
+
+    Attributes:
+        wake_up: runs that do not count, while its threads and caches come back.
+        runs: runs that count.
+    """
+
+    wake_up: int
+    runs: int
+
+
+def _warm_up(worker: Worker, cell: Cell, seconds: float, runs: int) -> Turn:
+    """Run the cell for the first times, and see from that how often it can be run in a turn."""
+    first = worker.run(1)[0]
+    typical = first if first > LONG_MS else min(worker.run(WARM_UP))
+    most = runs // ROUNDS - WARM_UP
+    counted = int(np.clip(seconds * 1e3 / ROUNDS / typical, 1 if cell.kind == "prefill" else 5, most))
+    return Turn(wake_up=0 if typical > LONG_MS else 1, runs=counted)
 
 
 def most_runs(cell: Cell) -> int:

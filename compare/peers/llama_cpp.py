@@ -22,7 +22,7 @@ from retnet_export.compare.transformer import RandomWeights, TransformerConfig, 
 from retnet_export.runtime.errors import MissingExtraError, UserError
 
 PROGRAM = "llama-bench"
-REPEATS = 5
+REPEATS = 3
 TOKENS_PER_REPEAT = 24
 MOST_CONTEXT = 8192
 """It fills its cache by reading, so longer contexts would take minutes."""
