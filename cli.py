@@ -19,6 +19,7 @@ from retnet_export.commands.evaluate import evaluate
 from retnet_export.commands.export import export
 from retnet_export.commands.generate import generate
 from retnet_export.commands.inspect import inspect
+from retnet_export.commands.plan import plan
 from retnet_export.commands.quantize import quantize
 from retnet_export.commands.verify import verify
 
@@ -50,5 +51,5 @@ def _main(
 
 
 app.command("compile")(compile_)
-for command in (export, verify, quantize, evaluate, generate, chat, inspect, compare, doctor, demo):
+for command in (export, verify, quantize, evaluate, generate, chat, inspect, compare, plan, doctor, demo):
     app.command()(command)

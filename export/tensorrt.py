@@ -30,7 +30,7 @@ from retnet_export.runtime.engines import (
     sources_of,
     write_engines,
 )
-from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.errors import MissingExtraError, UserError
 from retnet_export.runtime.files import sha256_of_bytes, write_atomically
 from retnet_export.runtime.manifest import FileRecord, GraphSpec
 from retnet_export.runtime.plan.preflight import check_build
@@ -233,7 +233,7 @@ def _build(
     graph = bundle.manifest.graphs[plan.graph]
     path = bundle.file(graph.file)
     parser: trt.OnnxParser = module.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(path)):
+    if not _parse(parser, bundle, path):
         raise UserError(_parser_message(path, parser, options.target, module.__version__))
     if options.candidates:
         _add_candidates(module, network, min(options.candidates, bundle.manifest.model.vocab_size))
@@ -261,6 +261,31 @@ def _build(
     activations = [int(size) for line in logger.report for size in re.findall(r"Total Activation Memory: (\d+) bytes", line)]
     activations += [0] * (len(plan.profiles) - len(activations))  # a release that does not report them
     return _Built(memoryview(serialized), sum(weights), tuple(activations[: len(plan.profiles)]))
+
+
+def _parse(parser: trt.OnnxParser, bundle: Bundle, path: Path) -> bool:
+    """Parse a graph.
+
+    A quantized embedding that is the output head as well stands in the file once and is read as bytes and as words. TensorRT
+    knows weights by their address and refuses one address with two sizes, so there the second reading gets a copy of its own.
+    """
+    record = bundle.manifest.quantization
+    if not (bundle.manifest.model.tied_embeddings and record and record.get("embedding") != "keep"):
+        return parser.parse_from_file(str(path))
+    try:
+        import onnx
+        from onnx.external_data_helper import load_external_data_for_tensor
+    except ImportError as error:
+        raise MissingExtraError("onnx", "export", "compiling a quantized bundle whose embedding is its output head") from error
+    model, seen = onnx.load(str(path), load_external_data=False), set()
+    for tensor in model.graph.initializer:
+        offset = next((entry.value for entry in tensor.external_data if entry.key == "offset"), None)
+        if offset is not None and offset in seen:
+            load_external_data_for_tensor(tensor, str(path.parent))
+            tensor.data_location = onnx.TensorProto.DEFAULT
+            tensor.ClearField("external_data")
+        seen.add(offset)
+    return parser.parse(model.SerializeToString(), str(path))
 
 
 def _profile(builder: trt.Builder, graph: GraphSpec, profile: _Profile, max_batch: int) -> trt.IOptimizationProfile:

@@ -220,10 +220,18 @@ class OnnxParser(Strict):
     def __init__(self, network, logger):
         self._network, self._errors = network, []
 
-    def parse_from_file(self, model):
+    def parse(self, model, path=None):
         import onnx
+        from onnx.external_data_helper import load_external_data_for_model
 
-        graph = onnx.load(model)  # with its external data: an engine needs no file beside it
+        graph = onnx.load_model_from_string(model)
+        spans = {}
+        for tensor in graph.graph.initializer:
+            where = {entry.key: entry.value for entry in tensor.external_data}
+            if where and spans.setdefault(where["offset"], tuple(tensor.dims)) != tuple(tensor.dims):
+                self._errors = [ParserError(onnx.helper.make_node("Constant", [], [], name=tensor.name))]
+                return False
+        load_external_data_for_model(graph, str(Path(path).parent))  # an engine needs no file beside it
         self._errors = [ParserError(node) for node in graph.graph.node if node.domain not in ("", "ai.onnx")]
         if self._errors:
             return False
@@ -231,6 +239,9 @@ class OnnxParser(Strict):
         for values, target in ((graph.graph.input, self._network._inputs), (graph.graph.output, self._network._outputs)):
             target.extend(tensor_of(value) for value in values)
         return True
+
+    def parse_from_file(self, model):
+        return self.parse(Path(model).read_bytes(), model)
 
     @property
     def num_errors(self):

@@ -11,7 +11,7 @@ from pathlib import Path
 from retnet_export.runtime.bundle import Bundle
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.manifest import Manifest
-from retnet_export.runtime.plan.devices import FORMAT_FLOOR, DeviceSpec, formats_of, parse_capability
+from retnet_export.runtime.plan.devices import FORMAT_FLOOR, formats_of, parse_capability
 from retnet_export.runtime.plan.sizes import Sizes, sizes_of_bundle, sizes_of_model
 from retnet_export.runtime.tensorrt_api import newest_opset
 
@@ -131,8 +131,3 @@ def available_host_bytes() -> float | None:
     swap = fields.get("SwapFree", "0").split()[0]
     available = fields.get("MemAvailable")
     return None if available is None else (int(available.split()[0]) + int(swap)) * 1024.0
-
-
-def fits(sizes: Sizes, device: DeviceSpec, batch: int, chunk: int) -> bool:
-    """Whether a model runs on a device at all."""
-    return needed_bytes(sizes, batch, chunk) <= device.usable_bytes

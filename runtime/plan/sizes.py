@@ -139,7 +139,8 @@ def sizes_of_bundle(manifest: Manifest) -> Sizes:
     config, compute = manifest.model, manifest.precision.compute
     vectors = 4.0 * _vector_elements(config)
     table = config.vocab_size * config.hidden_size
-    embedding = 0.0 if config.tied_embeddings else table * BYTES_PER_WEIGHT[compute]
+    stored = str((manifest.quantization or {}).get("embedding", "keep"))
+    embedding = 0.0 if config.tied_embeddings else table * BYTES_PER_WEIGHT[compute if stored == "keep" else stored]
     return Sizes(
         parameters=sum(outputs * inputs for outputs, inputs in _matrices(config)) + table + _vector_elements(config),
         matrix_bytes=manifest.weights_bytes - embedding - vectors,
@@ -170,8 +171,8 @@ def _vector_elements(config: ModelConfig) -> int:
     if config.head_norm_affine != "none":
         size = config.head_value_dim if config.head_norm_affine == "shared" else config.value_size
         layer += size * (2 if config.head_norm == "layer" else 1)
-    if config.ffn_inner_norm:
-        layer += config.ffn_size * per_norm
+    if config.ffn_inner_norm != "none":
+        layer += config.ffn_size * (2 if config.ffn_inner_norm == "layer" else 1)
     if config.retention_bias:
         keys, values = config.num_kv_heads * config.head_key_dim, config.num_kv_heads * config.head_value_dim
         layer += config.key_size + keys + values + (config.value_size if config.output_gate else 0) + width

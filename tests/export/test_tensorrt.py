@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from retnet_export.export.tensorrt import CompileOptions, compile_bundle
+from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.runtime.bundle import Bundle, open_bundle
 from retnet_export.runtime.engines import FOLDER, find_engine, map_engine, read_engines
 from retnet_export.runtime.errors import UserError
@@ -53,6 +54,16 @@ def test_separate_engines_hold_the_weights_twice(tmp_path):
 def test_a_bundle_of_fixed_batch_builds_for_that_batch(tmp_path):
     record = compile_bundle(tiny.bundle(tmp_path, tiny.CONFIGS["fla"], batch=3), rtx())
     assert record.max_batch == 3
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_quantized_bundles_build_for_three_gpus_and_stay_small(tmp_path, weights, tied):
+    model = tiny.config(vocab_size=2048, hidden_size=256, ffn_size=512, head_value_dim=32, tied_embeddings=tied)
+    source = tiny.bundle(tmp_path, model, precision="fp16")
+    bundle = quantize_bundle(source, tmp_path / "small.retnet", QuantizeOptions(weights=weights))
+    record = compile_bundle(bundle, rtx())
+    assert record.weights_bytes < 0.8 * source.manifest.weights_bytes
 
 
 @pytest.fixture(scope="module")

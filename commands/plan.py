@@ -1,0 +1,172 @@
+"""`retnet-export plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from retnet_export.commands.common import Json, print_json, print_table, size
+from retnet_export.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from retnet_export.runtime.plan.devices import DeviceSpec
+    from retnet_export.runtime.plan.outlook import Outlook
+    from retnet_export.runtime.plan.sizes import Sizes
+
+DEFAULT_CHUNK = 256
+
+
+def plan(
+    bundle: Annotated[
+        Path | None, typer.Argument(metavar="[BUNDLE]", help="A bundle; or give the model's sizes.", show_default=False)
+    ] = None,
+    device: Annotated[
+        list[str] | None, typer.Option(help="A device, as orin-nano-8gb; may be repeated.", show_default=False)
+    ] = None,
+    devices: Annotated[bool, typer.Option("--devices", help="All devices that the planner knows.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences that step together.")] = 1,
+    layers: Annotated[int | None, typer.Option(min=1, help="Without a bundle: layers.", show_default=False)] = None,
+    width: Annotated[int | None, typer.Option(min=2, help="Without a bundle: width of the residual.", show_default=False)] = None,
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="Heads; one for each 256 of the width if not given.", show_default=False)
+    ] = None,
+    ffn: Annotated[int | None, typer.Option(min=1, help="Inner width of the FFN; twice the width if not given.")] = None,
+    vocabulary: Annotated[int, typer.Option(min=1, help="Size of the vocabulary.")] = 32000,
+    weights: Annotated[str, typer.Option(help="Format of the weights: fp32, fp16, bf16, int8, int4, fp8, fp4.")] = "fp16",
+    state: Annotated[str, typer.Option(help="Of the stored state: fp32 or fp16.")] = "fp32",
+    as_json: Json = False,
+) -> None:
+    """Say what a model needs on a device, and how fast it will be there, without running it."""
+    from retnet_export.runtime.plan.devices import DEVICES, find_device
+    from retnet_export.runtime.plan.outlook import outlook
+
+    sizes, chunk, name, formats = _model(bundle, layers, width, heads, ffn, vocabulary, weights, state)
+    chosen = list(DEVICES.values()) if devices else [find_device(key) for key in device or ()]
+    if not chosen:
+        raise UserError(f"on which device? --device NAME, or --devices for all: {', '.join(DEVICES)}")
+    outlooks = [(spec, outlook(sizes, spec, batch, chunk, formats)) for spec in chosen]
+    if as_json:
+        print_json({"model": name, "batch": batch, "parameters": sizes.parameters, "devices": [_record(*row) for row in outlooks]})
+        return
+    if len(outlooks) == 1:
+        _print_one(name, sizes, batch, *outlooks[0])
+    else:
+        _print_all(name, sizes, batch, outlooks)
+
+
+FORMATS = {
+    "fp32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "int8": "int8",
+    "int4": "int4",
+    "fp8": "float8",
+    "fp4": "float4",
+}
+
+
+def _model(
+    bundle: Path | None,
+    layers: int | None,
+    width: int | None,
+    heads: int | None,
+    ffn: int | None,
+    vocabulary: int,
+    weights: str,
+    state: str,
+) -> tuple[Sizes, int, str, tuple[str, ...]]:
+    """The model's sizes, the tokens of a chunk, a name, and the formats of its weights and products."""
+    from retnet_export.runtime.bundle import open_bundle
+    from retnet_export.runtime.config import ModelConfig
+    from retnet_export.runtime.plan.sizes import sizes_of_bundle, sizes_of_model
+
+    if bundle is not None:
+        if layers is not None or width is not None:
+            raise UserError("either a bundle or --layers and --width, not both")
+        manifest = open_bundle(bundle, check_hashes=False).manifest
+        precision = (manifest.precision.weights, manifest.precision.compute)
+        return sizes_of_bundle(manifest), manifest.graphs["prefill"].chunk_size, str(bundle), precision
+    if layers is None or width is None:
+        raise UserError("what model? give a bundle, or its sizes: --layers 24 --width 2048")
+    if weights not in FORMATS or state not in ("fp32", "fp16"):
+        raise UserError(f"--weights is {weights!r} and --state {state!r}, expected {', '.join(FORMATS)} and fp32 or fp16")
+    heads = heads or max(1, width // 256)
+    if width % (2 * heads):
+        raise UserError(f"--width {width} with {heads} heads: a head's keys must be an even number; give --heads")
+    config = ModelConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_layers=layers,
+        num_heads=heads,
+        head_key_dim=width // heads,
+        head_value_dim=2 * width // heads,
+        ffn_size=ffn or 2 * width,
+        num_kv_heads=heads,
+    )
+    group_size = 64 if weights in ("int4", "fp4") else None
+    sizes = sizes_of_model(config, FORMATS[weights], state=FORMATS[state], group_size=group_size)
+    return sizes, DEFAULT_CHUNK, f"{layers} layers of width {width}, {weights}", (FORMATS[weights],)
+
+
+def _record(spec: DeviceSpec, result: Outlook) -> dict[str, object]:
+    return {
+        "device": spec.key,
+        "fits": result.fits,
+        "why_not": result.why_not,
+        "memory_at_rest_bytes": round(result.at_rest),
+        "memory_at_peak_bytes": round(result.at_peak),
+        "memory_usable_bytes": round(spec.usable_bytes),
+        "largest_batch": result.largest_batch,
+        "bytes_per_step": round(result.prediction.bytes_per_step),
+        "tokens_per_second": round(result.prediction.tokens_per_second, 1),
+        "range": [round(result.prediction.low, 1), round(result.prediction.high, 1)],
+        "transformer_tokens_per_second": {
+            str(context): None if rate is None else round(rate, 1) for context, rate in result.prediction.transformer.items()
+        },
+    }
+
+
+def _print_one(name: str, sizes: Sizes, batch: int, spec: DeviceSpec, result: Outlook) -> None:
+    prediction = result.prediction
+    rates = ", ".join(
+        f"{context:,}: {'does not fit' if rate is None else f'{rate:.0f}'}" for context, rate in prediction.transformer.items()
+    )
+    rows = [
+        ("model", f"{sizes.parameters / 1e6:,.0f} million parameters, weights {size(sizes.weights_bytes)}"),
+        ("state", f"{size(sizes.state_bytes)} a sequence, at any length"),
+        ("a step reads and writes", size(prediction.bytes_per_step)),
+        ("memory", f"{size(result.at_rest)} at rest, {size(result.at_peak)} at peak, of {size(spec.usable_bytes)} usable"),
+        ("fits", "yes" if result.fits else f"NO: {result.why_not}"),
+        ("largest batch", f"{result.largest_batch:,}"),
+        (
+            "tokens/s",
+            f"{prediction.tokens_per_second:.0f} at batch {batch}, between {prediction.low:.0f} and {prediction.high:.0f}",
+        ),
+        ("a Transformer, by context", rates),
+        ("from", result.basis),
+    ]
+    print_table(f"{name} on {spec.name}", rows)
+
+
+def _print_all(name: str, sizes: Sizes, batch: int, outlooks: list[tuple[DeviceSpec, Outlook]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{name}: {sizes.parameters / 1e6:,.0f} million parameters, batch {batch}", title_justify="left", box=None)
+    for column in ("device", "fits", "peak", "tokens/s", "range", "Transformer at 8k", "largest batch"):
+        table.add_column(column, justify="left" if column in ("device", "fits") else "right")
+    for spec, result in outlooks:
+        prediction = result.prediction
+        rate = prediction.transformer[8192]
+        table.add_row(
+            spec.key,
+            "yes" if result.fits else "no",
+            size(result.at_peak),
+            f"{prediction.tokens_per_second:.0f}",
+            f"{prediction.low:.0f}–{prediction.high:.0f}",
+            "does not fit" if rate is None else f"{rate:.0f}",
+            f"{result.largest_batch:,}",
+        )
+    Console(highlight=False, markup=False).print(table)
