@@ -14,5 +14,8 @@ def doctor(as_json: Json = False) -> None:
         print_json(report)
         return
     print_table("machine", [(name, str(value)) for name, value in report["machine"].items()])
+    for title, facts in (("GPU", report["gpu"]), ("Jetson", report["jetson"])):
+        if facts:
+            print_table(f"\n{title}", list(facts.items()))
     print_table("\npackages", [(name, str(value)) for name, value in report["packages"].items()])
     print_table("\nwhat works", [(name, "yes" if mend is None else f"no: {mend}") for name, mend in report["works"].items()])

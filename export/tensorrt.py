@@ -271,7 +271,7 @@ def _parse(parser: trt.OnnxParser, bundle: Bundle, path: Path) -> bool:
     """
     record = bundle.manifest.quantization
     if not (bundle.manifest.model.tied_embeddings and record and record.get("embedding") != "keep"):
-        return parser.parse_from_file(str(path))
+        return bool(parser.parse_from_file(str(path)))
     try:
         import onnx
         from onnx.external_data_helper import load_external_data_for_tensor
@@ -285,7 +285,7 @@ def _parse(parser: trt.OnnxParser, bundle: Bundle, path: Path) -> bool:
             tensor.data_location = onnx.TensorProto.DEFAULT
             tensor.ClearField("external_data")
         seen.add(offset)
-    return parser.parse(model.SerializeToString(), str(path))
+    return bool(parser.parse(model.SerializeToString(), str(path)))
 
 
 def _profile(builder: trt.Builder, graph: GraphSpec, profile: _Profile, max_batch: int) -> trt.IOptimizationProfile:

@@ -10,6 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypedDict
 
+from retnet_export.runtime import jetson
+from retnet_export.runtime.errors import UserError
+
 PURPOSES: Mapping[str, tuple[tuple[str, ...], str]] = {
     "generate on the CPU (onnxruntime)": (("onnxruntime", "numpy", "tokenizers"), "cpu"),
     "export safetensors checkpoints": (("onnx", "onnx_ir", "ml_dtypes", "safetensors"), "export"),
@@ -22,9 +25,14 @@ DISTRIBUTIONS = ("retnet-export", "numpy", "onnxruntime", "onnx", "onnx-ir", "to
 
 
 class Report(TypedDict):
-    """What `doctor --json` prints; `works` maps a purpose to None, or to what would make it work."""
+    """What `doctor --json` prints; `works` maps a purpose to None, or to what would make it work.
+
+    `gpu` is empty without an NVIDIA GPU that CUDA can use, `jetson` on anything else than a Jetson.
+    """
 
     machine: dict[str, str]
+    gpu: dict[str, str]
+    jetson: dict[str, str]
     packages: dict[str, str]
     works: dict[str, str | None]
 
@@ -35,7 +43,17 @@ def examine() -> Report:
     for purpose, (modules, extra) in PURPOSES.items():
         missing = [module for module in modules if importlib.util.find_spec(module) is None]
         works[purpose] = f"pip install 'retnet-export[{extra}]' (missing: {', '.join(missing)})" if missing else None
+    gpu, no_gpu = _gpu()
+    works["generate on an NVIDIA GPU (onnxruntime-cuda)"] = no_gpu or _onnxruntime_cuda()
+    for target in ("tensorrt", "tensorrt-rtx"):
+        version_here, fault = _tensorrt(target)
+        if version_here is not None:
+            gpu[target] = version_here
+        works[f"run and compile on this GPU ({target})"] = fault or no_gpu or _unsupported(target, gpu)
+    works["compile for RTX GPUs that are not here"] = _tensorrt("tensorrt-rtx")[1]
     return Report(
+        gpu=gpu,
+        jetson=jetson.describe(),
         machine={
             "system": f"{platform.system()} {platform.release()} {platform.machine()}",
             "processor": _processor(),
@@ -46,6 +64,59 @@ def examine() -> Report:
         packages={name: _version(name) for name in DISTRIBUTIONS},
         works=works,
     )
+
+
+def _gpu() -> tuple[dict[str, str], str | None]:
+    """The GPU that CUDA sees, and if there is none, why."""
+    from retnet_export.runtime import cuda
+
+    try:
+        if not cuda.device_count():
+            return {}, (
+                "no NVIDIA GPU that CUDA can use; if there is one, its driver is missing (nvidia-smi) or older than cuda-bindings "
+                "(for a driver of CUDA 12, as on JetPack 6: pip install 'cuda-bindings<13')"
+            )
+        device, memory, (driver, _) = cuda.device(), cuda.memory_info(), cuda.versions()
+    except UserError as error:
+        return {}, str(error)
+    except (cuda.CudaError, RuntimeError, OSError) as error:
+        return {}, f"CUDA does not work here: {error}; restart, or install the driver again"
+    return {
+        "name": device.name,
+        "compute capability": f"{device.compute_capability[0]}.{device.compute_capability[1]}",
+        "memory": f"{memory.total / 2**30:.1f} GiB{' shared with the CPU' if device.integrated else ''}, "
+        f"{memory.free / 2**30:.1f} GiB free",
+        "CUDA": f"{driver // 1000}.{driver % 1000 // 10} (driver)",
+    }, None
+
+
+def _onnxruntime_cuda() -> str | None:
+    mend = "pip install 'retnet-export[cuda]' (on a Jetson: NVIDIA's onnxruntime-gpu wheel for its JetPack)"
+    try:
+        import onnxruntime
+    except ImportError:
+        return mend
+    providers = onnxruntime.get_available_providers()
+    return None if "CUDAExecutionProvider" in providers else f"{mend}; this build has {', '.join(providers)}"
+
+
+def _tensorrt(target: str) -> tuple[str | None, str | None]:
+    """The version of TensorRT, and if it is not usable, why and what to do."""
+    from retnet_export.runtime.tensorrt_api import load_module
+
+    try:
+        return str(load_module(target).__version__), None
+    except UserError as error:
+        return None, str(error)
+
+
+def _unsupported(target: str, gpu: dict[str, str]) -> str | None:
+    from retnet_export.runtime.tensorrt_api import TARGETS
+
+    known = TARGETS[target].capabilities
+    if known is None or gpu.get("compute capability") in known:
+        return None
+    return f"{target} has no kernels for compute capability {gpu.get('compute capability')}, only for {', '.join(known)}"
 
 
 def _version(name: str) -> str:

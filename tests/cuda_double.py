@@ -85,6 +85,11 @@ class CudaDouble:
     def cudaMemGetInfo(self):
         return OK, self.memory - sum(map(ctypes.sizeof, self.device.values())), self.memory
 
+    def cudaDriverGetVersion(self):
+        return OK, 12060
+
+    cudaRuntimeGetVersion = cudaDriverGetVersion
+
     def cudaGetErrorString(self, code):
         return OK, code.name.encode()
 
