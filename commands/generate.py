@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from retnet_export.commands import sampling
-from retnet_export.commands.common import BackendName, BundlePath, Json, LowMemory, Threads, print_json, progress
+from retnet_export.commands.common import BackendName, BundlePath, Json, LowMemory, Threads, print_json, print_table, progress
 from retnet_export.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from retnet_export.runtime.model import Model
     from retnet_export.runtime.state import Snapshot
     from retnet_export.runtime.stats import Stats
+
+NO_RAILS = "not measured: this machine shows no power rails that we know (a Jetson does)"
 
 
 def generate(
@@ -73,10 +76,12 @@ def generate(
     threads: Threads = None,
     low_memory: LowMemory = None,
     stats: sampling.ShowStats = False,
+    power: Annotated[bool, typer.Option("--power", help="On a Jetson: read its power rails meanwhile; tokens per joule.")] = False,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt, streaming the text as it is made; or many prompts at once."""
     from retnet_export.runtime.generation import Options
+    from retnet_export.runtime.jetson import PowerMeter
     from retnet_export.runtime.model import load
     from retnet_export.runtime.state import Snapshot
     from retnet_export.runtime.stats import Stats
@@ -104,12 +109,17 @@ def generate(
     if prompts is None and prompt is None and before is None:
         prompt = _prompt_from_stdin()
     model, measured = load(bundle, backend, threads=threads, low_memory=low_memory), Stats()
-    if prompts is not None:
-        _continue_many(model, _read_prompts(prompts, options), options, batch, before, measured, as_json)
-    else:
-        _continue_one(model, prompt, options, before, save_state, measured, as_json)
+    meter = PowerMeter() if power else None
+    with meter or contextlib.nullcontext():
+        if prompts is not None:
+            _continue_many(model, _read_prompts(prompts, options), options, batch, before, measured, as_json)
+        else:
+            _continue_one(model, prompt, options, before, save_state, measured, as_json)
     if stats and not as_json:
         sampling.print_stats(measured, model.bundle.manifest.state_bytes)
+    if meter is not None:
+        energy = f"{meter.joules:.1f} J, {measured.new_tokens / meter.joules:.2f} tokens per joule" if meter.joules else NO_RAILS
+        print_table("", [("energy", energy)], err=True)
 
 
 def _continue_one(

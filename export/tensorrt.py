@@ -411,13 +411,14 @@ def _run_cancellable(build: Callable[[], Any], monitor: Any) -> Any:
             failure.append(error)
 
     thread = threading.Thread(target=work, name="tensorrt-build")
-    thread.start()
     try:
+        thread.start()
         while thread.is_alive():
             thread.join(0.1)
     except BaseException:
         monitor.cancel()
-        thread.join()
+        if thread.ident is not None:
+            thread.join()
         raise
     if failure:
         raise failure[0]

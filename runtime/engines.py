@@ -11,6 +11,7 @@ built from other graphs or weights is refused.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 from collections.abc import Mapping
@@ -127,6 +128,8 @@ def write_engines(bundle: Bundle, record: EngineRecord, engines: Mapping[str, me
     except BaseException as error:
         for path in written:
             path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # which only succeeds if it holds no other engine
         if isinstance(error, OSError):
             raise UserError(f"{folder}: cannot be written: {error.strerror}; no engine was kept") from error
         raise

@@ -18,7 +18,7 @@ from retnet_export.runtime.tensorrt_api import newest_opset
 RUNTIME_BYTES = 600e6
 """What CUDA and TensorRT themselves take on a device. An estimate: the published peaks of small models suggest 0.5 to 1 GB."""
 
-BUILD_COPIES = 3.0
+BUILD_COPIES = 4.3
 """Copies of the weights that a build holds at once at its peak; measured with TensorRT-RTX, docs/tensorrt.md."""
 
 
@@ -116,7 +116,7 @@ def check_host_memory(path: Path, manifest: Manifest) -> None:
     needed = BUILD_COPIES * manifest.weights_bytes
     if available is not None and needed > available:
         raise UserError(
-            f"{path}: building holds about {BUILD_COPIES:.0f} copies of the weights at once, {needed / 1e9:.1f} GB, and this "
+            f"{path}: building holds about {BUILD_COPIES:g} times the weights at its peak, {needed / 1e9:.1f} GB, and this "
             f"machine has {available / 1e9:.1f} GB available; close other programs, add swap, or quantize the bundle first"
         )
 

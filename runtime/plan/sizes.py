@@ -73,14 +73,15 @@ class Sizes:
     def activation_bytes(self, batch: int = 1, chunk: int = 256) -> float:
         """An upper estimate of what a chunk of prompt needs while it is read.
 
-        A layer at a time: its widest activations, in float32 and once more in the format of the products, and the scores of
-        all heads, (H, C, C), twice. Held against what TensorRT-RTX reports in docs/plan.md.
+        The kernels' own workspace; a layer's widest activations, in float32 and once more in the format of the products, and
+        the scores of all heads, (H, C, C), twice; and the state three times over. Fitted to what TensorRT-RTX reports for two
+        models, docs/plan.md.
         """
         config = self.config
         projections = config.key_size * 2 + config.value_size * 3
         widest = projections + 3 * config.hidden_size + config.ffn_size * 3
         scores = config.num_heads * chunk * 2
-        return 8e6 + batch * chunk * 4.0 * (widest * 1.5 + scores) + batch * self.state_bytes / config.num_layers * 2
+        return 41e6 + batch * chunk * 4.4 * (widest * 1.5 + scores) + 3.0 * batch * self.state_bytes
 
     def memory_at_peak(self, batch: int = 1, chunk: int = 256) -> float:
         """At rest, and a chunk of prompt on its way."""

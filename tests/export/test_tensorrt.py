@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import json
 import shutil
+import signal
 
 import pytest
 import tiny
@@ -120,6 +121,15 @@ def test_progress_moves_forward_and_names_the_phase(bundle):
     assert len({stage for stage, _ in seen}) > 3
 
 
+@pytest.fixture
+def heeds_ctrl_c():
+    """A process that a shell started in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_ctrl_c_cancels_the_build_and_leaves_nothing(bundle):
     interrupted = False
 

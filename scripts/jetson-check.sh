@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Runs the whole path on a Jetson and writes one report: scripts/jetson-check.sh BUNDLE [REPORT]
+# Attach the report to an issue; it holds no names of users or hosts. Every step is run, whatever became of the one before.
+set -u
+bundle=${1:?usage: scripts/jetson-check.sh BUNDLE [REPORT]}
+report=${2:-jetson-report.txt}
+prompt='In the beginning'
+failed=0
+
+step() { # step TITLE COMMAND...: run it, put its output under the title
+    local title=$1
+    shift
+    printf '\n=== %s\n$ %s\n' "$title" "$*"
+    if "$@" 2>&1 </dev/null; then printf '[ok]\n'; else printf '[FAILED: exit %d]\n' "$?"; failed=$((failed + 1)); fi
+}
+look() { # look TITLE COMMAND...: likewise, but a machine may lack it
+    local title=$1
+    shift
+    printf '\n=== %s\n' "$title"
+    "$@" 2>/dev/null </dev/null || printf 'not here\n'
+}
+
+{
+    printf 'retnet-export on a Jetson, %s\n' "$(date -u +%Y-%m-%dT%H:%MZ)"
+    look 'board' sh -c "tr -d '\\0' </proc/device-tree/model"
+    look 'release' cat /etc/nv_tegra_release
+    look 'power mode' nvpmodel -q
+    look 'memory' free -m
+    look 'tegrastats' sh -c 'timeout 2 tegrastats --interval 500 | head -2'
+    step 'doctor' retnet-export doctor
+    step 'bundle' retnet-export inspect "$bundle"
+    step 'compile' retnet-export compile "$bundle" --json
+    step 'generate, ONNX Runtime on the CPU' retnet-export generate "$bundle" --prompt "$prompt" --max-new-tokens 64 --temperature 0 --backend onnxruntime --stats
+    step 'generate, TensorRT' retnet-export generate "$bundle" --prompt "$prompt" --max-new-tokens 64 --temperature 0 --backend tensorrt --stats
+    step 'speed and power, TensorRT' retnet-export generate "$bundle" --prompt "$prompt" --max-new-tokens 512 --temperature 0 --backend tensorrt --stats --power
+    look 'memory afterwards' free -m
+    printf '\n%d steps failed\n' "$failed"
+} | tee "$report"
+printf '\nwritten: %s\n' "$report"
+grep -q '^0 steps failed$' "$report"
