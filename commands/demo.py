@@ -21,7 +21,7 @@ def demo(
     checkpoint: Annotated[Path | None, typer.Option(help="Another checkpoint than the bundled model.", show_default=False)] = None,
     force: Force = False,
 ) -> None:
-    """The whole path on the bundled model: export, verify, generate, and a short comparison with a Transformer."""
+    """The whole path on the bundled model: export, verify, generate, compile, and a short comparison with a Transformer."""
     from retnet_export.commands.compare import compare
     from retnet_export.commands.export import export
     from retnet_export.commands.generate import generate
@@ -39,10 +39,25 @@ def demo(
     verify(output, source)
     _announce(f"retnet-export generate {output} --prompt {PROMPT!r} --seed 1 --stats")
     generate(output, prompt=PROMPT, max_new_tokens=160, seed=1, stats=True)
+    _compile(output)
     report = output.with_suffix(".comparison")
     contexts = "0,512,2048,8192"
     _announce(f"retnet-export compare {output} -o {report} --contexts {contexts} --prompts 512 --batches 1,4 --seconds 0.3")
     compare(output, report, contexts=contexts, prompts="512", batches="1,4", seconds=0.3, force=force)
+
+
+def _compile(bundle: Path) -> None:
+    """TensorRT-RTX builds for GPUs that are not here; without it the demo says so and goes on."""
+    from retnet_export.commands.compile import compile_
+    from retnet_export.runtime.tensorrt_api import load_module
+
+    _announce(f"retnet-export compile {bundle} --target tensorrt-rtx --compute-capability 8.6 --compute-capability 12.0")
+    try:
+        load_module("tensorrt-rtx")
+    except UserError as error:
+        typer.echo(f"skipped: {error}")
+        return
+    compile_(bundle, target="tensorrt-rtx", compute_capability=["8.6", "12.0"])
 
 
 def _announce(command: str) -> None:
