@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --editable '.[cpu,export,torch,compare,dev]'
 	# TensorRT-RTX compiles without a GPU; where it cannot be installed its tests skip and say so.
-	$(BIN)/pip install --quiet '.[tensorrt-rtx]' || echo "tensorrt-rtx is not available here: its tests will skip"
+	$(BIN)/pip install --quiet --editable '.[tensorrt-rtx]' || echo "tensorrt-rtx is not available here: its tests will skip"
 	touch $@
 
 demo: $(VENV)/.installed  ## export the bundled model, verify it, generate text, compare with a Transformer
