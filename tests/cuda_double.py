@@ -102,14 +102,23 @@ class CudaDouble:
         return OK, self._allocate(self.host, size)
 
     def cudaFree(self, address):
+        self._finish()
         if self.device.pop(address, None) is None:
             raise Misuse(f"cudaFree of {address:#x}, which is not allocated")
         return (OK,)
 
     def cudaFreeHost(self, address):
+        self._finish()
         if self.host.pop(address, None) is None:
             raise Misuse(f"cudaFreeHost of {address:#x}, which is not allocated")
         return (OK,)
+
+    def _finish(self) -> None:
+        """Freeing memory waits for the device, as the real one does."""
+        for stream in self.pending:
+            work, self.pending[stream] = self.pending[stream], []
+            for item in work:
+                item()
 
     def _allocate(self, table: dict[int, ctypes.Array], size: int) -> int:
         block = (ctypes.c_ubyte * size)(*([0xAA] * min(size, 64)))  # never zero by chance
