@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A CPU build of torch is enough here, and far smaller: set TORCH=torch where you want the default build.
 TORCH ?= torch==2.13.0
 
-.PHONY: help demo test test-gpu check check-tensorrt bench-decode bench-compare bench-export bench-gpu clean
+.PHONY: help demo test test-gpu check check-tensorrt bench-decode bench-compare bench-export bench-gpu bench-prefill bench-forever clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -50,6 +50,12 @@ bench-compare: $(VENV)/.installed  ## the comparison of docs/comparison.md, abou
 check-tensorrt: $(VENV)/.installed  ## our calls of TensorRT against its type stubs
 	$(BIN)/pip install --quiet --no-deps tensorrt-stubs==10.13.0.35.1
 	$(BIN)/python scripts/check_tensorrt_types.py
+
+bench-prefill: $(VENV)/.installed  ## reading prompts on the CPU: speed by chunk size, memory of both graphs
+	$(BIN)/python benchmarks/prefill.py
+
+bench-forever: $(VENV)/.installed  ## a million tokens against float64: half an hour
+	$(BIN)/python benchmarks/forever.py
 
 clean:  ## remove what make made
 	rm -rf $(VENV) .cache build dist *.egg-info *.retnet *.comparison
