@@ -20,13 +20,14 @@ from retnet_export.runtime.plan.devices import DEVICES, DeviceSpec
 from retnet_export.runtime.plan.sizes import Sizes
 
 STATE_PASSES: Mapping[str, float] = {
-    # TensorRT fuses decay, update and read-out of a layer's state: read once, written once.
+    # Decay, update and read-out of a layer's state are one kernel: read once, written once. In TensorRT by its fusion, in the
+    # dialect onnxruntime-cuda by its operator.
     "tensorrt": 2.0,
+    "onnxruntime-cuda": 2.0,
     # Multiply by γ (read, write), k·v (write), add (two reads, a write), read-out (a read): seven.
-    "onnxruntime-cuda": 7.0,
     "onnxruntime": 7.0,
 }
-"""How often the state crosses the memory bus in a step of the portable graph, by runtime."""
+"""How often the state crosses the memory bus in a step, by runtime."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,13 @@ def _published(device: str, *rows: tuple[tuple[str, int, float], float]) -> tupl
     return tuple(Measurement("tensorrt", device, *model, 0.0, 1, 1e3 / rate) for model, rate in rows)
 
 
+def _on_h100(model: str, layers: int, matrix_bytes: float, state_bytes: float, *rows: tuple[int, float]) -> tuple[Measurement, ...]:
+    return tuple(
+        Measurement("onnxruntime-cuda", "h100", model, layers, matrix_bytes, state_bytes, batch, milliseconds)
+        for batch, milliseconds in rows
+    )
+
+
 MEASUREMENTS: tuple[Measurement, ...] = (
     # Published by NVIDIA for TensorRT-Edge-LLM 0.9.0, batch 1, INT4 AWQ, tokens per second. These are Transformers on a
     # runtime with kernels of its own, so for a RetNet on plain TensorRT they say what the hardware gives, not what we reach.
@@ -77,12 +85,11 @@ MEASUREMENTS: tuple[Measurement, ...] = (
     *_published("agx-orin-64gb", (_QWEN3_06B, 186), (_QWEN3_17B, 99), (_QWEN3_4B, 53), (_QWEN3_8B, 32.5)),
     *_published("orin-nx-16gb", (_QWEN3_06B, 117), (_QWEN3_17B, 60), (_QWEN3_4B, 32), (_QWEN3_8B, 19)),
     *_published("orin-nano-8gb", (_QWEN3_06B, 73), (_QWEN3_17B, 37)),
-    # Measured: ONNX Runtime 1.31.1 CUDA, a RetNet's step in plain operators, CUDA graphs, float16 state.
-    Measurement("onnxruntime-cuda", "h100", "RetNet 1.5B fp16", 24, 2.95e9, 50e6, 1, 2.74),
-    Measurement("onnxruntime-cuda", "h100", "RetNet 1.5B int4", 24, 0.83e9, 50e6, 1, 2.01),
-    Measurement("onnxruntime-cuda", "h100", "RetNet 1.5B fp16", 24, 2.95e9, 50e6, 8, 5.99),
-    Measurement("onnxruntime-cuda", "h100", "RetNet 7.8B fp16", 32, 15.33e9, 134e6, 1, 7.95),
-    Measurement("onnxruntime-cuda", "h100", "RetNet 7.8B int4", 32, 4.30e9, 134e6, 1, 4.62),
+    # Measured by this project, docs/gpu.md: ONNX Runtime 1.31.1 CUDA, dialect onnxruntime-cuda, CUDA graphs, float32 state.
+    *_on_h100("RetNet 1.5B fp16", 24, 2.95e9, 100.7e6, (1, 2.05), (8, 2.69), (64, 7.04)),
+    *_on_h100("RetNet 1.5B int4", 24, 0.83e9, 100.7e6, (1, 1.40), (8, 2.41), (64, 7.53)),
+    *_on_h100("RetNet 7.8B fp16", 32, 15.26e9, 268.4e6, (1, 6.68), (8, 8.28), (64, 20.4)),
+    *_on_h100("RetNet 7.8B int4", 32, 4.30e9, 268.4e6, (1, 3.18), (8, 5.65), (64, 19.2)),
     # Measured: ONNX Runtime 1.32.0 CPU, 12 layers of width 768, 3 heads of 256 × 512, float32 state.
     Measurement("onnxruntime", "cpu-2-cores", "RetNet 148M fp32", 12, 592e6, 18.9e6, 1, 18.5),
     Measurement("onnxruntime", "cpu-2-cores", "RetNet 148M int8", 12, 152e6, 18.9e6, 1, 8.6),
