@@ -51,7 +51,10 @@ def build_decode(
     if config.score_norm:
         count = b.op("Cast", after, name="tokens_read", to=ir.DataType.FLOAT)
         read_count = b.op("Reshape", count, b.shape(0, 1, 1), name="tokens_read_column")
-    gamma = b.constant(config.gamma.astype(np.float32)[:, None, None], "gamma")  # (H, 1, 1)
+    # One copy of γ for each row of the state: ONNX Runtime deals out the rows to its threads, and H heads are too few to share.
+    gamma = b.constant(
+        np.repeat(config.gamma.astype(np.float32)[:, None, None], config.head_key_dim, axis=1), "gamma"
+    )  # (H, Dk, 1)
     state_after: list[Value] = []
 
     def retain(index: int, x: Value) -> Value:

@@ -101,6 +101,13 @@ class _Rewriter:
             self._replace_gemm(node, name)
         else:
             node.replace_input_with(1, self._weight(node, name))
+            self._keep_apart(node)
+
+    def _keep_apart(self, product: ir.Node) -> None:
+        """Let Sum, not Add, add to a product: ONNX Runtime would make a Gemm of both, whose quantized weights it does not fuse."""
+        users = list(product.outputs[0].consumers())
+        if len(users) == 1 and users[0].op_type == "Add":
+            self._take_over(users[0], "Sum", users[0].inputs)
 
     def _weight(self, before: ir.Node, name: str) -> ir.Value:
         """W as floats, (K, N), from a DequantizeLinear that stands before the node `before`."""

@@ -3,6 +3,10 @@
 Rule: a step copies neither weights nor state. The graph reads the state from one set of buffers and writes it to the
 other; the next step swaps them. All buffers are bound once, when a stream is opened.
 
+decode.onnx may write a layer's state where it read it: one operator reads it, a later one writes it, and ONNX Runtime runs
+operators one after another. That spares a third of the memory traffic of the state. Only the position, which is read again
+after it was advanced, has a place of its own. prefill.onnx reads the state several times and always swaps.
+
 ONNX Runtime packs the weights of every session for itself, so decode.onnx and prefill.onnx side by side would hold them
 twice. Float weights are therefore held by one session, of prefill.onnx, which reads one token as well as many: a step then
 costs 4 % more than decode.onnx. Quantized weights are small and steps over them short, so they get a session a graph, unless
@@ -25,10 +29,6 @@ from retnet_export.runtime.manifest import StateSpec, TensorSpec
 
 if TYPE_CHECKING:
     import onnxruntime
-
-HINDERING_FUSIONS = ["MatMulAddFusion"]
-"""Makes one Gemm of a product and the residual's sum, in graphs with one token: ONNX Runtime then no longer sees a product with
-quantized weights, and dequantizes the whole matrix at every step (148M parameters, INT4: 48 ms a token instead of 7)."""
 
 ONNX_TYPES: Mapping[str, str] = {
     "float32": "tensor(float)",
@@ -77,11 +77,8 @@ class OnnxRuntimeBackend:
         import onnxruntime
 
         path = self._bundle.file(self._bundle.manifest.graphs[graph].file)
-        disabled = HINDERING_FUSIONS if self._bundle.manifest.quantization is not None else []
         try:
-            session = onnxruntime.InferenceSession(
-                str(path), self._options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
-            )
+            session = onnxruntime.InferenceSession(str(path), self._options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its errors share no narrower base class
             raise UserError(f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load the graph: {error}") from error
         spec = self._bundle.manifest.graphs[graph]
@@ -114,9 +111,13 @@ class OnnxRuntimeStream:
         self._logits = np.zeros((batch, vocab_size), np.float32)
         initial = initial_state(state)
         self._buffers = tuple({name: np.repeat(value, batch, 0) for name, value in initial.items()} for _ in range(2))
-        self._decode_bindings, self._prefill_bindings = (
-            tuple(self._bind_state(session, self._buffers[side], self._buffers[1 - side]) for side in range(2))
-            for session in (decode, prefill)
+        self._prefill_bindings = tuple(self._bind_state(prefill, self._buffers[side], self._buffers[1 - side]) for side in range(2))
+        self._in_place = decode is not prefill
+        self._position_after = np.zeros(batch, np.int64)
+        self._decode_bindings = (
+            tuple(self._bind_state(decode, before, {**before, "position": self._position_after}) for before in self._buffers)
+            if self._in_place
+            else tuple(self._bind_state(prefill, self._buffers[side], self._buffers[1 - side]) for side in range(2))
         )
         for binding in self._decode_bindings:
             _bind_input(binding, "tokens", self._tokens)
@@ -127,7 +128,10 @@ class OnnxRuntimeStream:
     def step(self, tokens: NDArray[np.int64]) -> None:
         self._tokens[:, 0] = tokens
         self._decode.run_with_iobinding(self._decode_bindings[self._side])
-        self._side = 1 - self._side
+        if self._in_place:
+            self._buffers[self._side]["position"][:] = self._position_after
+        else:
+            self._side = 1 - self._side
 
     def prefill(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
         # Columns that are padding in every slot are not computed at all.

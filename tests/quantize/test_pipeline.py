@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import onnxruntime
 import oracle
@@ -14,7 +13,6 @@ import tiny
 from retnet_export.graph.blocks import rotated_projection_order
 from retnet_export.graph.weights import random_weights, retention_inputs
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
-from retnet_export.runtime.backends.onnxruntime import HINDERING_FUSIONS
 from retnet_export.runtime.bundle import open_bundle
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.model import load
@@ -217,16 +215,3 @@ def test_a_quantized_bundle_is_not_quantized_again(tmp_path):
     with pytest.raises(UserError, match=r"quantized already \(int8\); rounding twice only loses"):
         quantize_bundle(quantized, tmp_path / "smaller.retnet", QuantizeOptions("int4", group_size=GROUP))
     assert not (tmp_path / "smaller.retnet").exists()
-
-
-@pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_onnxruntime_dequantizes_no_matrix_at_run_time(tmp_path, weights):
-    model = tiny.config(hidden_size=64, ffn_size=64, head_value_dim=16)
-    quantized = quantize_bundle(tiny.bundle(tmp_path, model), tmp_path / "q.retnet", QuantizeOptions(weights=weights))
-    for graph in ("decode.onnx", "prefill.onnx"):
-        options = onnxruntime.SessionOptions()
-        options.optimized_model_filepath = str(tmp_path / f"optimized.{graph}")
-        options.log_severity_level = 3
-        onnxruntime.InferenceSession(str(quantized.path / graph), options, disabled_optimizers=HINDERING_FUSIONS)
-        optimized = onnx.load(options.optimized_model_filepath, load_external_data=False)
-        assert "DequantizeLinear" not in {node.op_type for node in optimized.graph.node}
