@@ -140,10 +140,18 @@ def _match_retention(node: ir.Node) -> _Retention | None:
         return None
     gamma, lines = constant(decayed[1]), [inputs_of(each, "Unsqueeze") for each in (product[0], *outer)]
     after = [user.outputs[0] for user in product[1].consumers() if user.op_type == "Transpose"]
-    if gamma is None or gamma.ndim != 3 or any(each is None for each in lines) or len(after) != 1 or not before[0].is_graph_input():
+    # γ may be written once a head or once a row of the state: it is the head's either way.
+    if (
+        gamma is None
+        or gamma.ndim != 3
+        or (gamma != gamma[:, :1, :1]).any()
+        or any(each is None for each in lines)
+        or len(after) != 1
+        or not before[0].is_graph_input()
+    ):
         return None
     q, k, v = (each[0] for each in lines if each is not None)
-    return _Retention(q, k, v, before[0], after[0], gamma.reshape(-1), node)
+    return _Retention(q, k, v, before[0], after[0], gamma[:, 0, 0], node)
 
 
 def _replace(graph: ir.Graph, found: _Retention) -> None:
