@@ -1,6 +1,6 @@
 """Decode speed on the CPU: tokens per second, flat in context, and where a token's time goes.
 
-    python benchmarks/decode.py [--size 148M] [--tokens 20000] [--threads 2]
+    python benchmarks/decode.py [--size 148M] [--tokens 1500] [--threads 2] [--formats fp32,int8,int4]
 
 Three questions, one run each on the bundled model and on a random one:
 1. How fast is a step, and what share of it is the graph, the sampling, the rest?
@@ -21,6 +21,7 @@ from common import ROOT, Sample, describe_machine, parameters, random_bundle, re
 
 from retnet_export.export.checkpoints import open_checkpoint
 from retnet_export.export.pipeline import export_bundle
+from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.runtime import load
 from retnet_export.runtime.bundle import Bundle
 from retnet_export.runtime.generation import Options
@@ -47,12 +48,13 @@ def bytes_per_token(bundle: Bundle) -> int:
     """The least a step must move: every matrix once, the state in and out. Of an untied embedding it reads one row."""
     manifest = bundle.manifest
     model = manifest.model
-    table = 0 if model.tied_embeddings else model.vocab_size * model.hidden_size
-    share = 1 - table / parameters(model)
-    return int(manifest.weights_bytes * share) + 2 * manifest.state_bytes
+    element = 1 if manifest.quantization else {"float32": 4, "float16": 2, "bfloat16": 2}[manifest.precision.weights]
+    table = 0 if model.tied_embeddings else element * model.vocab_size * model.hidden_size
+    return manifest.weights_bytes - table + 2 * manifest.state_bytes
 
 
-def report(name: str, bundle: Bundle, tokens: int, threads: int, bandwidth: float) -> None:
+def report(name: str, bundle: Bundle, tokens: int, threads: int, bandwidth: float) -> float:
+    """Print one bundle's figures; returns milliseconds per token (median)."""
     stats = generate(bundle, tokens, threads)
     graph, sampling, total = (np.array(part) for part in (stats.graph_ms, stats.sampling_ms, stats.total_ms))
     rest = total - graph - sampling
@@ -69,22 +71,32 @@ def report(name: str, bundle: Bundle, tokens: int, threads: int, bandwidth: floa
     drift = 100 * (blocks[-1] / blocks[0] - 1)
     print(f"  flat           first {BLOCK} tokens {blocks[0]:.3f} ms, last {blocks[-1]:.3f} ms: {drift:+.1f} %")
     print(f"                 blocks of {BLOCK} between {min(blocks):.3f} and {max(blocks):.3f} ms")
+    return float(np.median(total))
 
 
 def main(
     size: Annotated[str, typer.Option(help="the random model: 148M, 1.5B, …")] = "148M",
-    tokens: Annotated[
-        int, typer.Option(help="tokens to generate with the random model; ten times as many with the bundled one")
-    ] = 2000,
+    tokens: Annotated[int, typer.Option(help="tokens to generate with each random bundle; the bundled model makes 20,000")] = 1500,
     threads: Annotated[int, typer.Option(help="threads")] = 2,
+    formats: Annotated[str, typer.Option(help="of the random model, separated by commas")] = "fp32,int8,int4",
 ) -> None:
     """Measure decode on the CPU."""
     print(describe_machine())
     bandwidth = read_bandwidth(threads)
-    with tempfile.TemporaryDirectory() as folder:
-        classics = export_bundle(open_checkpoint(ROOT / "examples" / "classics"), Path(folder) / "classics.retnet")
+    medians = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        classics = export_bundle(open_checkpoint(ROOT / "examples" / "classics"), folder / "classics.retnet")
         report("bundled model", classics, 20_000, threads, bandwidth)
-    report(f"random {size}", random_bundle(size), tokens, threads, bandwidth)
+        source = random_bundle(size)
+        for form in formats.split(","):
+            bundle = source
+            if form != "fp32":
+                bundle = quantize_bundle(source, folder / f"{form}.retnet", QuantizeOptions(weights=form))
+            medians[form] = report(f"random {size}, {form}", bundle, tokens, threads, bandwidth)
+    if "fp32" in medians:
+        ratios = ", ".join(f"{form} {medians['fp32'] / median:.2f} times" for form, median in medians.items())
+        print(f"\ntokens/s over fp32's: {ratios}")
 
 
 if __name__ == "__main__":

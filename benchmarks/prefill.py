@@ -26,7 +26,7 @@ from retnet_export.graph.weights import weight_shapes
 from retnet_export.runtime.backends.base import Stream
 from retnet_export.runtime.bundle import Bundle
 from retnet_export.runtime.config import ModelConfig
-from retnet_export.runtime.session import load
+from retnet_export.runtime.model import load
 
 CHUNKS = (16, 32, 64, 128, 256, 512)
 STEPS = 64

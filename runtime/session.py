@@ -380,12 +380,3 @@ class Session:
         if outside.any():
             raise UserError(f"token {int(array[outside][0])} is not in the vocabulary of {self._vocab_size}")
         return array
-
-
-def __getattr__(name: str) -> Any:
-    # Where these lived before they had modules of their own; to go once nothing imports them from here.
-    from retnet_export.runtime import model
-
-    if name in ("Model", "load"):
-        return getattr(model, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

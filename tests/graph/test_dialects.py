@@ -141,7 +141,7 @@ def test_an_exported_bundle_of_the_dialect_says_so_and_runs(tmp_path):
     import tiny
 
     from retnet_export.runtime.bundle import open_bundle
-    from retnet_export.runtime.session import load
+    from retnet_export.runtime.model import load
 
     config = CONFIGS["plain"]
     made = tiny.bundle(tmp_path, config, dialect="onnxruntime-cuda")
