@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A CPU build of torch is enough here, and far smaller: set TORCH=torch where you want the default build.
 TORCH ?= torch==2.13.0
 
-.PHONY: help demo test test-gpu check check-tensorrt bench-decode bench-compare bench-export bench-gpu bench-prefill bench-forever clean
+.PHONY: help demo test test-gpu check check-tensorrt bench-decode bench-compare bench-export bench-gpu bench-prefill bench-forever bench-quantization clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -50,6 +50,10 @@ bench-compare: $(VENV)/.installed  ## the comparison of docs/comparison.md, abou
 check-tensorrt: $(VENV)/.installed  ## our calls of TensorRT against its type stubs
 	$(BIN)/pip install --quiet --no-deps tensorrt-stubs==10.13.0.35.1
 	$(BIN)/python scripts/check_tensorrt_types.py
+
+bench-quantization: $(VENV)/.installed  ## quality against bytes: make bench-quantization CALIBRATION=train.txt TEXT=test.txt
+	$(BIN)/pip install --quiet --editable '.[compare]'
+	$(BIN)/python benchmarks/quantization.py --calibration $(CALIBRATION) --text $(TEXT)
 
 bench-prefill: $(VENV)/.installed  ## reading prompts on the CPU: speed by chunk size, memory of both graphs
 	$(BIN)/python benchmarks/prefill.py
