@@ -1,136 +1,130 @@
-"""Quality against bytes: the bundled model in every format and method, measured on a text it was not trained on.
+"""What quantization costs in quality: every format and method on one text, as a table, JSON and a plot of quality against bytes.
 
-    python benchmarks/quantization.py --calibration train.txt --text test.txt [--tokens 20000] [-o docs/quantization]
+    python benchmarks/quantization.py --text test.txt --calibration train.txt -o docs/figures/quantization
 
-Each variant is compared with the float32 bundle, token by token, as `retnet-export evaluate --against` does. Writes
-quality.json and quality.png. Two variants run at a time, a thread each: this is a measurement of quality and not of time.
+The text is read token by token, as on the device. Questions: how much perplexity does a byte less cost, what do calibrated
+methods win, and what does a half-precision state do over a long text, head by head?
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from common import ROOT, describe_machine
 
 from retnet_export.export.checkpoints import open_checkpoint
 from retnet_export.export.pipeline import ExportOptions, export_bundle
-from retnet_export.quantize.evaluation import evaluate
+from retnet_export.quantize.evaluation import Evaluation, evaluate
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
-from retnet_export.runtime.bundle import Bundle, open_bundle
-from retnet_export.runtime.model import load
-
-METHODS = ("rtn", "gptq", "awq")
-MARKERS = {"fp16": "*", "state": "P", "int8": "s", "rtn": "o", "gptq": "^", "awq": "v"}
+from retnet_export.runtime import load
+from retnet_export.runtime.bundle import Bundle
 
 
-def variants() -> dict[str, dict[str, Any]]:
-    """Names and what they ask of `export` (precision, state) or of `quantize` (the rest)."""
-    made: dict[str, dict[str, Any]] = {
-        "fp16": {"precision": "fp16"},
-        "fp32, state fp16": {"state": "fp16"},
-        "int8": {"weights": "int8"},
-        "int8, group 64": {"weights": "int8", "group_size": 64},
-    }
-    for method in METHODS:
-        for group in (32, 64, 128):
-            made[f"int4 {method}, group {group}"] = {"weights": "int4", "group_size": group, "method": method}
-    made["int4 gptq, group 64, tables int4"] = {
-        "weights": "int4",
-        "group_size": 64,
-        "method": "gptq",
-        "embedding": "int4",
-        "head": "int4",
-    }
-    return made
+@dataclass(frozen=True)
+class Row:
+    """One bundle of the table."""
+
+    name: str
+    method: str
+    weights_bytes: int
+    evaluation: Evaluation
 
 
-def make(name: str, options: dict[str, Any], folder: Path, calibration: Path) -> Bundle:
-    """One variant of the bundled model."""
-    target = folder / f"{name.replace(', ', '-').replace(' ', '-')}.retnet"
-    if "weights" not in options:
-        return export_bundle(open_checkpoint(ROOT / "examples" / "classics"), target, ExportOptions(**options))
-    needs_text = options.get("method", "rtn") != "rtn"
-    return quantize_bundle(
-        open_bundle(folder / "fp32.retnet"), target, QuantizeOptions(**options, calibration=calibration if needs_text else None)
-    )
+def bundles(folder: Path, source: Bundle, calibration: Path) -> Iterator[tuple[str, str, Bundle]]:
+    """Every format and method: name, method, bundle."""
+    checkpoint = open_checkpoint(ROOT / "examples" / "classics")
+    yield "fp16", "cast", export_bundle(checkpoint, folder / "fp16.retnet", ExportOptions(precision="fp16"))
+    yield "fp32, fp16 state", "cast", export_bundle(checkpoint, folder / "state.retnet", ExportOptions(state="fp16"))
+    for group in (None, 64):
+        name = "int8" if group is None else f"int8 g{group}"
+        yield name, "rtn", quantize_bundle(source, folder / f"{name}.retnet", QuantizeOptions("int8", group))
+    for group in (32, 64, 128):
+        for method in ("rtn", "gptq", "awq"):
+            options = QuantizeOptions("int4", group, method, calibration=None if method == "rtn" else calibration)
+            yield f"int4 g{group}", method, quantize_bundle(source, folder / f"int4-{group}-{method}.retnet", options)
 
 
-def measure(name: str, options: dict[str, Any], folder: Path, calibration: Path, text: Path, tokens: int | None) -> dict[str, Any]:
-    """Make a variant and hold it against float32."""
-    bundle = make(name, options, folder, calibration)
-    reference = load(folder / "fp32.retnet", "onnxruntime", threads=1, check_hashes=False)
-    model = load(bundle.path, "onnxruntime", threads=1, check_hashes=False)
-    result = asdict(evaluate(model, text, against=reference, tokens=tokens))
-    result["text"] = text.name
-    return {"name": name, "options": options, "weights_bytes": bundle.manifest.weights_bytes, **result}
+def table(rows: list[Row]) -> str:
+    lines = [
+        "| weights | method | MB | perplexity | bits/byte | KL mean | KL 99.9 % | same best | greedy | state error by head |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for row in rows:
+        comparison = row.evaluation.comparison
+        assert comparison is not None
+        greedy = sorted(comparison.greedy)
+        errors = " ".join(f"{error:.1e}" for error in comparison.state[-1].by_head)
+        lines.append(
+            f"| {row.name} | {row.method} | {row.weights_bytes / 1e6:.2f} | {100 * (comparison.perplexity_ratio - 1):+.2f} % | "
+            f"{row.evaluation.bits_per_byte:.4f} | {comparison.kl_mean:.1e} | {comparison.kl_p999:.1e} | "
+            f"{100 * comparison.agreement:.1f} % | {greedy[len(greedy) // 2]} | {errors} |"
+        )
+    return "\n".join(lines)
 
 
-def plot(rows: Sequence[dict[str, Any]], target: Path) -> None:
-    """Loss of perplexity over bytes, both axes logarithmic; markers differ, so that it reads in black and white."""
-    import matplotlib as mpl
+def plot(rows: list[Row], path: Path) -> None:
+    """KL divergence over bytes of the integer formats, logarithmic; one colour a method, blocks of each method joined."""
+    import matplotlib
 
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
 
-    figure, axes = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
-    for kind, marker in MARKERS.items():
-        chosen = [row for row in rows if kind in row["name"] and not (kind == "fp16" and "state" in row["name"])]
-        if not chosen:
-            continue
-        sizes = [row["weights_bytes"] / 1e6 for row in chosen]
-        losses = [max(100 * (row["comparison"]["perplexity_ratio"] - 1), 1e-3) for row in chosen]
-        axes.plot(sizes, losses, marker, markersize=8, label={"state": "fp32, state fp16"}.get(kind, kind), alpha=0.85)
-        for row, size, loss in zip(chosen, sizes, losses, strict=True):
-            label = row["name"].split(", ", 1)[1].replace("group ", "g") if "group" in row["name"] else ""
-            axes.annotate(label, (size, loss), textcoords="offset points", xytext=(7, 3), fontsize=7)
-    for limit, words in ((0.2, "target for int8: 0.2 %"), (3.0, "target for int4, group 64: 3 %")):
-        axes.axhline(limit, linestyle=":", color="grey", linewidth=1)
-        axes.annotate(words, (1.0, limit), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7, color="dimgrey")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    ticks = [3, 4, 6, 8, 12, 24]
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.set_xticks([], minor=True)
-    axes.set_xlabel("weights, MB")
-    axes.set_ylabel("perplexity above float32, %")
-    axes.set_title(f"The bundled model on {rows[0]['text']}, {rows[0]['tokens']:,} tokens")
-    axes.legend(frameon=False, loc="upper right", fontsize=8)
-    figure.savefig(target, dpi=160)
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for method, colour in {"rtn": "#c44e52", "gptq": "#4c72b0", "awq": "#dd8452"}.items():
+        for bits in ("int8", "int4"):
+            chosen = [row for row in rows if row.method == method and row.name.startswith(bits)]
+            points = [(row.weights_bytes / 1e6, row.evaluation.comparison.kl_mean) for row in chosen if row.evaluation.comparison]
+            if not points:
+                continue
+            label = method if bits == "int4" else None
+            axes.plot(*zip(*points, strict=True), "o-", color=colour, label=label, markersize=6, linewidth=1)
+            if (bits, method) in (("int8", "rtn"), ("int4", "gptq")):
+                # The two int8 points nearly coincide: one label reads to the left, one to the right.
+                for row, point, side in zip(chosen, points, ("right", "left", "center"), strict=False):
+                    align = side if bits == "int8" else "center"
+                    name = row.name.replace(" g", ", block ") if bits == "int8" else row.name.removeprefix("int4 g")
+                    axes.annotate(
+                        name, point, xytext=(0, -10), textcoords="offset points", ha=align, va="top", fontsize=8, color="#333333"
+                    )
+    axes.annotate("int4, by block size", (3.46, 7e-3), fontsize=8, color="#333333")
+    axes.set(xscale="log", yscale="log", xlabel="weights file, MB (fp32: 22.6)", ylabel="KL divergence from fp32, nats a token")
+    axes.set_xticks([3, 3.5, 4, 5, 6, 7], ["3", "3.5", "4", "5", "6", "7"])
+    axes.minorticks_off()
+    axes.set(xlim=(3.2, 7), ylim=(1e-4, 5e-2))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, title="method")
+    axes.set_title("Quality against bytes, bundled model (5.6M parameters)", loc="left", fontsize=11)
+    figure.savefig(path, dpi=130)
 
 
 def main(
-    calibration: Annotated[Path, typer.Option(help="text for gptq and awq")],
-    text: Annotated[Path, typer.Option(help="text to measure on")],
-    tokens: Annotated[int | None, typer.Option(help="tokens of it; all if not given")] = None,
-    output: Annotated[Path, typer.Option("-o", help="folder for quality.json and quality.png")] = ROOT / "docs" / "quantization",
+    text: Annotated[Path, typer.Option(help="a text that the model was not trained on")],
+    calibration: Annotated[Path, typer.Option(help="a text of the same kind, for gptq and awq")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="writes OUTPUT.json, OUTPUT.md and OUTPUT.png")],
+    tokens: Annotated[int | None, typer.Option(help="read at most so many tokens")] = None,
+    threads: Annotated[int, typer.Option(help="threads; one is fastest for a model this small")] = 1,
 ) -> None:
-    """Measure every variant, print a table, write the figure."""
-    output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as name, ProcessPoolExecutor(2) as pool:
+    """Measure every format and method on the bundled model."""
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        export_bundle(open_checkpoint(ROOT / "examples" / "classics"), folder / "fp32.retnet")
-        jobs = [pool.submit(measure, name, options, folder, calibration, text, tokens) for name, options in variants().items()]
-        rows = []
-        print("| variant | weights | perplexity | bits per byte | KL mean | KL 99.9 % | same best token |")
-        print("|---|---:|---:|---:|---:|---:|---:|")
-        for job in jobs:
-            row = job.result()
-            rows.append(row)
-            c = row["comparison"]
-            print(
-                f"| {row['name']} | {row['weights_bytes'] / 1e6:.1f} MB | {100 * (c['perplexity_ratio'] - 1):+.2f} % "
-                f"| {row['bits_per_byte']:.4f} | {c['kl_mean']:.1e} | {c['kl_p999']:.1e} | {100 * c['agreement']:.2f} % |",
-                flush=True,
-            )
-    (output / "quality.json").write_text(json.dumps({"machine": describe_machine(), "rows": rows}, indent=1) + "\n")
-    plot(rows, output / "quality.png")
+        source = export_bundle(open_checkpoint(ROOT / "examples" / "classics"), folder / "fp32.retnet")
+        reference = load(source.path, threads=threads, check_hashes=False)
+        for label, method, bundle in bundles(folder, source, calibration):
+            result = evaluate(load(bundle.path, threads=threads, check_hashes=False), text, against=reference, tokens=tokens)
+            rows.append(Row(label, method, bundle.manifest.weights_bytes, result))
+            print(table(rows[-1:]).splitlines()[-1], flush=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    record = {"machine": describe_machine(), "rows": [asdict(row) for row in rows]}
+    output.with_suffix(".json").write_text(json.dumps(record, indent=1))
+    output.with_suffix(".md").write_text(table(rows) + "\n")
+    plot(rows, output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -21,10 +21,11 @@ def demo(
     checkpoint: Annotated[Path | None, typer.Option(help="Another checkpoint than the bundled model.", show_default=False)] = None,
     force: Force = False,
 ) -> None:
-    """The whole path on the bundled model: export, verify, generate, compile, and a short comparison with a Transformer."""
+    """The whole path on the bundled model: export, verify, generate, quantize, compile, and a short comparison with a Transformer."""
     from retnet_export.commands.compare import compare
     from retnet_export.commands.export import export
     from retnet_export.commands.generate import generate
+    from retnet_export.commands.quantize import quantize
     from retnet_export.commands.verify import verify
 
     source = checkpoint or EXAMPLE
@@ -39,6 +40,11 @@ def demo(
     verify(output, source)
     _announce(f"retnet-export generate {output} --prompt {PROMPT!r} --seed 1 --stats")
     generate(output, prompt=PROMPT, max_new_tokens=160, seed=1, stats=True)
+    smaller = output.with_name(f"{output.stem}-int8.retnet")
+    _announce(f"retnet-export quantize {output} -o {smaller} --weights int8")
+    quantize(output, smaller, weights="int8", force=force)
+    _announce(f"retnet-export generate {smaller} --prompt {PROMPT!r} --seed 1 --stats")
+    generate(smaller, prompt=PROMPT, max_new_tokens=160, seed=1, stats=True)
     _compile(output)
     report = output.with_suffix(".comparison")
     contexts = "0,512,2048,8192"

@@ -39,6 +39,7 @@ def quantize(
 ) -> None:
     """Make a bundle smaller and faster: integer weights in standard ONNX; says what that costs in quality."""
     from retnet_export.commands.evaluate import encode_evaluation, print_evaluation
+    from retnet_export.quantize.calibration import encode
     from retnet_export.quantize.evaluation import evaluate as run_evaluation
     from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle, with_evaluation
     from retnet_export.runtime.files import read_text
@@ -47,7 +48,8 @@ def quantize(
     options = QuantizeOptions(weights, group_size, method, embedding, head, calibration, state)
     source = open_bundle(bundle)
     if evaluate is not None:
-        read_text(evaluate)  # a text that cannot be read should be known before the work, not after
+        # A text that is of no use should be known before the work, not after.
+        encode(load(source.path, check_hashes=False), read_text(evaluate), evaluate)
     with progress("quantize", quiet=as_json) as update:
         result = quantize_bundle(source, output, options, force=force, progress=update)
     evaluation = None

@@ -1,0 +1,138 @@
+"""What `evaluate` and `quantize` say about the bundled model, and what they refuse, on a few hundred words of public domain."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from typer.testing import CliRunner
+
+from retnet_export.cli import app
+from retnet_export.export.checkpoints import open_checkpoint
+from retnet_export.export.pipeline import export_bundle
+from retnet_export.export.verify import PASSAGE
+from retnet_export.quantize.evaluation import evaluate
+from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
+from retnet_export.runtime.model import load
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "classics"
+TOKENS = 256
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The bundled model as a float bundle, and the passage as a file."""
+    path = tmp_path_factory.mktemp("evaluation")
+    export_bundle(open_checkpoint(EXAMPLE), path / "float.retnet")
+    (path / "text.txt").write_text(PASSAGE, encoding="utf-8")
+    return path
+
+
+def small(folder, weights, **options):
+    target = folder / f"{weights}-{options.get('method', 'rtn')}-{options.get('state', 'fp32')}.retnet"
+    if not target.exists():
+        quantize_bundle(load(folder / "float.retnet").bundle, target, QuantizeOptions(weights, **options))
+    return load(target, threads=1)
+
+
+def compared(folder, model):
+    reference = load(folder / "float.retnet", threads=1)
+    result = evaluate(model, folder / "text.txt", against=reference, tokens=TOKENS)
+    assert result.comparison is not None
+    return result
+
+
+def test_a_bundle_is_no_distance_from_itself(folder):
+    comparison = compared(folder, load(folder / "float.retnet", threads=1)).comparison
+    assert (comparison.kl_mean, comparison.agreement, comparison.perplexity_ratio) == (0.0, 1.0, 1.0)
+    assert set(comparison.greedy) == {128}
+    assert all(error == 0 for entry in comparison.state for error in entry.by_head)
+
+
+def test_perplexity_and_bits_per_byte_are_those_of_the_logits(folder):
+    model = load(folder / "float.retnet", threads=1)
+    tokens = model.tokenizer.encode(PASSAGE)[:TOKENS]
+    session, loss = model.session(), 0.0
+    for token, following in itertools.pairwise(tokens):
+        logits = session.step([token])[0].astype(np.float64)
+        loss += np.log(np.exp(logits).sum()) - logits[following]
+    result = evaluate(model, folder / "text.txt", tokens=TOKENS)
+    assert result.perplexity == pytest.approx(np.exp(loss / (TOKENS - 1)), rel=1e-5)
+    assert result.bits_per_byte == pytest.approx(loss / np.log(2) / len(model.tokenizer.decode(tokens[1:]).encode()), rel=1e-5)
+
+
+def test_eight_bits_cost_next_to_nothing_and_four_bits_little(folder):
+    eight, four = (compared(folder, small(folder, weights)).comparison for weights in ("int8", "int4"))
+    assert eight.kl_mean < 1e-3 < four.kl_mean < 5e-2
+    assert eight.agreement > 0.97
+    assert four.agreement > 0.8
+
+
+def test_gptq_comes_closer_to_the_float_model_than_rounding(folder):
+    gptq = compared(folder, small(folder, "int4", method="gptq", calibration=folder / "text.txt")).comparison
+    assert gptq.kl_mean < compared(folder, small(folder, "int4")).comparison.kl_mean
+
+
+def test_awq_folds_its_factors_without_changing_the_graph(folder):
+    awq = small(folder, "int4", method="awq", calibration=folder / "text.txt")
+    assert compared(folder, awq).comparison.kl_mean < 5e-2
+    operators = [
+        [node.op_type for node in ir.load(model.bundle.file("decode.onnx")).graph] for model in (awq, small(folder, "int4"))
+    ]
+    assert operators[0] == operators[1]
+
+
+def test_a_half_precision_state_loses_most_where_the_decay_is_slowest(folder):
+    by_head = compared(folder, small(folder, "int8", state="fp16")).comparison.state[-1].by_head
+    exact = compared(folder, small(folder, "int8")).comparison.state[-1].by_head
+    assert by_head[-1] > exact[-1]
+    assert max(by_head) < 0.02
+
+
+def test_quantize_prints_one_document_and_records_the_evaluation(folder):
+    target = folder / "recorded.retnet"
+    arguments = [
+        "quantize",
+        folder / "float.retnet",
+        "-o",
+        target,
+        "--weights",
+        "int8",
+        "--evaluate",
+        folder / "text.txt",
+        "--json",
+    ]
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)["quantization"]["evaluation"]
+    assert record == json.loads((target / "manifest.json").read_text())["quantization"]["evaluation"]
+    assert 0.99 < record["comparison"]["perplexity_ratio"] < 1.01
+
+
+UNFIT = [
+    (b"", "empty; give a text of the kind that the model is to continue"),
+    (b"In the beginning", "tokens, shorter than one chunk of 128; give a longer text"),
+    (b"\xff\xfe\x00caf\xe9" * 100, "not UTF-8 text (byte 0); convert it first"),
+    (None, "cannot be read: No such file or directory"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), UNFIT, ids=["empty", "short", "not UTF-8", "missing"])
+@pytest.mark.parametrize("use", ["--calibration", "--evaluate", "evaluate"])
+def test_an_unfit_text_is_refused_and_leaves_no_bundle(folder, tmp_path, content, message, use):
+    text = tmp_path / "text.txt"
+    if content is not None:
+        text.write_bytes(content)
+    source, target = folder / "float.retnet", tmp_path / "new.retnet"
+    options = {
+        "--calibration": ["quantize", source, "-o", target, "--method", "gptq", "--calibration", text],
+        "--evaluate": ["quantize", source, "-o", target, "--evaluate", text],
+        "evaluate": ["evaluate", source, "--text", text],
+    }[use]
+    result = CliRunner().invoke(app, [str(option) for option in options])
+    assert result.exit_code == 1
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert not target.exists()
