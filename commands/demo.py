@@ -21,7 +21,7 @@ def demo(
     checkpoint: Annotated[Path | None, typer.Option(help="Another checkpoint than the bundled model.", show_default=False)] = None,
     force: Force = False,
 ) -> None:
-    """The whole path on the bundled model: export, verify, generate, quantize, compile, and a short comparison with a Transformer."""
+    """The whole path on the bundled model: export, verify, generate, quantize, compile, and a comparison with a Transformer."""
     from retnet_export.commands.compare import compare
     from retnet_export.commands.export import export
     from retnet_export.commands.generate import generate
