@@ -13,6 +13,7 @@ from retnet_export.commands.chat import chat
 from retnet_export.commands.common import Commands
 from retnet_export.commands.compare import compare
 from retnet_export.commands.compile import compile_
+from retnet_export.commands.convert import convert
 from retnet_export.commands.demo import demo
 from retnet_export.commands.doctor import doctor
 from retnet_export.commands.evaluate import evaluate
@@ -51,5 +52,5 @@ def _main(
 
 
 app.command("compile")(compile_)
-for command in (export, verify, quantize, evaluate, generate, chat, inspect, compare, plan, doctor, demo):
+for command in (export, verify, quantize, evaluate, convert, generate, chat, inspect, compare, plan, doctor, demo):
     app.command()(command)

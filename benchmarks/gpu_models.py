@@ -210,7 +210,7 @@ def write_bundle(
                 precision=Precision(fmt, "float16", "float32"),
                 dialect="onnxruntime-cuda" if passes else "portable",
                 graphs=graphs,
-                state=state_specs(graphs["decode"]),
+                state=state_specs(graphs["decode"], config),
                 files={"weights.bin": FileRecord(0, "")},
             )
             bundles[variant] = BenchmarkBundle(Bundle(folder, manifest), 0)

@@ -1,4 +1,5 @@
-"""Speed of quantized weights on the CPU: fp32, INT8 and INT4 bundles of one random model, in turns, in one run.
+"""Speed of quantized weights on the CPU: fp32, INT8 and INT4 bundles of one random model, portable and in the dialect
+onnxruntime-cpu, in turns, in one run.
 
 Questions it answers:
 1. How many tokens per second does each format reach, and how many times fp32's is that?
@@ -21,22 +22,29 @@ import typer
 from common import CACHE, Sample, describe_machine, parameters, random_bundle, read_bandwidth
 from decode import bytes_per_token
 
+from retnet_export.export.convert import convert_bundle
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.runtime import load
 from retnet_export.runtime.bundle import Bundle, open_bundle
+from retnet_export.runtime.manifest import Dialect
 
 FORMATS = {
     "int8": QuantizeOptions("int8"),
     "int8, block 128": QuantizeOptions("int8", 128),
     "int4, block 64": QuantizeOptions("int4", 64),
     "int4, block 128": QuantizeOptions("int4", 128),
+    "int4, block 128, head int4": QuantizeOptions("int4", 128, head="int4"),
 }
+DIALECT: Dialect = "onnxruntime-cpu"
 
 
-def quantized(source: Bundle, name: str, options: QuantizeOptions) -> Bundle:
-    """A quantized copy of a bundle, from the cache if it is there."""
+def quantized(source: Bundle, name: str, options: QuantizeOptions) -> dict[str, Bundle]:
+    """A quantized copy of a bundle, portable and in the CPU's dialect, from the cache if they are there."""
     target = CACHE / f"{source.path.stem}-{name.replace(', ', '-').replace(' ', '-')}.retnet"
-    return open_bundle(target, check_hashes=False) if target.exists() else quantize_bundle(source, target, options)
+    portable = open_bundle(target, check_hashes=False) if target.exists() else quantize_bundle(source, target, options)
+    other = target.with_name(f"{target.stem}-{DIALECT}.retnet")
+    converted = open_bundle(other, check_hashes=False) if other.exists() else convert_bundle(portable, other, DIALECT)
+    return {name: portable, f"{name}, {DIALECT}": converted}
 
 
 def profile(bundle: Bundle, steps: int, threads: int) -> list[tuple[str, float, float]]:
@@ -50,7 +58,9 @@ def profile(bundle: Bundle, steps: int, threads: int) -> list[tuple[str, float, 
         options.profile_file_prefix = str(Path(folder) / "profile")
         session = onnxruntime.InferenceSession(str(bundle.file("decode.onnx")), options, providers=["CPUExecutionProvider"])
         types = {"float32": np.float32, "float16": np.float16, "int64": np.int64}
-        feeds = {spec.input: np.zeros((1, *spec.shape[1:]), types[spec.dtype]) for spec in bundle.manifest.state}
+        carried = {spec.input for spec in bundle.manifest.state}
+        inputs = [spec for spec in bundle.manifest.graphs["decode"].inputs if spec.name in carried]
+        feeds = {spec.name: np.zeros((1, *spec.shape[1:]), types[spec.dtype]) for spec in inputs}
         for _ in range(steps):
             session.run(None, {"tokens": np.array([[1]]), **feeds})
         for event in json.loads(Path(session.end_profiling()).read_text()):
@@ -69,13 +79,17 @@ def main(
     """Measure decode with quantized weights."""
     print(describe_machine())
     source = random_bundle(size)
-    bundles = {"fp32": source, **{name: quantized(source, name, options) for name, options in FORMATS.items()}}
+    bundles = {"fp32": source}
+    for name, options in FORMATS.items():
+        bundles |= quantized(source, name, options)
     count = parameters(source.manifest.model) / 1e6
     print(f"random {size}, {count:.0f}M parameters, {turns} turns of {steps} steps, {threads} threads")
     times: dict[str, list[float]] = {name: [] for name in bundles}
+    sessions = {
+        name: load(bundle.path, "onnxruntime", threads=threads, check_hashes=False).session() for name, bundle in bundles.items()
+    }
     for _ in range(turns):
-        for name, bundle in bundles.items():
-            session = load(bundle.path, "onnxruntime", threads=threads, check_hashes=False).session()
+        for name, session in sessions.items():
             for step in range(-10, steps):
                 began = time.perf_counter()
                 session.step([1])
@@ -93,7 +107,7 @@ def main(
         print(
             f"| {name} | {bundle.manifest.weights_bytes / 1e6:.0f} | {sample} | {speed} | {moved / 1e6:.0f} | {100 * share:.0f} % |"
         )
-    for name in ("fp32", "int4, block 64"):
+    for name in ("fp32", "int4, block 64", f"int4, block 64, {DIALECT}"):
         print(f"\n{name}, by operator\n| operator | ms | nodes |\n|---|---:|---:|")
         for operator, milliseconds, count in profile(bundles[name], steps, threads)[:10]:
             print(f"| {operator} | {milliseconds:.2f} | {count:.0f} |")

@@ -18,7 +18,7 @@ def export(
     batch: Annotated[int | None, typer.Option(help="A fixed batch; any if not given.", show_default=False)] = None,
     chunk: Annotated[int, typer.Option(help="The most tokens that prefill reads at once.")] = 128,
     dialect: Annotated[
-        str, typer.Option(help="Of the graphs: portable, or onnxruntime-cuda, which ONNX Runtime runs faster on an NVIDIA GPU.")
+        str, typer.Option(help="Of the graphs: portable, or onnxruntime-cpu or onnxruntime-cuda, faster there and nowhere else.")
     ] = "portable",
     force: Force = False,
     as_json: Json = False,

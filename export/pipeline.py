@@ -16,6 +16,7 @@ from retnet_export.runtime.errors import MissingExtraError, UserError
 from retnet_export.runtime.files import new_folder
 from retnet_export.runtime.manifest import (
     FORMAT_VERSION,
+    Dialect,
     DType,
     FileRecord,
     GraphSpec,
@@ -27,7 +28,6 @@ from retnet_export.runtime.manifest import (
 
 PRECISIONS: Mapping[str, Literal["float32", "float16", "bfloat16"]] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 STATES: Mapping[str, DType] = {"fp32": "float32", "fp16": "float16"}
-Dialect = Literal["portable", "onnxruntime-cuda"]
 DIALECT_NAMES = get_args(Dialect)
 DEFAULT_CHUNK = 128
 """Within 7 % of the fastest on two CPU cores, with the memory and the waste at the end of a prompt of the smaller."""
@@ -44,7 +44,7 @@ class ExportOptions:
         state: of the stored state: fp32 or fp16.
         batch: a fixed batch size, or None for any.
         chunk: the most tokens per sequence that the prefill graph reads at once.
-        dialect: "portable", which every runtime reads, or the operators of one runtime: "onnxruntime-cuda".
+        dialect: "portable", which every runtime reads, or with operators of one runtime: "onnxruntime-cpu", "onnxruntime-cuda".
     """
 
     precision: str = "fp32"
@@ -152,7 +152,7 @@ def _write_graphs(folder: Path, checkpoint: Checkpoint, options: ExportOptions, 
             ir.save(graph, folder / f"{name}.onnx")
             graphs[name] = graph_spec(graph, f"{name}.onnx", chunk_size)
         files, checkpoint_sha256 = {weights.name: weights.record()}, reader.sha256()
-    return _Written(graphs, state_specs(graphs["decode"]), files, checkpoint_sha256)
+    return _Written(graphs, state_specs(graphs["decode"], config), files, checkpoint_sha256)
 
 
 def package_versions(*names: str) -> dict[str, str]:

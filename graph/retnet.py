@@ -10,7 +10,8 @@ import onnx_ir as ir
 
 from retnet_export.graph.blocks import NUMPY_DTYPES, Writer, feed_forward, norm
 from retnet_export.graph.builder import Value
-from retnet_export.runtime.manifest import GraphSpec, StateSpec, TensorSpec
+from retnet_export.runtime.config import ModelConfig
+from retnet_export.runtime.manifest import GraphSpec, StateSpec, TensorSpec, is_in_pieces
 
 OPSET = 20
 """TensorRT 10.3 (JetPack 6.1) parses up to 20; blocked quantization raises it to 21."""
@@ -18,11 +19,19 @@ OPSET = 20
 STATE_TYPES: dict[str, ir.DataType] = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
 
 
-def state_specs(graph: GraphSpec) -> tuple[StateSpec, ...]:
-    """The tensors carried from step to step: every input that has an output of its name with `_out`."""
+def state_specs(graph: GraphSpec, config: ModelConfig) -> tuple[StateSpec, ...]:
+    """The tensors carried from step to step: every input that has an output of its name with `_out`.
+
+    A state that the graph takes in pieces, rows of the heads (H·s, Dk/s, Dv), is a state (H, Dk, Dv) to everybody else.
+    """
     outputs = {spec.name for spec in graph.outputs}
+    whole = (config.num_heads, config.head_key_dim, config.head_value_dim)
+
+    def shape(spec: TensorSpec) -> tuple[int, ...]:
+        return (spec.shape[0], *whole) if is_in_pieces(spec.shape[1:], whole) else spec.shape
+
     carried = (spec for spec in graph.inputs if f"{spec.name}_out" in outputs)
-    return tuple(StateSpec(spec.name, f"{spec.name}_out", spec.dtype, spec.shape) for spec in carried)
+    return tuple(StateSpec(spec.name, f"{spec.name}_out", spec.dtype, shape(spec)) for spec in carried)
 
 
 def embed(w: Writer, tokens: Value) -> Value:

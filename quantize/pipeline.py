@@ -175,6 +175,11 @@ def _check_source(source: Bundle, target: str | Path, options: QuantizeOptions) 
             f"{source.path}: quantized already ({manifest.precision.weights}); rounding twice only loses, "
             "so give the bundle that `export` wrote"
         )
+    if manifest.dialect != "portable":
+        raise UserError(
+            f"{source.path}: its graphs are in the {manifest.dialect} dialect; "
+            "quantize the portable bundle, then convert the result"
+        )
     if Path(target).resolve() == source.path.resolve():
         raise UserError(f"{target}: the output is the input; choose another name")
     config = manifest.model

@@ -47,6 +47,16 @@ class StateSpec:
     initial: int = 0
 
 
+def is_in_pieces(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    """Whether `shape` is (H·s, Dk/s, Dv): the state `whole`, (H, Dk, Dv), of a sequence, with each head cut into s runs of rows."""
+    return (
+        len(shape) == len(whole) == 3
+        and shape[2] == whole[2]
+        and shape[0] % whole[0] == 0
+        and shape[0] * shape[1] == whole[0] * whole[1]
+    )
+
+
 @dataclass(frozen=True)
 class GraphSpec:
     """One ONNX graph of the bundle.
@@ -91,6 +101,10 @@ class TokenizerSpec:
     eos_ids: tuple[int, ...] = ()
 
 
+Dialect = Literal["portable", "onnxruntime-cpu", "onnxruntime-cuda"]
+"""Of a bundle's graphs: standard ONNX, or with operators of one runtime."""
+
+
 @dataclass(frozen=True)
 class Manifest:
     """Everything about a bundle but its tensors; `manifest.json` is this, field by field."""
@@ -100,7 +114,7 @@ class Manifest:
     name: str
     model: ModelConfig
     precision: Precision
-    dialect: Literal["portable", "onnxruntime-cuda"]
+    dialect: Dialect
     graphs: Mapping[str, GraphSpec]
     state: tuple[StateSpec, ...]
     files: Mapping[str, FileRecord]

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from retnet_export.runtime.backends.base import NUMPY_DTYPES
 from retnet_export.runtime.config import ModelConfig
 from retnet_export.runtime.errors import UserError
-from retnet_export.runtime.manifest import GraphSpec, Manifest
+from retnet_export.runtime.manifest import Dialect, GraphSpec, Manifest, is_in_pieces
 
 LARGEST_SIZE = 2**31 - 1
 """Of one axis of a tensor."""
@@ -97,6 +97,11 @@ def _check_graph(name: str, graph: GraphSpec, manifest: Manifest) -> None:
         raise UserError(f"graph {name!r}: it has no output 'logits', float32 with {manifest.model.vocab_size} columns")
 
 
+def _same_state(graph: tuple[int, ...], state: tuple[int, ...], dialect: Dialect) -> bool:
+    """Whether a graph's state is the host's: of the same shape, or, in the CPU's dialect, in pieces of its heads."""
+    return graph == state or (dialect == "onnxruntime-cpu" and graph[0] == state[0] and is_in_pieces(graph[1:], state[1:]))
+
+
 def _check_state(manifest: Manifest) -> None:
     if len({spec.input for spec in manifest.state}) != len(manifest.state):
         raise UserError("the state names a tensor twice")
@@ -111,7 +116,7 @@ def _check_state(manifest: Manifest) -> None:
         for graph_name, graph in manifest.graphs.items():
             for kind, name, specs in (("input", spec.input, graph.inputs), ("output", spec.output, graph.outputs)):
                 found = next((candidate for candidate in specs if candidate.name == name), None)
-                if found is None or found.dtype != spec.dtype or found.shape != spec.shape:
+                if found is None or found.dtype != spec.dtype or not _same_state(found.shape, spec.shape, manifest.dialect):
                     raise UserError(
                         f"state {spec.input!r} is {spec.dtype}{list(spec.shape)}, but graph {graph_name!r} has "
                         + (f"no {kind} {name!r}" if found is None else f"{kind} {name!r} as {found.dtype}{list(found.shape)}")

@@ -14,13 +14,16 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 from retnet_export.graph.dialects.casts import SinkCastsPass
 from retnet_export.graph.dialects.element_types import InferElementTypes
 from retnet_export.graph.dialects.gates import GatedNormPass, SwishPass
+from retnet_export.graph.dialects.linear_attention import LinearAttentionPass, StatePiecesPass
 from retnet_export.graph.dialects.norms import ResidualNormPass
 from retnet_export.graph.dialects.products import MatMulNBitsPass
 from retnet_export.graph.dialects.retention import GatedDeltaNetPass, RotaryEmbeddingPass, ValueMajorStatePass
 from retnet_export.graph.dialects.splits import SplitRowsPass
+from retnet_export.graph.dialects.sums import SumAsAddPass
 from retnet_export.graph.dialects.top import TopLogitsPass
 
 ONNXRUNTIME_CUDA: Sequence[type[ir.passes.InPlacePass]] = (
+    SumAsAddPass,
     SinkCastsPass,
     RotaryEmbeddingPass,
     SinkCastsPass,
@@ -36,7 +39,14 @@ ONNXRUNTIME_CUDA: Sequence[type[ir.passes.InPlacePass]] = (
 )
 """In this order: casts are moved out of the way first, and the head norm is gated before the other norms are looked for."""
 
-DIALECTS: dict[str, Sequence[type[ir.passes.InPlacePass]]] = {"portable": (), "onnxruntime-cuda": ONNXRUNTIME_CUDA}
+ONNXRUNTIME_CPU: Sequence[type[ir.passes.InPlacePass]] = (StatePiecesPass, LinearAttentionPass)
+"""Retention alone: one kernel for a norm, a gate or a rotation was not faster on a CPU (docs/quantization.md)."""
+
+DIALECTS: dict[str, Sequence[type[ir.passes.InPlacePass]]] = {
+    "portable": (),
+    "onnxruntime-cpu": ONNXRUNTIME_CPU,
+    "onnxruntime-cuda": ONNXRUNTIME_CUDA,
+}
 
 
 def rewrite(model: ir.Model, passes: Sequence[type[ir.passes.InPlacePass]]) -> ir.Model:

@@ -42,7 +42,7 @@ class ValueMajorStatePass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
         states = [value for value in graph.inputs if value.shape is not None and len(value.shape) == 4]
-        if not states or any(each.dtype != ir.DataType.FLOAT or _size(each, 2) not in KEY_DIMS for each in states):
+        if not states or any(each.dtype != ir.DataType.FLOAT or size_of(each, 2) not in KEY_DIMS for each in states):
             return ir.passes.PassResult(model, False)
         outputs = {value.name: value for value in graph.outputs}
         for state in states:
@@ -102,20 +102,20 @@ class GatedDeltaNetPass(ir.passes.InPlacePass):
     """Replace the decode step's retention, where the state is value-major."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        found = [match for node in model.graph if (match := _match_retention(node)) is not None]
+        found = [match for node in model.graph if (match := match_retention(node, "Transpose")) is not None]
         for match in found:
             _replace(model.graph, match)
         return ir.passes.PassResult(model, bool(found))
 
 
 @dataclass(frozen=True)
-class _Retention:
-    """One layer's retention.
+class Retention:
+    """One layer's retention in the decode graph.
 
     Attributes:
         q, k: (B, H, Dk).
         v: (B, H, Dv).
-        state: (B, H, Dv, Dk), a graph input.
+        state: a graph input, in the layout of the dialect.
         state_after: the graph output that is to hold the state after the step.
         gamma: the decay of each head, (H,).
         node: computes the read o, (B, H, Dv).
@@ -130,16 +130,21 @@ class _Retention:
     node: ir.Node
 
 
-def _match_retention(node: ir.Node) -> _Retention | None:
-    """Squeeze(MatMul(q, total)) and Transpose(total), where total = Add(Mul(Transpose(state), gamma), Mul(k, v))."""
+def match_retention(node: ir.Node, turn: str) -> Retention | None:
+    """Squeeze(MatMul(q, total)) and turn(total), where total = Add(Mul(turn(state), gamma), Mul(k, v)).
+
+    Args:
+        node: any node; matches if it is that Squeeze.
+        turn: the operator that takes the state from the layout of the dialect to (B, H, Dk, Dv) and back.
+    """
     product = inputs_of(node.inputs[0], "MatMul") if node.op_type == "Squeeze" else None
     total = inputs_of(product[1], "Add") if product else None
     decayed, outer = (inputs_of(each, "Mul") for each in total) if total else (None, None)
-    before = inputs_of(decayed[0], "Transpose") if decayed else None
+    before = inputs_of(decayed[0], turn) if decayed else None
     if product is None or decayed is None or outer is None or before is None:
         return None
     gamma, lines = constant(decayed[1]), [inputs_of(each, "Unsqueeze") for each in (product[0], *outer)]
-    after = [user.outputs[0] for user in product[1].consumers() if user.op_type == "Transpose"]
+    after = [user.outputs[0] for user in product[1].consumers() if user.op_type == turn]
     # γ may be written once a head or once a row of the state: it is the head's either way.
     if (
         gamma is None
@@ -151,10 +156,10 @@ def _match_retention(node: ir.Node) -> _Retention | None:
     ):
         return None
     q, k, v = (each[0] for each in lines if each is not None)
-    return _Retention(q, k, v, before[0], after[0], gamma[:, 0, 0], node)
+    return Retention(q, k, v, before[0], after[0], gamma[:, 0, 0], node)
 
 
-def _replace(graph: ir.Graph, found: _Retention) -> None:
+def _replace(graph: ir.Graph, found: Retention) -> None:
     w = Writer(graph, found.node, scope_of(found.node))
     narrow = [narrowed(each) for each in (found.q, found.k, found.v)]
     if any(each is None for each in narrow):
@@ -162,12 +167,12 @@ def _replace(graph: ir.Graph, found: _Retention) -> None:
     else:
         dtype, inputs = narrow[0][1], [each[0] for each in narrow if each is not None]  # type: ignore[index]
     # The read is scaled down so that a format of 16 bits holds what a slow head has added up, and scaled up after it.
-    scale = 1.0 if dtype == ir.DataType.FLOAT else 1.0 / _size(found.state, 3)
+    scale = 1.0 if dtype == ir.DataType.FLOAT else 1.0 / size_of(found.state, 3)
     read, state_after = w.op_n(
         "GatedDeltaNet",
         *inputs,
         None,
-        _log_decay(graph, np.log(found.gamma.astype(np.float64)).astype(np.float32)),
+        log_decay(graph, found.gamma),
         None,
         found.state,
         names=["retention", "state_after_retention"],
@@ -184,8 +189,9 @@ def _replace(graph: ir.Graph, found: _Retention) -> None:
     substitute(found.node.outputs[0], read)
 
 
-def _log_decay(graph: ir.Graph, log_gamma: NDArray[np.float32]) -> ir.Value:
+def log_decay(graph: ir.Graph, gamma: NDArray[np.generic]) -> ir.Value:
     """ln γ for every sequence, (B, H), once for all layers; B is taken from the position, whose values do not matter."""
+    log_gamma = np.log(gamma.astype(np.float64)).astype(np.float32)
     name = "log_decay_of_sequence"
     made = next((node.outputs[0] for node in graph if node.outputs[0].name == f"decay.{name}"), None)
     if made is not None:
@@ -233,7 +239,7 @@ def _table(graph: ir.Graph, angle: ir.Value, name: str, half: int, dtype: ir.Dat
     return w.reshape(angle, f"{name}_table", -1, half)
 
 
-def _size(value: ir.Value, axis: int) -> int:
+def size_of(value: ir.Value, axis: int) -> int:
     assert value.shape is not None
     size = value.shape[axis]
     assert isinstance(size, int)

@@ -27,8 +27,15 @@ def open_backend(name: str, bundle: Bundle, threads: int | None = None, low_memo
         return TensorRtBackend(bundle, name)
     from retnet_export.runtime.backends import onnxruntime_cuda
 
+    for_cpu = bundle.manifest.dialect == "onnxruntime-cpu"
+    if for_cpu and name == "onnxruntime-cuda":
+        raise UserError(
+            f"{bundle.path}: its graphs are in the onnxruntime-cpu dialect, not made for {name}; "
+            "convert the portable bundle with --dialect onnxruntime-cuda"
+        )
     # With threads given, the CPU is meant.
-    if name == "onnxruntime-cuda" or (name == "auto" and threads is None and onnxruntime_cuda.unavailable() is None):
+    auto_cuda = name == "auto" and threads is None and not for_cpu and onnxruntime_cuda.unavailable() is None
+    if name == "onnxruntime-cuda" or auto_cuda:
         try:
             return onnxruntime_cuda.OnnxRuntimeCudaBackend(bundle)
         except UserError:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from retnet_export.runtime.backends.base import State, initial_state, top_of
 from retnet_export.runtime.bundle import Bundle
 from retnet_export.runtime.errors import MissingExtraError, UserError
-from retnet_export.runtime.manifest import StateSpec, TensorSpec
+from retnet_export.runtime.manifest import Manifest, TensorSpec
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -91,7 +91,7 @@ class OnnxRuntimeBackend:
         fixed = manifest.graphs["decode"].inputs[0].shape[0]
         if fixed not in (-1, batch):
             raise UserError(f"{self._bundle.path}: exported for batch {fixed}, asked for {batch}; export it without --batch")
-        return OnnxRuntimeStream(self._decode, self._prefill, manifest.state, manifest.model.vocab_size, batch)
+        return OnnxRuntimeStream(self._decode, self._prefill, manifest, batch)
 
 
 class OnnxRuntimeStream:
@@ -101,15 +101,17 @@ class OnnxRuntimeStream:
         self,
         decode: onnxruntime.InferenceSession,
         prefill: onnxruntime.InferenceSession,
-        state: tuple[StateSpec, ...],
-        vocab_size: int,
+        manifest: Manifest,
         batch: int,
     ) -> None:
-        self._decode, self._prefill, self._specs, self.batch = decode, prefill, state, batch
+        self._decode, self._prefill, self.batch = decode, prefill, batch
+        self._specs = manifest.state
+        # Of one sequence, as the graphs take it: the same bytes as the manifest's state, in the CPU's dialect cut into pieces.
+        self._graph_shapes = {spec.name: spec.shape[1:] for spec in manifest.graphs["decode"].inputs}
         self._tokens = np.zeros((batch, 1), np.int64)
         self._one_token = np.ones(batch, np.int64)
-        self._logits = np.zeros((batch, vocab_size), np.float32)
-        initial = initial_state(state)
+        self._logits = np.zeros((batch, manifest.model.vocab_size), np.float32)
+        initial = initial_state(manifest.state)
         self._buffers = tuple({name: np.repeat(value, batch, 0) for name, value in initial.items()} for _ in range(2))
         self._prefill_bindings = tuple(self._bind_state(prefill, self._buffers[side], self._buffers[1 - side]) for side in range(2))
         self._in_place = decode is not prefill
@@ -158,11 +160,15 @@ class OnnxRuntimeStream:
     def _bind_state(self, session: onnxruntime.InferenceSession, before: State, after: State) -> onnxruntime.IOBinding:
         binding = session.io_binding()
         for name, array in before.items():
-            _bind_input(binding, name, array)
-        outputs = {"logits": self._logits, **{spec.output: after[spec.input] for spec in self._specs}}
-        for name, array in outputs.items():
+            _bind_input(binding, name, self._as_in_graph(name, array))
+        outputs = {spec.output: self._as_in_graph(spec.input, after[spec.input]) for spec in self._specs}
+        for name, array in {"logits": self._logits, **outputs}.items():
             binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         return binding
+
+    def _as_in_graph(self, name: str, array: NDArray[np.generic]) -> NDArray[np.generic]:
+        """A state buffer (B, …) in the graphs' shape, over the same memory."""
+        return array.reshape(self.batch, *self._graph_shapes[name])
 
 
 def _bind_input(binding: onnxruntime.IOBinding, name: str, array: NDArray[np.generic]) -> None:

@@ -42,7 +42,7 @@ def check_build(
     if manifest.dialect != "portable":
         raise UserError(
             f"{bundle.path}: its graphs are in the {manifest.dialect} dialect, which TensorRT does not parse; "
-            "export the checkpoint again with --dialect portable"
+            "give the portable bundle that it was made from"
         )
     newest = newest_opset(target, version)
     for graph in manifest.graphs.values():

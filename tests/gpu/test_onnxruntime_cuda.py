@@ -33,7 +33,7 @@ def make(folder, compute="float32", dialect="onnxruntime-cuda", state="float32",
             model = rewrite(build(config, weights.__getitem__, file, compute, state), DIALECTS[dialect])
             ir.save(model, folder / f"{name}.onnx")
             graphs[name] = graph_spec(model, f"{name}.onnx", chunk)
-    specs = state_specs(graphs["decode"])
+    specs = state_specs(graphs["decode"], config)
     precision = Precision(compute, compute, state)
     return Bundle(folder, Manifest("retnet-export bundle", FORMAT_VERSION, "t", config, precision, dialect, graphs, specs, {}))
 

@@ -157,5 +157,5 @@ def test_an_unknown_dialect_is_refused():
     from retnet_export.export.pipeline import ExportOptions
     from retnet_export.runtime.errors import UserError
 
-    with pytest.raises(UserError, match="--dialect is 'cuda', expected portable, onnxruntime-cuda"):
+    with pytest.raises(UserError, match="--dialect is 'cuda', expected portable, onnxruntime-cpu, onnxruntime-cuda"):
         ExportOptions(dialect="cuda")

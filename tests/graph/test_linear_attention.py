@@ -1,0 +1,106 @@
+"""The dialect `onnxruntime-cpu` against the portable graphs, step by step, chunk by chunk, and through the runtime."""
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import tiny
+
+from retnet_export.graph.dialects.linear_attention import PIECE_BYTES, pieces_of
+from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.model import load
+from retnet_export.runtime.numerics import TOLERANCES, measure
+from retnet_export.runtime.state import Snapshot
+
+pytestmark = pytest.mark.skipif(
+    tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 25), reason="ONNX Runtime before 1.25 has no LinearAttention"
+)
+# 64 rows of 256 floats are 64 KiB: two pieces a head.
+WIDE = {"num_heads": 3, "num_kv_heads": 3, "head_key_dim": 64, "head_value_dim": 256, "hidden_size": 192}
+CONFIGS = {
+    **tiny.CONFIGS,
+    "two pieces a head": tiny.config(**WIDE),
+    "two pieces, one key for all": tiny.config(**WIDE | {"num_kv_heads": 1}),
+}
+
+
+def both(folder, config, **options):
+    """The same random model in both dialects."""
+    bundles = []
+    for dialect in ("portable", "onnxruntime-cpu"):
+        (folder / dialect).mkdir()
+        bundles.append(tiny.bundle(folder / dialect, config, dialect=dialect, **options))
+    return bundles
+
+
+def logits_of(bundle, tokens, batch=1):
+    """Logits by steps, (T, B, V), and after all tokens by prefill, (B, V), and the state after either."""
+    backend = load(bundle.path, "onnxruntime", low_memory=False, check_hashes=False).backend
+    stepping, reading = backend.open_stream(batch), backend.open_stream(batch)
+    rows = []
+    for token in tokens:
+        stepping.step(np.full(batch, token))
+        rows.append(stepping.logits().copy())
+    reading.prefill(np.tile(tokens, (batch, 1)), np.full(batch, len(tokens)))
+    return np.stack(rows), reading.logits().copy(), stepping.read_state(batch - 1), reading.read_state(batch - 1)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_steps_and_chunks_give_the_portable_graphs_logits_and_state(tmp_path, name):
+    tokens = np.random.default_rng(0).integers(0, 50, 20)
+    portable, dialect = (logits_of(bundle, tokens, batch=2) for bundle in both(tmp_path, CONFIGS[name]))
+    for ours, theirs in zip(dialect[:2], portable[:2], strict=True):
+        assert measure(ours, theirs).relative < TOLERANCES["chunkwise-float32"].relative
+    for ours, theirs in zip(dialect[2:], portable[2:], strict=True):
+        assert {name: array.shape for name, array in ours.items()} == {name: array.shape for name, array in theirs.items()}
+        for key in ours:
+            if key.startswith("state."):
+                assert measure(ours[key], theirs[key]).relative < TOLERANCES["chunkwise-float32"].relative
+
+
+def test_a_step_is_one_operator_over_the_state_of_a_layer(tmp_path):
+    bundle = both(tmp_path, CONFIGS["two pieces a head"])[1]
+    graph = ir.load(bundle.file("decode.onnx")).graph
+    assert sum(node.op_type == "LinearAttention" for node in graph) == 2
+    state = {value.name: tuple(value.shape)[1:] for value in graph.inputs if value.name.startswith("state.")}
+    assert set(state.values()) == {(6, 32, 256)}
+    readers = [node.op_type for value in graph.inputs if value.name in state for node in value.consumers()]
+    assert readers == ["LinearAttention"] * 2
+
+
+def test_the_manifest_names_the_state_by_heads(tmp_path):
+    bundle = both(tmp_path, CONFIGS["two pieces a head"])[1]
+    assert {spec.shape for spec in bundle.manifest.state if spec.input != "position"} == {(-1, 3, 64, 256)}
+
+
+def test_a_state_saved_in_one_dialect_goes_on_in_the_other(tmp_path):
+    portable, dialect = both(tmp_path, CONFIGS["two pieces a head"])
+    sessions = [load(bundle.path, "onnxruntime").session() for bundle in (portable, dialect)]
+    sessions[0].feed([3, 1, 4, 1, 5])
+    sessions[0].snapshot().save(tmp_path / "five.state")
+    sessions[1].restore(Snapshot.load(tmp_path / "five.state"))
+    for session in sessions:
+        session.step([9])
+    assert measure(sessions[1].logits, sessions[0].logits).relative < TOLERANCES["chunkwise-float32"].relative
+
+
+def test_a_float16_state_stays_in_plain_operators(tmp_path):
+    bundle = both(tmp_path, CONFIGS["two pieces a head"], state="fp16")[1]
+    assert "LinearAttention" not in {node.op_type for node in ir.load(bundle.file("decode.onnx")).graph}
+    session = load(bundle.path, "onnxruntime").session()
+    session.feed([1, 2, 3])
+    assert np.isfinite(session.logits).all()
+
+
+@pytest.mark.parametrize(
+    ("key_dim", "value_dim", "count"), [(256, 512, 16), (64, 128, 1), (8, 12, 1), (96, 4096, 48), (7, 100_000, 7)]
+)
+def test_pieces_fit_into_a_cache(key_dim, value_dim, count):
+    assert pieces_of(key_dim, value_dim) == count
+    assert key_dim // count * value_dim * 4 <= PIECE_BYTES or count == key_dim
+
+
+def test_it_is_not_for_the_gpu(tmp_path):
+    bundle = both(tmp_path, tiny.config())[1]
+    with pytest.raises(UserError, match="onnxruntime-cpu dialect, not made for onnxruntime-cuda; convert the portable bundle"):
+        load(bundle.path, "onnxruntime-cuda")
