@@ -20,7 +20,7 @@ from common import ROOT, describe_machine
 
 from retnet_export.export.checkpoints import open_checkpoint
 from retnet_export.export.pipeline import ExportOptions, export_bundle
-from retnet_export.quantize.evaluation import Evaluation, evaluate
+from retnet_export.quantize.evaluation import Evaluation, evaluate_all
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.runtime import load
 from retnet_export.runtime.bundle import Bundle
@@ -103,6 +103,11 @@ def plot(rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def report(stage: str, share: float) -> None:
+    """Progress, for a log."""
+    print(f"{stage} {share:.0%}", flush=True)
+
+
 def main(
     text: Annotated[Path, typer.Option(help="a text that the model was not trained on")],
     calibration: Annotated[Path, typer.Option(help="a text of the same kind, for gptq and awq")],
@@ -111,20 +116,23 @@ def main(
     threads: Annotated[int, typer.Option(help="threads; one is fastest for a model this small")] = 1,
 ) -> None:
     """Measure every format and method on the bundled model."""
-    rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = export_bundle(open_checkpoint(ROOT / "examples" / "classics"), folder / "fp32.retnet")
         reference = load(source.path, threads=threads, check_hashes=False)
-        for label, method, bundle in bundles(folder, source, calibration):
-            result = evaluate(load(bundle.path, threads=threads, check_hashes=False), text, against=reference, tokens=tokens)
-            rows.append(Row(label, method, bundle.manifest.weights_bytes, result))
-            print(table(rows[-1:]).splitlines()[-1], flush=True)
+        made = list(bundles(folder, source, calibration))
+        models = [load(bundle.path, threads=threads, check_hashes=False) for _, _, bundle in made]
+        results = evaluate_all(models, text, against=reference, tokens=tokens, progress=report)
+        rows = [
+            Row(label, method, bundle.manifest.weights_bytes, result)
+            for (label, method, bundle), result in zip(made, results, strict=True)
+        ]
     output.parent.mkdir(parents=True, exist_ok=True)
     record = {"machine": describe_machine(), "rows": [asdict(row) for row in rows]}
     output.with_suffix(".json").write_text(json.dumps(record, indent=1))
     output.with_suffix(".md").write_text(table(rows) + "\n")
     plot(rows, output.with_suffix(".png"))
+    print(table(rows))
 
 
 if __name__ == "__main__":

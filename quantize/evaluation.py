@@ -1,7 +1,7 @@
 """What a bundle is worth on a text, and how far it is from another one: the judge of every quantization.
 
 Rule: the text is read token by token through the decode graph, as on the device, so that what rounding does to the state adds
-up as it will there. Two bundles take turns by chunks: each keeps its threads to itself while it runs.
+up as it will there. Bundles take turns by chunks: each keeps its threads to itself while it runs.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retnet_export.quantize.calibration import CHUNK, encode
-from retnet_export.runtime.backends.base import State
+from retnet_export.runtime.backends.base import State, Stream
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.files import read_text
 from retnet_export.runtime.model import Model
 
 Logits = NDArray[np.float32]
 Progress = Callable[[str, float], None]
+Read = Callable[[Stream, NDArray[np.int64]], Logits]
 GREEDY_PROMPTS = 8
 GREEDY_TOKENS = 128
 
@@ -104,63 +105,133 @@ def evaluate(
     Raises:
         UserError: the file is empty, not UTF-8 or shorter than one chunk, or the bundles do not go together.
     """
-    ids = encode(model, read_text(path), path)[:tokens]
+    return evaluate_all([model], path, against=against, tokens=tokens, progress=progress)[0]
+
+
+def evaluate_all(
+    models: Sequence[Model],
+    path: Path,
+    *,
+    against: Model | None = None,
+    tokens: int | None = None,
+    read: Read | None = None,
+    progress: Progress = lambda stage, share: None,
+) -> list[Evaluation]:
+    """`evaluate` for several bundles of one vocabulary on one text, which the one they are compared with reads once.
+
+    Args:
+        models: the bundles, loaded.
+        path: a text file.
+        against: another bundle, of the same vocabulary and state.
+        tokens: read at most so many; all when None.
+        read: how a stream reads a chunk of tokens (T,), giving logits (T, V); token by token when None.
+        progress: is told what goes on.
+
+    Raises:
+        UserError: as `evaluate`.
+    """
+    read = _read if read is None else read
+    ids = encode(models[0], read_text(path), path)[:tokens]
     if len(ids) < CHUNK:
         raise UserError(f"{path}: {len(ids)} tokens are shorter than one chunk of {CHUNK}; read more of the text")
-    if against is not None:
-        _check_pair(model, against)
-    models = [model] if against is None else [model, against]
-    streams = [each.backend.open_stream(1) for each in models]
-    losses: list[list[NDArray[np.float64]]] = [[] for _ in models]
-    divergences: list[NDArray[np.float64]] = []
-    agreements = 0
-    state_errors: list[StateError] = []
+    for model in models:
+        if against is not None:
+            _check_pair(model, against)
+    readings = [_Reading(model) for model in models]
+    reference = None if against is None else _Reading(against)
     marks = _marks(len(ids))
     for start in range(0, len(ids) - 1, CHUNK):
         progress("reading", start / len(ids))
-        part = ids[start : start + CHUNK]
-        following = ids[start + 1 : start + CHUNK + 1]
-        distributions = []
-        for stream, loss in zip(streams, losses, strict=True):
-            log_p = _log_softmax(_read(stream, part))[: len(following)]
-            loss.append(-log_p[np.arange(len(following)), following])
-            distributions.append(log_p)
-        if against is not None:
-            ours, theirs = distributions
-            divergences.append((np.exp(theirs) * (theirs - ours)).sum(-1))
-            agreements += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-            if start + len(part) in marks:
-                state_errors.append(_state_error(start + len(part), *(stream.read_state(0) for stream in streams)))
-    mean_losses = [float(np.concatenate(loss).mean()) for loss in losses]
+        part, following = ids[start : start + CHUNK], ids[start + 1 : start + CHUNK + 1]
+        expected = None if reference is None else reference.advance(read, part, following)
+        for reading in readings:
+            log_p = reading.advance(read, part, following)
+            if expected is not None:
+                reading.compare(log_p, expected)
+        if reference is not None and start + len(part) in marks:
+            theirs = reference.stream.read_state(0)
+            for reading in readings:
+                reading.state.append(_state_error(start + len(part), reading.stream.read_state(0), theirs))
     predicted = len(ids) - 1
-    size = len(model.tokenizer.decode(ids[1:].tolist()).encode())
-    comparison = None
-    if against is not None:
-        kl = np.concatenate(divergences)
-        comparison = Comparison(
-            against=against.bundle.manifest.name,
-            perplexity=float(np.exp(mean_losses[1])),
-            perplexity_ratio=float(np.exp(mean_losses[0] - mean_losses[1])),
-            kl_mean=float(kl.mean()),
-            kl_p999=float(np.quantile(kl, 0.999)),
-            agreement=agreements / predicted,
-            greedy=_greedy_lengths(model, against, ids, progress),
-            state=tuple(state_errors),
+    size = len(models[0].tokenizer.decode(ids[1:].tolist()).encode())
+    comparisons: Sequence[Comparison | None] = [None] * len(models)
+    if reference is not None:
+        greedy = _greedy_lengths(models, reference.model, ids, progress)
+        comparisons = [reading.comparison(reference, lengths) for reading, lengths in zip(readings, greedy, strict=True)]
+    return [
+        Evaluation(
+            text=path.name,
+            tokens=len(ids),
+            bytes=size,
+            perplexity=float(np.exp(reading.loss)),
+            bits_per_byte=reading.loss * predicted / np.log(2) / size,
+            comparison=comparison,
         )
-    return Evaluation(
-        text=path.name,
-        tokens=len(ids),
-        bytes=size,
-        perplexity=float(np.exp(mean_losses[0])),
-        bits_per_byte=mean_losses[0] * predicted / np.log(2) / size,
-        comparison=comparison,
-    )
+        for reading, comparison in zip(readings, comparisons, strict=True)
+    ]
+
+
+class _Reading:
+    """One bundle on its way through the text.
+
+    Attributes:
+        model: the bundle.
+        stream: its state.
+        state: how far it was from the reference's, at the marks.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.stream = model, model.backend.open_stream(1)
+        self.state: list[StateError] = []
+        self._losses: list[NDArray[np.float64]] = []
+        self._divergences: list[NDArray[np.float64]] = []
+        self._agreements: list[NDArray[np.bool_]] = []
+
+    def advance(self, read: Read, part: NDArray[np.int64], following: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Read a chunk (T,), note what the following tokens cost, and give log p, (T, V); of the last chunk without the end."""
+        log_p = _log_softmax(read(self.stream, part))[: len(following)]
+        self._losses.append(-log_p[np.arange(len(following)), following])
+        return log_p
+
+    def compare(self, log_p: NDArray[np.float64], expected: NDArray[np.float64]) -> None:
+        """Note how far `log_p` (T, V) is from the reference's."""
+        self._divergences.append((np.exp(expected) * (expected - log_p)).sum(-1))
+        self._agreements.append(log_p.argmax(-1) == expected.argmax(-1))
+
+    @property
+    def loss(self) -> float:
+        """Nats a token."""
+        return float(np.concatenate(self._losses).mean())
+
+    def comparison(self, reference: _Reading, greedy: tuple[int, ...]) -> Comparison:
+        divergences = np.concatenate(self._divergences)
+        return Comparison(
+            against=reference.model.bundle.manifest.name,
+            perplexity=float(np.exp(reference.loss)),
+            perplexity_ratio=float(np.exp(self.loss - reference.loss)),
+            kl_mean=float(divergences.mean()),
+            kl_p999=float(np.quantile(divergences, 0.999)),
+            agreement=float(np.concatenate(self._agreements).mean()),
+            greedy=greedy,
+            state=tuple(self.state),
+        )
 
 
 def _check_pair(model: Model, against: Model) -> None:
     ours, theirs = model.bundle.manifest.model, against.bundle.manifest.model
     if ours != theirs:
         raise UserError(f"{model.bundle.path} and {against.bundle.path} are different models: their configurations differ")
+    ours_bytes, theirs_bytes = (_tokenizer_sha256(each) for each in (model, against))
+    if ours_bytes != theirs_bytes:
+        raise UserError(
+            f"{model.bundle.path} and {against.bundle.path} have different tokenizers: a token of one is not a token of the other; "
+            "compare bundles of one checkpoint"
+        )
+
+
+def _tokenizer_sha256(model: Model) -> str | None:
+    manifest = model.bundle.manifest
+    return None if manifest.tokenizer is None else manifest.files[manifest.tokenizer.file].sha256
 
 
 def _marks(count: int) -> set[int]:
@@ -173,7 +244,7 @@ def _marks(count: int) -> set[int]:
     return marks
 
 
-def _read(stream, tokens: NDArray[np.int64]) -> Logits:  # type: ignore[no-untyped-def]
+def _read(stream: Stream, tokens: NDArray[np.int64]) -> Logits:
     """Logits (T, V) after each token."""
     rows = []
     for token in tokens:
@@ -199,18 +270,19 @@ def _state_error(tokens: int, ours: State, theirs: State) -> StateError:
     return StateError(tokens, tuple(float(error) for error in np.sqrt(difference / np.maximum(size, 1e-300))))
 
 
-def _greedy_lengths(model: Model, against: Model, ids: NDArray[np.int64], progress: Progress) -> tuple[int, ...]:
-    """How long greedy continuations of passages of the text stay the same."""
+def _greedy_lengths(models: Sequence[Model], against: Model, ids: NDArray[np.int64], progress: Progress) -> list[tuple[int, ...]]:
+    """How long greedy continuations of passages of the text stay the same as the reference's, for each model."""
     length = CHUNK // 2
     starts = np.linspace(0, len(ids) - length, GREEDY_PROMPTS).astype(int)
-    lengths = []
+    lengths: list[list[int]] = [[] for _ in models]
     for count, start in enumerate(starts):
         progress("continuing", count / len(starts))
         prompt = ids[start : start + length]
-        ours, theirs = (_continue(each, prompt) for each in (model, against))
-        differing = [index for index, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b]
-        lengths.append(differing[0] if differing else GREEDY_TOKENS)
-    return tuple(lengths)
+        theirs = _continue(against, prompt)
+        for model, found in zip(models, lengths, strict=True):
+            differing = (index for index, (a, b) in enumerate(zip(_continue(model, prompt), theirs, strict=True)) if a != b)
+            found.append(next(differing, GREEDY_TOKENS))
+    return [tuple(found) for found in lengths]
 
 
 def _continue(model: Model, prompt: NDArray[np.int64]) -> Sequence[int]:
