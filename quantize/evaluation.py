@@ -131,12 +131,16 @@ def evaluate_all(
         UserError: as `evaluate`.
     """
     read = _read if read is None else read
-    ids = encode(models[0], read_text(path), path)[:tokens]
-    if len(ids) < CHUNK:
-        raise UserError(f"{path}: {len(ids)} tokens are shorter than one chunk of {CHUNK}; read more of the text")
+    if tokens is not None and tokens < CHUNK:
+        raise UserError(f"--tokens {tokens} is less than one chunk of {CHUNK}; read more of the text")
+    text = read_text(path)
+    ids = encode(models[0], text, path)
     for model in models:
         if against is not None:
             _check_pair(model, against)
+    for other in [*models[1:], *([] if against is None else [against])]:
+        _check_tokens(models[0], other, text, ids)
+    ids = ids[:tokens]
     readings = [_Reading(model) for model in models]
     reference = None if against is None else _Reading(against)
     marks = _marks(len(ids))
@@ -221,17 +225,15 @@ def _check_pair(model: Model, against: Model) -> None:
     ours, theirs = model.bundle.manifest.model, against.bundle.manifest.model
     if ours != theirs:
         raise UserError(f"{model.bundle.path} and {against.bundle.path} are different models: their configurations differ")
-    ours_bytes, theirs_bytes = (_tokenizer_sha256(each) for each in (model, against))
-    if ours_bytes != theirs_bytes:
+
+
+def _check_tokens(model: Model, other: Model, text: str, ids: NDArray[np.int64]) -> None:
+    """Tokens of one must be tokens of the other; one that brings no tokenizer is taken at its word."""
+    if other.bundle.manifest.tokenizer is not None and other.tokenizer.encode(text) != ids.tolist():
         raise UserError(
-            f"{model.bundle.path} and {against.bundle.path} have different tokenizers: a token of one is not a token of the other; "
-            "compare bundles of one checkpoint"
+            f"{model.bundle.path} and {other.bundle.path} cut the text into different tokens: their tokenizers differ, so that a "
+            "token of one means nothing to the other; compare bundles of one checkpoint"
         )
-
-
-def _tokenizer_sha256(model: Model) -> str | None:
-    manifest = model.bundle.manifest
-    return None if manifest.tokenizer is None else manifest.files[manifest.tokenizer.file].sha256
 
 
 def _marks(count: int) -> set[int]:

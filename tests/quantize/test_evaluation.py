@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from retnet_export.cli import app
 from retnet_export.export.checkpoints import open_checkpoint
 from retnet_export.export.pipeline import export_bundle
 from retnet_export.export.verify import PASSAGE
-from retnet_export.quantize.evaluation import evaluate
+from retnet_export.quantize.evaluation import evaluate, evaluate_all
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.runtime.model import load
 
@@ -61,6 +62,42 @@ def test_perplexity_and_bits_per_byte_are_those_of_the_logits(folder):
     result = evaluate(model, folder / "text.txt", tokens=TOKENS)
     assert result.perplexity == pytest.approx(np.exp(loss / (TOKENS - 1)), rel=1e-5)
     assert result.bits_per_byte == pytest.approx(loss / np.log(2) / len(model.tokenizer.decode(tokens[1:]).encode()), rel=1e-5)
+
+
+def test_several_bundles_at_once_get_what_each_gets_alone(folder):
+    models = [small(folder, "int8"), small(folder, "int4")]
+    reference = load(folder / "float.retnet", threads=1)
+    together = evaluate_all(models, folder / "text.txt", against=reference, tokens=TOKENS)
+    assert together == [compared(folder, model) for model in models]
+
+
+def test_a_text_read_to_its_last_token_is_predicted_but_for_the_first(folder):
+    model = load(folder / "float.retnet", threads=1)
+    count = 129  # the last chunk is a single token, which nothing follows
+    result, whole = (evaluate(model, folder / "text.txt", tokens=tokens) for tokens in (count, count - 1))
+    predicted = len(model.tokenizer.decode(model.tokenizer.encode(PASSAGE)[1:count]).encode())
+    assert (result.tokens, result.bytes) == (count, predicted)
+    assert result.perplexity != whole.perplexity
+
+
+def test_bundles_of_different_tokenizers_are_refused(folder, tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(EXAMPLE, checkpoint)
+    tokenizer = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["model"]["merges"] = []
+    (checkpoint / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    export_bundle(open_checkpoint(checkpoint), tmp_path / "letters.retnet")
+    arguments = ["evaluate", tmp_path / "letters.retnet", "--text", folder / "text.txt", "--against", folder / "float.retnet"]
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 1
+    assert "cut the text into different tokens: their tokenizers differ" in " ".join(result.output.split())
+
+
+def test_too_few_tokens_are_refused_by_the_option_that_asks_for_them(folder):
+    arguments = ["evaluate", folder / "float.retnet", "--text", folder / "text.txt", "--tokens", 1]
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 1
+    assert "--tokens 1 is less than one chunk of 128; read more of the text" in result.output
 
 
 def test_eight_bits_cost_next_to_nothing_and_four_bits_little(folder):
