@@ -19,7 +19,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[tensorrt-rtx]' || echo "tensorrt-rtx is not available here: its tests will skip"
 	touch $@
 
-demo: $(VENV)/.installed  ## export the bundled model, verify it, generate text, compare with a Transformer
+demo: $(VENV)/.installed  ## export the bundled model, verify, generate, quantize (size, speed, quality), compile, compare with a Transformer
 	$(BIN)/retnet-export demo --force
 
 test: $(VENV)/.installed check  ## lint, types and tests

@@ -9,7 +9,7 @@ import contextlib
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -86,6 +86,19 @@ def print_table(title: str, rows: Iterable[tuple[str, str]], *, err: bool = Fals
     for name, value in rows:
         table.add_row(name, value)
     Console(highlight=False, markup=False, stderr=err).print(table)
+
+
+def print_columns(title: str, head: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
+    """A table of figures on stdout: names on the left, everything else on the right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"\n{title}", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for index, name in enumerate(head):
+        table.add_column(name, justify="left" if index == 0 else "right")
+    for line in lines:
+        table.add_row(*line)
+    Console(highlight=False, markup=False).print(table)
 
 
 @contextlib.contextmanager

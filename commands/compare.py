@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retnet_export.commands.common import BackendName, BundlePath, Json, Threads, print_json, print_table, progress
+from retnet_export.commands.common import BackendName, BundlePath, Json, Threads, print_columns, print_json, print_table, progress
 from retnet_export.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from retnet_export.compare.report import Table
     from retnet_export.compare.results import Comparison
 
 Progress = Callable[[str, float], None]
@@ -128,23 +127,8 @@ def print_comparison(comparison: Comparison, target: Path) -> None:
     }
     for title, table in tables.items():
         if table[1]:
-            _print_columns(title, table)
+            print_columns(title, *table)
     for line in sorted({f"{m.engine}, {m.cell.name}: {m.note}" for m in comparison.measurements if m.note and m.timing is None}):
         typer.echo(f"\n{line}")
     print_table("\nmeasured on", facts(comparison))
     typer.echo(f"\n{paragraph(comparison)}\n\nreport: {target / 'report.html'}")
-
-
-def _print_columns(title: str, table: Table) -> None:
-    from rich.console import Console
-    from rich.table import Table as RichTable
-
-    head, lines = table
-    shown = RichTable(
-        title=f"\n{title}", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), header_style="dim"
-    )
-    for index, name in enumerate(head):
-        shown.add_column(name, justify="left" if index == 0 else "right")
-    for line in lines:
-        shown.add_row(*line)
-    Console(highlight=False, markup=False).print(shown)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from retnet_export.commands.common import Force
+from retnet_export.commands.common import Force, print_columns, progress
 from retnet_export.runtime.errors import UserError
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "classics"
+HELD_OUT = EXAMPLE / "held-out.txt"
 PROMPT = "In the beginning"
+HEAD = ("weights", "MB", "tokens/s", "ms", "perplexity", "bits/byte", "KL, nats", "same best")
 
 
 def demo(
@@ -19,14 +22,24 @@ def demo(
         "classics.retnet"
     ),
     checkpoint: Annotated[Path | None, typer.Option(help="Another checkpoint than the bundled model.", show_default=False)] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Measure quality on this text; a bundled one if not given.", show_default=False),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Quantize to INT4 by gptq, calibrated on this text.", show_default=False),
+    ] = None,
     force: Force = False,
 ) -> None:
-    """The whole path on the bundled model: export, verify, generate, quantize, compile, and a comparison with a Transformer."""
+    """The whole path on the bundled model: export, verify, generate, quantize, weigh size, speed and quality, compile, compare."""
     from retnet_export.commands.compare import compare
     from retnet_export.commands.export import export
     from retnet_export.commands.generate import generate
-    from retnet_export.commands.quantize import quantize
     from retnet_export.commands.verify import verify
+    from retnet_export.quantize.calibration import encode
+    from retnet_export.runtime.files import read_text
+    from retnet_export.runtime.model import load
 
     source = checkpoint or EXAMPLE
     if checkpoint is None and not source.is_dir():
@@ -34,22 +47,74 @@ def demo(
             "the bundled model is part of the source tree and not of the installed package: "
             "run the demo from a clone, or give --checkpoint FOLDER"
         )
+    texts = {path: read_text(path) for path in (text, calibration) if path is not None}
     _announce(f"retnet-export export {source} -o {output}")
     export(source, output, force=force)
+    if texts:
+        # A text that is of no use should be known before the work, not after.
+        model = load(output, check_hashes=False)
+        for path, content in texts.items():
+            encode(model, content, path)
     _announce(f"retnet-export verify {output} --checkpoint {source}")
     verify(output, source)
     _announce(f"retnet-export generate {output} --prompt {PROMPT!r} --seed 1 --stats")
     generate(output, prompt=PROMPT, max_new_tokens=160, seed=1, stats=True)
-    smaller = output.with_name(f"{output.stem}-int8.retnet")
-    _announce(f"retnet-export quantize {output} -o {smaller} --weights int8")
-    quantize(output, smaller, weights="int8", force=force)
-    _announce(f"retnet-export generate {smaller} --prompt {PROMPT!r} --seed 1 --stats")
-    generate(smaller, prompt=PROMPT, max_new_tokens=160, seed=1, stats=True)
+    bundles = {"fp32": output, **_quantize(output, calibration, force)}
+    _announce(f"retnet-export generate {bundles['INT8']} --prompt {PROMPT!r} --seed 1 --stats")
+    generate(bundles["INT8"], prompt=PROMPT, max_new_tokens=160, seed=1, stats=True)
+    _print_trade_offs(bundles, text or HELD_OUT)
     _compile(output)
     report = output.with_suffix(".comparison")
     contexts = "0,512,2048,8192"
     _announce(f"retnet-export compare {output} -o {report} --contexts {contexts} --prompts 512 --batches 1,4 --seconds 0.3")
     compare(output, report, contexts=contexts, prompts="512", batches="1,4", seconds=0.3, force=force)
+
+
+def _quantize(bundle: Path, calibration: Path | None, force: bool) -> dict[str, Path]:
+    """Quantized copies by name; INT4 by the best method that there is a text for."""
+    from retnet_export.commands.quantize import quantize
+
+    method = "rtn" if calibration is None else "gptq"
+    int8, int4 = (bundle.with_name(f"{bundle.stem}-{weights}.retnet") for weights in ("int8", "int4"))
+    _announce(f"retnet-export quantize {bundle} -o {int8} --weights int8")
+    quantize(bundle, int8, weights="int8", force=force)
+    calibrated = "" if calibration is None else f" --method gptq --calibration {calibration}"
+    _announce(f"retnet-export quantize {bundle} -o {int4} --weights int4{calibrated}")
+    quantize(bundle, int4, weights="int4", method=method, calibration=calibration, force=force)
+    return {"INT8": int8, f"INT4, {method}": int4}
+
+
+def _print_trade_offs(bundles: Mapping[str, Path], text: Path) -> None:
+    from retnet_export.compare.machine import cores, description, versions
+    from retnet_export.quantize.trade_off import ROUNDS, TOKENS_A_ROUND, trade_offs
+
+    with progress("weigh up") as update:
+        results = trade_offs(bundles, text, prompt=PROMPT, progress=update)
+    lines = []
+    for each in results:
+        quality, pair = each.evaluation, each.evaluation.comparison
+        lines.append(
+            [
+                each.name,
+                f"{each.weights_bytes / 1e6:.1f}",
+                f"{each.tokens_per_second:,.0f}",
+                f"{each.token_ms:.2f}",
+                f"{quality.perplexity:.3f}",
+                f"{quality.bits_per_byte:.4f}",
+                "0" if pair is None else f"{pair.kl_mean:.1e}",
+                "100 %" if pair is None else f"{100 * pair.agreement:.1f} %",
+            ]
+        )
+    print_columns("size, speed and quality, before and after", HEAD, lines)
+    first = results[0].evaluation
+    where = description(cores(None))
+    typer.echo(
+        f"\nspeed: median of {ROUNDS} rounds of {TOKENS_A_ROUND} tokens in turns, sampling included; "
+        f"the rounds of a row differ by {100 * max(each.spread for each in results):.0f} % at most\n"
+        f"quality: {first.tokens:,} tokens of {first.text}, KL and same best token against {results[0].name}"
+    )
+    software = ", ".join(f"{name} {version}" for name, version in versions().items())
+    typer.echo(f"measured on {where['processor']}, {len(cores(None))} cores, {where['memory']}; {software}; {where['date']}")
 
 
 def _compile(bundle: Path) -> None:

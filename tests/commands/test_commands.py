@@ -82,12 +82,6 @@ def test_doctor_says_what_works():
     assert "what works" in run("doctor")
 
 
-def test_demo_runs_the_whole_path(tmp_path):
-    printed = run("demo", "-o", tmp_path / "demo.retnet")
-    assert "verified against the parallel form" in printed
-    assert (tmp_path / "demo.retnet" / "manifest.json").is_file()
-
-
 def test_help_needs_no_heavy_package():
     import subprocess
     import sys

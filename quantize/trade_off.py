@@ -1,0 +1,116 @@
+"""What smaller weights cost and bring: bundles of one model side by side, by size, speed and quality.
+
+Rule: the bundles are in one process and take turns in rounds, so that whatever disturbs the machine disturbs all alike; each
+step is timed as `generate --stats` times it, and the median over all rounds counts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from retnet_export.quantize.evaluation import Evaluation, evaluate
+from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.model import Model, load
+from retnet_export.runtime.stats import Stats
+
+ROUNDS = 5
+TOKENS_A_ROUND = 200
+SETTLE_SECONDS = 0.05
+"""Between turns: threads of the model that ran last stop spinning."""
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class TradeOff:
+    """One bundle of several.
+
+    Attributes:
+        name: what it is called among them.
+        weights_bytes: of its weights file.
+        token_ms: the median time from one token to the next, in milliseconds, sampling included.
+        round_ms: the medians of the rounds, which say how far to trust it.
+        evaluation: on the text, against the first bundle; the first one's against itself is left out.
+    """
+
+    name: str
+    weights_bytes: int
+    token_ms: float
+    round_ms: tuple[float, ...]
+    evaluation: Evaluation
+
+    @property
+    def tokens_per_second(self) -> float:
+        return 1e3 / self.token_ms
+
+    @property
+    def spread(self) -> float:
+        """The slowest round over the fastest, less one."""
+        return max(self.round_ms) / min(self.round_ms) - 1
+
+
+def trade_offs(
+    bundles: Mapping[str, Path],
+    text: Path,
+    *,
+    prompt: str,
+    rounds: int = ROUNDS,
+    tokens: int = TOKENS_A_ROUND,
+    progress: Progress = lambda stage, share: None,
+) -> tuple[TradeOff, ...]:
+    """Measure bundles of one model.
+
+    Args:
+        bundles: folders by name; the first is what the others are compared with.
+        text: a file that the model was not trained on, for the quality.
+        prompt: what is continued, for the speed.
+        rounds: turns of each.
+        tokens: generated in a turn.
+        progress: is told what goes on.
+
+    Raises:
+        UserError: a bundle does not load, the text is unfit, or the bundles are of different models.
+    """
+    models = {name: load(path, check_hashes=False) for name, path in bundles.items()}
+    reference = next(iter(models.values()))
+    evaluations = {}
+    for done, (name, model) in enumerate(models.items()):
+        progress("quality", done / len(models))
+        evaluations[name] = evaluate(model, text, against=None if model is reference else reference)
+    times: dict[str, list[list[float]]] = {name: [] for name in models}
+    for model in models.values():
+        _generate(model, prompt, tokens=16)  # the first steps page the weights in
+    for turn in range(rounds):
+        progress("speed", turn / rounds)
+        for name, model in models.items():
+            time.sleep(SETTLE_SECONDS)
+            times[name].append(_generate(model, prompt, tokens).total_ms)
+    return tuple(
+        TradeOff(
+            name=name,
+            weights_bytes=model.bundle.manifest.weights_bytes,
+            token_ms=float(np.median(np.concatenate(times[name]))),
+            round_ms=tuple(float(np.median(part)) for part in times[name]),
+            evaluation=evaluations[name],
+        )
+        for name, model in models.items()
+    )
+
+
+def _generate(model: Model, prompt: str, tokens: int) -> Stats:
+    """Time so many tokens; a text that ends before is followed by another, of another seed."""
+    stats = Stats()
+    for seed in range(tokens):
+        session = model.session()
+        session.feed(prompt)
+        for _ in session.pieces(max_new_tokens=tokens - stats.new_tokens, temperature=0.8, top_p=0.95, seed=seed, stats=stats):
+            pass
+        if stats.new_tokens == tokens:
+            return stats
+    raise UserError(
+        f"{model.bundle.path}: after {prompt!r} its texts end at once, so there is no token to time; give another prompt"
+    )
