@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from retnet_export.quantize.evaluation import Evaluation, evaluate
+from retnet_export.quantize.evaluation import Evaluation, evaluate, evaluate_all
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.model import Model, load
 from retnet_export.runtime.stats import Stats
@@ -76,11 +76,9 @@ def trade_offs(
         UserError: a bundle does not load, the text is unfit, or the bundles are of different models.
     """
     models = {name: load(path, check_hashes=False) for name, path in bundles.items()}
-    reference = next(iter(models.values()))
-    evaluations = {}
-    for done, (name, model) in enumerate(models.items()):
-        progress("quality", done / len(models))
-        evaluations[name] = evaluate(model, text, against=None if model is reference else reference)
+    reference, *others = models.values()
+    progress("quality", 0.0)
+    evaluations = [evaluate(reference, text), *evaluate_all(others, text, against=reference, progress=progress)]
     times: dict[str, list[list[float]]] = {name: [] for name in models}
     for model in models.values():
         _generate(model, prompt, tokens=16)  # the first steps page the weights in
@@ -95,9 +93,9 @@ def trade_offs(
             weights_bytes=model.bundle.manifest.weights_bytes,
             token_ms=float(np.median(np.concatenate(times[name]))),
             round_ms=tuple(float(np.median(part)) for part in times[name]),
-            evaluation=evaluations[name],
+            evaluation=evaluation,
         )
-        for name, model in models.items()
+        for (name, model), evaluation in zip(models.items(), evaluations, strict=True)
     )
 
 
