@@ -126,7 +126,9 @@ class _Rewriter:
         stored = self._stored[name]
         assert stored.values is not None
         assert stored.scales is not None
-        inputs = [self._initializer(stored.values), self._initializer(stored.scales)]
+        # Zeros said aloud: before 1.28 ONNX Runtime carries the quantization over the Transpose, and guesses uint8 without them.
+        zeros = self._initializer(ir.Tensor(np.zeros(stored.scales.shape.numpy(), np.int8), name=f"{name}.zero_point"))
+        inputs = [self._initializer(stored.values), self._initializer(stored.scales), zeros]
         rows = self._insert(node, "DequantizeLinear", inputs, f"{name}.dequantized", axis=0)
         columns = self._insert(node, "Transpose", [rows], f"{name}.transposed", perm=[1, 0])
         self._take_over(node, "MatMul", [node.inputs[0], columns])

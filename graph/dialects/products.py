@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from retnet_export.graph.dialects.pattern import MICROSOFT, Writer, made_by, only_user, scope_of, substitute
+from retnet_export.graph.dialects.pattern import MICROSOFT, Writer, constant, made_by, only_user, scope_of, substitute
 
 BITS = {ir.DataType.INT4: 4, ir.DataType.INT8: 8}
 BLOCK_OF_OUTPUT = 32
@@ -108,7 +108,10 @@ def _match(node: ir.Node) -> _Weight | None:
     if turned is not None and only_user(turned.outputs[0], "MatMul") is None:
         return None
     values, scale, *zero_point = dequantize.inputs
-    if values is None or scale is None or zero_point or values.dtype not in BITS or values.shape is None or scale.shape is None:
+    if values is None or scale is None or values.dtype not in BITS or values.shape is None or scale.shape is None:
+        return None
+    zeros = constant(zero_point[0]) if zero_point else np.zeros(1)
+    if zeros is None or zeros.any():
         return None
     if values.const_value is None or scale.const_value is None:
         return None

@@ -37,6 +37,11 @@ ONNX_TYPES: Mapping[str, str] = {
     "int64": "tensor(int64)",
 }
 """Element types as ONNX Runtime names them."""
+NEEDS: Mapping[str, str] = {
+    "onnxruntime-cpu": "install ONNX Runtime 1.25 or later",
+    "onnxruntime-cuda": "run it with --backend onnxruntime-cuda, or install ONNX Runtime 1.32 or later",
+}
+"""What a dialect's operators need on the CPU."""
 
 
 class OnnxRuntimeBackend:
@@ -80,7 +85,11 @@ class OnnxRuntimeBackend:
         try:
             session = onnxruntime.InferenceSession(str(path), self._options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its errors share no narrower base class
-            raise UserError(f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load the graph: {error}") from error
+            dialect = self._bundle.manifest.dialect
+            mend = (
+                "" if dialect == "portable" else f". It is in the {dialect} dialect: {NEEDS[dialect]}, or give the portable bundle"
+            )
+            raise UserError(f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load the graph: {error}{mend}") from error
         spec = self._bundle.manifest.graphs[graph]
         _check_agrees(path, "input", spec.inputs, session.get_inputs())
         _check_agrees(path, "output", spec.outputs, session.get_outputs())
