@@ -29,8 +29,9 @@ def bundle_in(form: str, size: str, folder: Path) -> Bundle:
     bundle = random_bundle(size)
     if form == "fp32":
         return bundle
-    portable = quantize_bundle(bundle, folder / f"{size}-{form}-portable.retnet", QuantizeOptions(weights=form))
-    return convert_bundle(portable, folder / f"{size}-{form}.retnet", "onnxruntime-cpu")
+    portable: Bundle = quantize_bundle(bundle, folder / f"{size}-{form}-portable.retnet", QuantizeOptions(weights=form))
+    converted: Bundle = convert_bundle(portable, folder / f"{size}-{form}.retnet", "onnxruntime-cpu")
+    return converted
 
 
 def told(stage: str, share: float) -> None:

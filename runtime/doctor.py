@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +23,10 @@ PURPOSES: Mapping[str, tuple[tuple[str, ...], str]] = {
 """What users want to do, the modules it needs, and the extra that brings them."""
 
 DISTRIBUTIONS = ("retnet-export", "numpy", "onnxruntime", "onnx", "onnx-ir", "torch", "tokenizers", "safetensors")
+
+
+FUSES_INTEGERS = (1, 25)
+"""The first ONNX Runtime that makes one operator of an 8-bit weight's DequantizeLinear and its product."""
 
 
 class Report(TypedDict):
@@ -43,6 +48,9 @@ def examine() -> Report:
     for purpose, (modules, extra) in PURPOSES.items():
         missing = [module for module in modules if importlib.util.find_spec(module) is None]
         works[purpose] = f"pip install 'retnet-export[{extra}]' (missing: {', '.join(missing)})" if missing else None
+    works["run quantized bundles fast on the CPU"] = works["generate on the CPU (onnxruntime)"] or slow_when_quantized(
+        _version("onnxruntime")
+    )
     gpu, no_gpu = _gpu()
     works["generate on an NVIDIA GPU (onnxruntime-cuda)"] = no_gpu or _onnxruntime_cuda()
     for target in ("tensorrt", "tensorrt-rtx"):
@@ -63,6 +71,17 @@ def examine() -> Report:
         },
         packages={name: _version(name) for name in DISTRIBUTIONS},
         works=works,
+    )
+
+
+def slow_when_quantized(version_here: str) -> str | None:
+    """Why quantized weights are slow in a version of ONNX Runtime, measured from 1.20 on; None if they are not."""
+    numbers = re.findall(r"\d+", version_here)[:2]
+    if len(numbers) < 2 or tuple(map(int, numbers)) >= FUSES_INTEGERS:
+        return None
+    return (
+        f"ONNX Runtime {version_here} turns 8-bit weights into floats at every step, thirty times slower: "
+        "pip install --upgrade onnxruntime (1.25 or later)"
     )
 
 
