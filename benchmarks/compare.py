@@ -26,12 +26,11 @@ from retnet_export.runtime.bundle import Bundle
 
 def bundle_in(form: str, size: str, folder: Path) -> Bundle:
     """A random bundle in a number format; quantized ones in the CPU's dialect, whose retention is one operator, as attention is."""
-    bundle = random_bundle(size)
+    bundle: Bundle = random_bundle(size)
     if form == "fp32":
         return bundle
-    portable: Bundle = quantize_bundle(bundle, folder / f"{size}-{form}-portable.retnet", QuantizeOptions(weights=form))
-    converted: Bundle = convert_bundle(portable, folder / f"{size}-{form}.retnet", "onnxruntime-cpu")
-    return converted
+    portable = quantize_bundle(bundle, folder / f"{size}-{form}-portable.retnet", QuantizeOptions(weights=form))
+    return convert_bundle(portable, folder / f"{size}-{form}.retnet", "onnxruntime-cpu")
 
 
 def told(stage: str, share: float) -> None:
