@@ -14,33 +14,56 @@ NAMES = ("auto", "onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 
 
 def open_backend(name: str, bundle: Bundle, threads: int | None = None, low_memory: bool | None = None) -> Backend:
-    """Load a bundle into the backend called `name`; "auto" takes the fastest that works.
+    """Load a bundle into the backend called `name`.
+
+    "auto" takes the first that works: an engine compiled for this machine's GPU, ONNX Runtime on the GPU, ONNX Runtime on the
+    CPU. With threads given, the CPU is meant.
 
     Raises:
         UserError: no such backend, or it does not work here.
     """
     if name not in NAMES:
         raise UserError(f"no backend {name!r}; there are {', '.join(NAMES)}")
-    if name in ("tensorrt", "tensorrt-rtx"):
+    if name == "auto":
+        backend = None if threads is not None else _on_gpu(bundle)
+        if backend is not None:
+            return backend
+    elif name in ("tensorrt", "tensorrt-rtx"):
         from retnet_export.runtime.backends.tensorrt import TensorRtBackend
 
         return TensorRtBackend(bundle, name)
-    from retnet_export.runtime.backends import onnxruntime_cuda
+    elif name == "onnxruntime-cuda":
+        from retnet_export.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 
-    for_cpu = bundle.manifest.dialect == "onnxruntime-cpu"
-    if for_cpu and name == "onnxruntime-cuda":
-        raise UserError(
-            f"{bundle.path}: its graphs are in the onnxruntime-cpu dialect, not made for {name}; "
-            "convert the portable bundle with --dialect onnxruntime-cuda"
-        )
-    # With threads given, the CPU is meant.
-    auto_cuda = name == "auto" and threads is None and not for_cpu and onnxruntime_cuda.unavailable() is None
-    if name == "onnxruntime-cuda" or auto_cuda:
-        try:
-            return onnxruntime_cuda.OnnxRuntimeCudaBackend(bundle)
-        except UserError:
-            if name != "auto" or bundle.manifest.dialect == "onnxruntime-cuda":
-                raise
+        if bundle.manifest.dialect == "onnxruntime-cpu":
+            raise UserError(
+                f"{bundle.path}: its graphs are in the onnxruntime-cpu dialect, not made for {name}; "
+                "convert the portable bundle with --dialect onnxruntime-cuda"
+            )
+        return OnnxRuntimeCudaBackend(bundle)
     from retnet_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(bundle, threads, low_memory)
+
+
+def _on_gpu(bundle: Bundle) -> Backend | None:
+    """The fastest backend on this machine's GPU; None if there is none for this bundle."""
+    from retnet_export.runtime.backends import onnxruntime_cuda
+    from retnet_export.runtime.cuda import CudaError
+    from retnet_export.runtime.engines import read_engines
+
+    for target in dict.fromkeys(record.target for record in read_engines(bundle)):
+        from retnet_export.runtime.backends.tensorrt import TensorRtBackend
+
+        try:
+            return TensorRtBackend(bundle, target)
+        except (UserError, CudaError):
+            continue  # compiled for another machine, or TensorRT or the GPU is missing here
+    if bundle.manifest.dialect == "onnxruntime-cpu" or onnxruntime_cuda.unavailable() is not None:
+        return None
+    try:
+        return onnxruntime_cuda.OnnxRuntimeCudaBackend(bundle)
+    except UserError:
+        if bundle.manifest.dialect == "onnxruntime-cuda":
+            raise
+        return None

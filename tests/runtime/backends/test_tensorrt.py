@@ -70,6 +70,19 @@ def test_steps_and_chunks_give_what_onnx_runtime_gives_on_every_release(tmp_path
     gc.collect()
 
 
+def test_auto_takes_the_engine_that_was_compiled_for_this_gpu(bundle):
+    assert open_backend("auto", bundle).name == "tensorrt"
+    assert open_backend("auto", bundle, threads=1).name == "onnxruntime"
+
+
+def test_auto_passes_over_an_engine_of_another_gpu(tmp_path, monkeypatch):
+    tensorrt_double.install(monkeypatch, RELEASES[0], (8, 7))
+    bundle = compiled(tmp_path, None)
+    tensorrt_double.install(monkeypatch, RELEASES[0], (9, 0))
+    assert open_backend("auto", bundle).name == "onnxruntime"
+    gc.collect()
+
+
 @pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize("batch", [None, 3])
 def test_separate_engines_and_fixed_batches_run_alike(tmp_path, cuda, separate, batch):
