@@ -1,6 +1,7 @@
 """What quantization costs in quality: every format and method on one text, as a table, JSON and a plot of quality against bytes.
 
     python benchmarks/quantization.py --text test.txt --calibration train.txt -o docs/figures/quantization
+    python benchmarks/quantization.py -o docs/figures/quantization   # draws docs/figures/quantization.json again
 
 The text is read token by token, as on the device. Questions: how much perplexity does a byte less cost, what do calibrated
 methods win, and what does a half-precision state do over a long text, head by head?
@@ -11,29 +12,23 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from common import ROOT, describe_machine
 
 from retnet_export.export.checkpoints import open_checkpoint
 from retnet_export.export.pipeline import ExportOptions, export_bundle
-from retnet_export.quantize.evaluation import Evaluation, evaluate_all
+from retnet_export.quantize.evaluation import evaluate_all
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.runtime import load
 from retnet_export.runtime.bundle import Bundle
 
-
-@dataclass(frozen=True)
-class Row:
-    """One bundle of the table."""
-
-    name: str
-    method: str
-    weights_bytes: int
-    evaluation: Evaluation
+GREY = "#333333"
+Row = dict[str, Any]
+"""One bundle of the table, as OUTPUT.json has it: name, method, weights_bytes, evaluation."""
 
 
 def bundles(folder: Path, source: Bundle, calibration: Path) -> Iterator[tuple[str, str, Bundle]]:
@@ -56,51 +51,88 @@ def table(rows: list[Row]) -> str:
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for row in rows:
-        comparison = row.evaluation.comparison
-        assert comparison is not None
-        greedy = sorted(comparison.greedy)
-        errors = " ".join(f"{error:.1e}" for error in comparison.state[-1].by_head)
+        evaluation = row["evaluation"]
+        comparison = evaluation["comparison"]
+        greedy = sorted(comparison["greedy"])
+        errors = " ".join(f"{error:.1e}" for error in comparison["state"][-1]["by_head"])
         lines.append(
-            f"| {row.name} | {row.method} | {row.weights_bytes / 1e6:.2f} | {100 * (comparison.perplexity_ratio - 1):+.2f} % | "
-            f"{row.evaluation.bits_per_byte:.4f} | {comparison.kl_mean:.1e} | {comparison.kl_p999:.1e} | "
-            f"{100 * comparison.agreement:.1f} % | {greedy[len(greedy) // 2]} | {errors} |"
+            f"| {row['name']} | {row['method']} | {row['weights_bytes'] / 1e6:.2f} | "
+            f"{100 * (comparison['perplexity_ratio'] - 1):+.2f} % | "
+            f"{evaluation['bits_per_byte']:.4f} | {comparison['kl_mean']:.1e} | {comparison['kl_p999']:.1e} | "
+            f"{100 * comparison['agreement']:.1f} % | {greedy[len(greedy) // 2]} | {errors} |"
         )
     return "\n".join(lines)
 
 
+LOOKS = {"rtn": ("s-", "#c44e52"), "gptq": ("o-", "#1f3b73"), "awq": ("^--", "#e8a33d")}
+"""Mark, line and colour of each method, told apart in grey as well."""
+
+
 def plot(rows: list[Row], path: Path) -> None:
-    """KL divergence over bytes of the integer formats, logarithmic; one colour a method, blocks of each method joined."""
+    """KL divergence over bytes of the weights: all formats on logarithmic axes, and INT4 closer by."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    for method, colour in {"rtn": "#c44e52", "gptq": "#4c72b0", "awq": "#dd8452"}.items():
+    figure, (wide, close) = pyplot.subplots(1, 2, figsize=(9.5, 4.2), layout="constrained", width_ratios=(3, 2))
+    for method, (look, colour) in LOOKS.items():
         for bits in ("int8", "int4"):
-            chosen = [row for row in rows if row.method == method and row.name.startswith(bits)]
-            points = [(row.weights_bytes / 1e6, row.evaluation.comparison.kl_mean) for row in chosen if row.evaluation.comparison]
-            if not points:
-                continue
-            label = method if bits == "int4" else None
-            axes.plot(*zip(*points, strict=True), "o-", color=colour, label=label, markersize=6, linewidth=1)
-            if (bits, method) in (("int8", "rtn"), ("int4", "gptq")):
-                # The two int8 points nearly coincide: one label reads to the left, one to the right.
-                for row, point, side in zip(chosen, points, ("right", "left", "center"), strict=False):
-                    align = side if bits == "int8" else "center"
-                    name = row.name.replace(" g", ", block ") if bits == "int8" else row.name.removeprefix("int4 g")
-                    axes.annotate(
-                        name, point, xytext=(0, -10), textcoords="offset points", ha=align, va="top", fontsize=8, color="#333333"
-                    )
-    axes.annotate("int4, by block size", (3.46, 7e-3), fontsize=8, color="#333333")
-    axes.set(xscale="log", yscale="log", xlabel="weights file, MB (fp32: 22.6)", ylabel="KL divergence from fp32, nats a token")
-    axes.set_xticks([3, 3.5, 4, 5, 6, 7], ["3", "3.5", "4", "5", "6", "7"])
-    axes.minorticks_off()
-    axes.set(xlim=(3.2, 7), ylim=(1e-4, 5e-2))
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, title="method")
-    axes.set_title("Quality against bytes, bundled model (5.6M parameters)", loc="left", fontsize=11)
+            points = [_point(row) for row in rows if row["method"] == method and row["name"].startswith(bits)]
+            for axes in (wide, close) if points else ():
+                label = method if bits == "int4" else None
+                axes.plot(*zip(*points, strict=True), look, color=colour, label=label, markersize=6, linewidth=1)
+    for row in rows:
+        size, kl = _point(row)
+        if (row["name"], row["method"]) == ("int8", "rtn"):
+            _note(wide, "a scale an output", (size, kl), align="right")
+        elif row["name"] == "int8 g64":
+            _note(wide, "blocks of 64", (size, kl), align="left")
+        elif row["name"].startswith("int4") and row["method"] == "gptq":
+            _note(close, f"blocks of {row['name'].removeprefix('int4 g')}", (size, kl), align="right")
+        elif row["name"] == "fp16" and kl == 0:
+            wide.plot(size, 1e-4, "D", color=GREY, markersize=6, clip_on=False, zorder=3)
+            _note(wide, "fp16: none", (size, 1e-4), align="center", above=True)
+    wide.annotate("INT4", (3.72, 7e-3), ha="center", fontsize=9, color=GREY)
+    wide.annotate("INT8", (5.86, 4.6e-4), ha="center", fontsize=9, color=GREY)
+    for axes in (wide, close):
+        axes.set(xscale="log", yscale="log", xlabel="weights file, MB (fp32: 22.6)")
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    wide.set(xlim=(3.2, 13), ylim=(1e-4, 4e-2), ylabel="KL divergence from fp32, nats a token")
+    wide.set_xticks([4, 5, 6, 8, 10, 12], ["4", "5", "6", "8", "10", "12"])
+    close.set(xlim=(3.4, 4.1), ylim=(9e-3, 2.3e-2))
+    close.set_xticks([3.4, 3.6, 3.8, 4.0], ["3.4", "3.6", "3.8", "4.0"])
+    close.set_yticks([0.01, 0.015, 0.02], ["0.01", "0.015", "0.02"])
+    close.set_title("INT4", loc="left", fontsize=11)
+    wide.legend(frameon=False, title="method")
+    tokens = rows[0]["evaluation"]["tokens"]
+    wide.set_title(f"Bundled model (5.6M parameters), {tokens:,} tokens", loc="left", fontsize=11)
     figure.savefig(path, dpi=130)
+
+
+def _point(row: Row) -> tuple[float, float]:
+    return row["weights_bytes"] / 1e6, row["evaluation"]["comparison"]["kl_mean"]
+
+
+def _note(axes: Any, text: str, point: tuple[float, float], *, align: str, above: bool = False) -> None:
+    offset, side = ((0, 9), "bottom") if above else ((0, -9), "top")
+    axes.annotate(text, point, offset, textcoords="offset points", ha=align, va=side, fontsize=8, color=GREY)
+
+
+def measure(text: Path, calibration: Path, tokens: int | None, threads: int) -> list[Row]:
+    """Make every bundle and read the text with all of them."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = export_bundle(open_checkpoint(ROOT / "examples" / "classics"), folder / "fp32.retnet")
+        reference = load(source.path, threads=threads, check_hashes=False)
+        made = list(bundles(folder, source, calibration))
+        models = [load(bundle.path, threads=threads, check_hashes=False) for _, _, bundle in made]
+        results = evaluate_all(models, text, against=reference, tokens=tokens, progress=report)
+        return [
+            {"name": name, "method": method, "weights_bytes": bundle.manifest.weights_bytes, "evaluation": asdict(result)}
+            for (name, method, bundle), result in zip(made, results, strict=True)
+        ]
 
 
 def report(stage: str, share: float) -> None:
@@ -109,27 +141,21 @@ def report(stage: str, share: float) -> None:
 
 
 def main(
-    text: Annotated[Path, typer.Option(help="a text that the model was not trained on")],
-    calibration: Annotated[Path, typer.Option(help="a text of the same kind, for gptq and awq")],
     output: Annotated[Path, typer.Option("-o", "--output", help="writes OUTPUT.json, OUTPUT.md and OUTPUT.png")],
+    text: Annotated[Path | None, typer.Option(help="a text that the model was not trained on")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="a text of the same kind, for gptq and awq")] = None,
     tokens: Annotated[int | None, typer.Option(help="read at most so many tokens")] = None,
     threads: Annotated[int, typer.Option(help="threads; one is fastest for a model this small")] = 1,
 ) -> None:
-    """Measure every format and method on the bundled model."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        source = export_bundle(open_checkpoint(ROOT / "examples" / "classics"), folder / "fp32.retnet")
-        reference = load(source.path, threads=threads, check_hashes=False)
-        made = list(bundles(folder, source, calibration))
-        models = [load(bundle.path, threads=threads, check_hashes=False) for _, _, bundle in made]
-        results = evaluate_all(models, text, against=reference, tokens=tokens, progress=report)
-        rows = [
-            Row(label, method, bundle.manifest.weights_bytes, result)
-            for (label, method, bundle), result in zip(made, results, strict=True)
-        ]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    record = {"machine": describe_machine(), "rows": [asdict(row) for row in rows]}
-    output.with_suffix(".json").write_text(json.dumps(record, indent=1))
+    """Measure every format and method on the bundled model; without --text, draw OUTPUT.json again."""
+    document = output.with_suffix(".json")
+    if text is not None and calibration is not None:
+        record = {"machine": describe_machine(), "rows": measure(text, calibration, tokens, threads)}
+        output.parent.mkdir(parents=True, exist_ok=True)
+        document.write_text(json.dumps(record, indent=1) + "\n")
+    elif text is not None or calibration is not None or not document.exists():
+        raise typer.BadParameter(f"give --text and --calibration to measure, or neither to draw {document} again")
+    rows = json.loads(document.read_text())["rows"]
     output.with_suffix(".md").write_text(table(rows) + "\n")
     plot(rows, output.with_suffix(".png"))
     print(table(rows))
