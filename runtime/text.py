@@ -84,8 +84,12 @@ class TextStream:
         self._settled: list[int] = []
         self._waiting: list[int] = []
         self._given = 0
+        self._before = ""
         for token in context:
             self.push(token)
+        if self._waiting:
+            # The context ends in U+FFFD. Should that be all it was going to be, it is the context's, not ours to give.
+            self._before = tokenizer.decode(self._settled + self._waiting)
 
     def push(self, token: int) -> str:
         """The text that `token` completes, maybe none."""
@@ -93,9 +97,10 @@ class TextStream:
         text = self._tokenizer.decode(self._settled + self._waiting)
         whole = len(text.rstrip(REPLACEMENT))
         if whole < len(text) and len(self._waiting) < LONGEST_WAIT:
-            piece, self._given = text[self._given : whole], max(self._given, whole)
+            piece, self._given = text[self._past(text) : whole], max(self._given, whole)
             return piece
-        piece = text[self._given :]
+        piece = text[self._past(text) :]
+        self._before = ""
         # What was whole up to here is context for the next token; tokens without text (special ones) give none.
         alone = len(self._tokenizer.decode(self._waiting))
         if alone or len(self._settled) >= LONGEST_WAIT:
@@ -108,8 +113,12 @@ class TextStream:
     def flush(self) -> str:
         """What is left when no more tokens come: an unfinished character, as U+FFFD."""
         text = self._tokenizer.decode(self._settled + self._waiting)
-        piece, self._given = text[self._given :], len(text)
+        piece, self._given = text[self._past(text) :], len(text)
         return piece
+
+    def _past(self, text: str) -> int:
+        """How much of a text was given before, or is the context's."""
+        return max(self._given, len(self._before) if text.startswith(self._before) else 0)
 
 
 class StopStrings:
