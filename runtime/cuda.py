@@ -1,6 +1,7 @@
 """CUDA through cuda-python's runtime bindings: memory, streams, graphs, events. The only module that calls CUDA itself.
 
-Rules: every return code is checked; an allocation belongs to one object and is freed with it; every copy names its stream.
+Rules: every return code is checked; an allocation belongs to one object and is freed with it, by the library that made it; every
+copy names its stream.
 It needs the package `cuda-bindings` and a driver, neither torch nor a CUDA toolkit.
 
     stream = Stream()
@@ -18,7 +19,7 @@ import ctypes
 import functools
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, TypeVar
@@ -176,8 +177,7 @@ class DeviceBuffer:
                 f"the GPU has no room for {size:,} bytes: {memory.free:,} of {memory.total:,} are free{hint}; "
                 "take a smaller batch or quantized weights"
             ) from error
-        self._finalizer = weakref.finalize(self, _free, "cudaFree", self._address)
-        self._finalizer.atexit = False  # the driver frees what is left, and may be gone before us
+        self._finalizer = _freed_with(self, "cudaFree", self._address)
 
     @property
     def address(self) -> int:
@@ -201,7 +201,7 @@ def pinned(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     size = max(math.prod(shape) * kind.itemsize, 1)
     address = int(call("cudaHostAlloc", size, 0))
     raw = (ctypes.c_byte * size).from_address(address)
-    weakref.finalize(raw, _free, "cudaFreeHost", address).atexit = False
+    _freed_with(raw, "cudaFreeHost", address)
     array: NDArray[Any] = np.frombuffer(memoryview(raw), kind, math.prod(shape)).reshape(shape)
     array[...] = 0
     return array
@@ -214,8 +214,7 @@ class Stream:
         runtime = _runtime()
         self._stream = call("cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking)
         self.handle = int(self._stream)
-        self._finalizer = weakref.finalize(self, _free, "cudaStreamDestroy", self._stream)
-        self._finalizer.atexit = False
+        _freed_with(self, "cudaStreamDestroy", self._stream)
 
     def synchronize(self) -> None:
         """Wait until everything on the stream is done; faults of earlier work show here."""
@@ -290,7 +289,7 @@ class Graph:
             self._executable = call("cudaGraphInstantiate", captured, 0)
         finally:
             call("cudaGraphDestroy", captured)
-        weakref.finalize(self, _free, "cudaGraphExecDestroy", self._executable).atexit = False
+        _freed_with(self, "cudaGraphExecDestroy", self._executable)
 
 
 class Event:
@@ -298,7 +297,7 @@ class Event:
 
     def __init__(self) -> None:
         self._event = call("cudaEventCreate")
-        weakref.finalize(self, _free, "cudaEventDestroy", self._event).atexit = False
+        _freed_with(self, "cudaEventDestroy", self._event)
 
     def milliseconds_since(self, earlier: Event) -> float:
         """Time between two recorded events, once the stream has passed both."""
@@ -306,10 +305,19 @@ class Event:
         return float(call("cudaEventElapsedTime", earlier._event, self._event))
 
 
-def _free(name: str, resource: Any) -> None:
-    # A finalizer has nobody to raise to, and a driver that is shutting down has freed everything already.
-    with contextlib.suppress(CudaError):
-        call(name, resource)
+def _freed_with(owner: object, name: str, resource: Any) -> weakref.finalize[..., Any]:
+    """Free a resource when its owner goes, or when what is returned is called.
+
+    The function is looked up now: what frees is the library that allocated, and it stays loaded for as long as the owner lives.
+    """
+    finalizer = weakref.finalize(owner, _free, getattr(_runtime(), name), resource)
+    finalizer.atexit = False  # the driver frees what is left when a process ends, and may be gone before us
+    return finalizer
+
+
+def _free(function: Callable[[Any], Any], resource: Any) -> None:
+    # Its answer is not looked at: a finalizer has nobody to tell, and a driver that is shutting down has freed everything already.
+    function(resource)
 
 
 def _check_array(array: NDArray[Any]) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+
+import numpy as np
 import pytest
+from cuda_double import CudaDouble
 
 from retnet_export.runtime import cuda
 from retnet_export.runtime.errors import MissingExtraError, UserError
@@ -35,3 +39,57 @@ def test_without_the_package_the_error_names_the_extra(monkeypatch):
     monkeypatch.setattr(cuda, "_runtime", missing)
     with pytest.raises(MissingExtraError, match=r"pip install 'retnet-export\[cuda\]'"):
         cuda.device_count()
+
+
+@pytest.fixture
+def another_library():
+    """A CUDA that is in place for a while, and whoever takes its place then refuses every call."""
+    double, patch = CudaDouble(), pytest.MonkeyPatch()
+
+    def gone():
+        raise MissingExtraError("cuda-bindings", "cuda", "running on an NVIDIA GPU")
+
+    patch.setattr(cuda, "_runtime", lambda: double)
+    yield double, lambda: patch.setattr(cuda, "_runtime", gone)
+    patch.undo()
+
+
+def allocate_everything() -> list[object]:
+    stream = cuda.Stream()
+    buffer = cuda.DeviceBuffer(64)
+    with stream.capture() as graph:
+        stream.fill(buffer, 0)
+    return [stream, buffer, graph, cuda.pinned((4, 4), np.float32)]
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_everything_is_freed_by_the_library_that_made_it_though_it_is_gone_from_its_place(another_library):
+    double, remove = another_library
+    everything = allocate_everything()
+    assert double.device
+    assert double.host
+    assert double.pending
+    assert double.graphs
+    remove()
+    everything.clear()
+    gc.collect()
+    assert (double.device, double.host, double.pending, double.graphs) == ({}, {}, {}, {})
+
+
+def test_closing_a_buffer_frees_it_by_the_library_that_made_it_and_once(another_library):
+    double, remove = another_library
+    buffer = cuda.DeviceBuffer(64)
+    remove()
+    buffer.close()
+    buffer.close()
+    assert double.device == {}
+
+
+def test_the_memory_of_an_array_stays_for_as_long_as_the_array_does(another_library):
+    double, remove = another_library
+    view = cuda.pinned((4, 4), np.float32)[2:]
+    remove()
+    gc.collect()
+    view[:] = 3.0
+    assert len(double.host) == 1
+    assert view.sum() == 24.0

@@ -29,6 +29,8 @@ def test_the_runtime_suite_passes_on_the_tensorrt_double():
         "no:xdist",
         "-p",
         "no:cacheprovider",
+        "-W",
+        "error::pytest.PytestUnraisableExceptionWarning",  # a finalizer that fails has nobody else to tell
         *options,
         *paths,
     ]
