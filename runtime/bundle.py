@@ -20,7 +20,7 @@ from pathlib import Path
 
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.external_data import external_locations
-from retnet_export.runtime.files import sha256_of, write_atomically
+from retnet_export.runtime.files import restore_old, sha256_of, write_atomically
 from retnet_export.runtime.manifest import FORMAT, FORMAT_VERSION, FileRecord, Manifest
 from retnet_export.runtime.schema import decode, encode
 from retnet_export.runtime.validation import check_manifest
@@ -61,6 +61,11 @@ def open_bundle(path: str | Path, *, check_hashes: bool = True, progress: Callab
             the folder, by its name, by a link, or as the place of a graph's weights.
     """
     path = Path(path)
+    if not path.is_dir() and (old := restore_old(path)) is not None:
+        raise UserError(
+            f"{path}: no such bundle, but {old} is what was there: another command is replacing it, or was killed and left it "
+            "where it cannot be moved; wait, or move it back"
+        )
     if not path.is_dir():
         hint = "; it is a file, expected a folder that `retnet-export export` wrote" if path.exists() else ""
         raise UserError(f"{path}: no such bundle{hint}")

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from retnet_export.runtime.errors import UserError
 
-PARTIAL = "partial"
-"""Part of the hidden name that a folder has while it is written."""
+PARTIAL, OLD = "partial", "old"
+"""Part of the hidden names beside a folder: of the new one while it is written, of the old one while it is replaced."""
 STORAGE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
@@ -80,6 +80,7 @@ def new_folder(target: str | Path, *, marker: str, force: bool = False) -> Itera
             writable folder.
     """
     target = Path(os.path.abspath(target))
+    restore_old(target)
     if os.path.lexists(target):
         if not force:
             raise UserError(f"{target}: exists already; choose another name, or give --force to replace it")
@@ -88,10 +89,9 @@ def new_folder(target: str | Path, *, marker: str, force: bool = False) -> Itera
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(target)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.{PARTIAL}-"))
+        temporary, lock = _locked_sibling(target, PARTIAL)
     except OSError as error:
         raise UserError(f"{target}: cannot be written: {error.strerror} ({error.filename})") from error
-    lock = _lock(temporary)
     try:
         os.chmod(temporary, 0o755)
         try:
@@ -100,40 +100,103 @@ def new_folder(target: str | Path, *, marker: str, force: bool = False) -> Itera
             if error.errno not in STORAGE_FAULTS:
                 raise
             raise UserError(f"{target}: cannot be written: {error.strerror}; nothing was kept") from error
+        if not force and os.path.lexists(target):
+            raise UserError(f"{target}: was made by another process meanwhile; nothing of this one was kept")
         _replace_folder(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+        _unlock(lock)
+
+
+def restore_old(target: str | Path) -> Path | None:
+    """Mend what a kill in the middle of `--force` left: the old folder comes back if there is no new one, and goes if there is.
+
+    Returns:
+        Where the old folder still lies if there is no other: another process is replacing it at this moment, or it cannot be moved.
+    """
+    target = Path(os.path.abspath(target))
+    for aside in _siblings(target, OLD):
+        if (lock := _lock(aside)) is None:
+            continue
+        with contextlib.suppress(OSError):  # the folder cannot be written, or another process was faster
+            if not os.path.lexists(target) and (aside / target.name).exists():
+                os.rename(aside / target.name, target)
+            shutil.rmtree(aside)
+        _unlock(lock)
+    if os.path.lexists(target):
+        return None
+    return next((old for aside in _siblings(target, OLD) if (old := aside / target.name).exists()), None)
+
+
+def _locked_sibling(target: Path, what: str) -> tuple[Path, int | None]:
+    """A new hidden folder beside `target`, and its lock; None on a file system that has no locks."""
+    while True:
+        folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.{what}-"))
+        # Until it is locked it looks abandoned, and another process may just be removing it: then another one is made.
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        try:
+            _flock(descriptor)
+        except BlockingIOError:
+            os.close(descriptor)
+            continue
+        except OSError:
+            os.close(descriptor)
+            return folder, None
+        if os.path.lexists(folder):
+            return folder, descriptor
+        os.close(descriptor)
 
 
 def _lock(folder: Path) -> int | None:
-    """Take a folder's lock, which the system releases when this process ends, however it ends; None if another holds it."""
-    import fcntl
+    """Take the lock of a folder that is there, which the system releases when a process ends, however it ends.
 
-    descriptor = os.open(folder, os.O_RDONLY)
+    None: another process holds it, the folder has gone, or the file system has no locks and nobody can say.
+    """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        _flock(descriptor)
     except OSError:
         os.close(descriptor)
         return None
     return descriptor
 
 
+def _flock(descriptor: int) -> None:
+    import fcntl  # not on Windows, where bundles can be read
+
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _unlock(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
+
+
+def _siblings(target: Path, what: str) -> list[Path]:
+    return [path for path in target.parent.glob(f".{glob.escape(target.name)}.{what}-*") if path.is_dir()]
+
+
 def _remove_abandoned(target: Path) -> None:
     """Remove what a process that was killed while it wrote `target` has left beside it; what another still writes stays."""
-    for folder in target.parent.glob(f".{glob.escape(target.name)}.{PARTIAL}-*"):
-        if folder.is_dir() and (lock := _lock(folder)) is not None:
+    for folder in _siblings(target, PARTIAL):
+        if (lock := _lock(folder)) is not None:
             shutil.rmtree(folder, ignore_errors=True)
-            os.close(lock)
+            _unlock(lock)
 
 
 def _replace_folder(temporary: Path, target: Path) -> None:
     if not target.exists():
         os.rename(temporary, target)
         return
-    # A folder cannot be renamed over a full one: the old one steps aside, and comes back if the second rename fails.
-    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old-"))
+    # A folder cannot be renamed over a full one: the old one steps aside, and comes back if the second rename fails. If this
+    # process is killed between the two, `restore_old` brings it back.
+    aside, lock = _locked_sibling(target, OLD)
     os.rename(target, aside / target.name)
     try:
         os.rename(temporary, target)
@@ -142,3 +205,4 @@ def _replace_folder(temporary: Path, target: Path) -> None:
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        _unlock(lock)
