@@ -15,7 +15,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from retnet_export.runtime.errors import CheckpointWarning, UserError
+from retnet_export.runtime.errors import CheckpointWarning, PrecisionWarning, UserError
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle: the folder that `export` wrote.", show_default=False)]
 CheckpointPath = Annotated[
@@ -55,7 +55,7 @@ class Commands(typer.core.TyperGroup):
 def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
 ) -> None:
-    if issubclass(category, CheckpointWarning):
+    if issubclass(category, (CheckpointWarning, PrecisionWarning)):
         print_warning(str(message))
     else:
         typer.echo(warnings.formatwarning(message, category, filename, lineno, line), err=True, nl=False)

@@ -45,6 +45,8 @@ def encode_evaluation(evaluation: Evaluation) -> dict[str, object]:
 
 
 def print_evaluation(bundle: Path, evaluation: Evaluation) -> None:
+    from retnet_export.quantize.evaluation import GREEDY_TOKENS
+
     rows = [
         ("perplexity", f"{evaluation.perplexity:.3f} a token"),
         ("bits per byte", f"{evaluation.bits_per_byte:.4f}"),
@@ -56,7 +58,11 @@ def print_evaluation(bundle: Path, evaluation: Evaluation) -> None:
             ("against", f"{c.against}: perplexity {c.perplexity:.3f}; this one's is {100 * (c.perplexity_ratio - 1):+.2f} %"),
             ("divergence", f"KL {c.kl_mean:.2e} nats a token, 99.9 % of tokens below {c.kl_p999:.2e}"),
             ("same best token", f"{100 * c.agreement:.2f} % of positions"),
-            ("greedy", f"continuations agree for {greedy[len(greedy) // 2]} tokens (median; {greedy[0]} to {greedy[-1]})"),
+            (
+                "greedy",
+                f"continuations agree for {greedy[len(greedy) // 2]} of {GREEDY_TOKENS} tokens "
+                f"(median; {greedy[0]} to {greedy[-1]})",
+            ),
             (
                 f"state after {last.tokens:,}",
                 "relative error by head, fastest decay first: " + ", ".join(f"{error:.1e}" for error in last.by_head),

@@ -132,10 +132,11 @@ def _write_graphs(folder: Path, checkpoint: Checkpoint, options: ExportOptions, 
     from retnet_export.graph.decode import build_decode
     from retnet_export.graph.dialects import DIALECTS, rewrite
     from retnet_export.graph.prefill import build_prefill
-    from retnet_export.graph.retnet import graph_spec, state_specs
+    from retnet_export.graph.retnet import graph_spec, state_specs, warn_of_slow_heads
     from retnet_export.graph.weights_file import WeightsFile
 
     config = checkpoint.config
+    warn_of_slow_heads(config, options.state)
     total, done = len(weight_shapes(config)), 0
 
     def read(name: str):  # type: ignore[no-untyped-def]

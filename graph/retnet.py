@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Literal
 
@@ -11,12 +12,30 @@ import onnx_ir as ir
 from retnet_export.graph.blocks import NUMPY_DTYPES, Writer, feed_forward, norm
 from retnet_export.graph.builder import Value
 from retnet_export.runtime.config import ModelConfig
+from retnet_export.runtime.errors import PrecisionWarning
 from retnet_export.runtime.manifest import GraphSpec, StateSpec, TensorSpec, is_in_pieces
 
 OPSET = 20
 """TensorRT 10.3 (JetPack 6.1) parses up to 20; blocked quantization raises it to 21."""
 
 STATE_TYPES: dict[str, ir.DataType] = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
+
+LONGEST_HALF_PRECISION_MEMORY = 1024
+"""Tokens that a head may remember, 1/(1 - γ), for a float16 state to hold it within about one percent (docs/quantization.md)."""
+
+
+def warn_of_slow_heads(config: ModelConfig, state: str) -> None:
+    """Say so if a float16 state is asked for and heads remember longer than it can hold."""
+    memory = 1 / (1 - config.gamma)
+    slow = memory > LONGEST_HALF_PRECISION_MEMORY
+    if state == "fp16" and slow.any():
+        warnings.warn(
+            f"--state fp16: {slow.sum()} of {config.num_heads} heads remember more than {LONGEST_HALF_PRECISION_MEMORY:,} tokens "
+            f"(up to {memory.max():,.0f}); a float16 state of such heads was measured to be off by 4 % to 20 %. fp32 holds them "
+            "(docs/quantization.md, State)",
+            PrecisionWarning,
+            stacklevel=3,
+        )
 
 
 def state_specs(graph: GraphSpec, config: ModelConfig) -> tuple[StateSpec, ...]:

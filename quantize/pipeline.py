@@ -110,12 +110,13 @@ def quantize_bundle(
         import onnx_ir as ir
     except ImportError as error:
         raise MissingExtraError("onnx-ir", "export", "quantizing") from error
-    from retnet_export.graph.retnet import graph_spec
+    from retnet_export.graph.retnet import graph_spec, warn_of_slow_heads
     from retnet_export.graph.weights_file import WeightsFile
     from retnet_export.quantize.rewrite import matrices, quantize_graph, store_state_as_float16
 
     _check_source(source, target, options)
     manifest = source.manifest
+    warn_of_slow_heads(manifest.model, options.state or "fp32")
     graphs = {name: ir.load(source.file(spec.file)) for name, spec in manifest.graphs.items()}
     plan = _plan(source, matrices(graphs["decode"]), graphs["decode"], options)
     calibration = None if options.calibration is None else _calibration(source, options.calibration)

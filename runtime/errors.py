@@ -19,3 +19,7 @@ class MissingExtraError(UserError):
 
 class CheckpointWarning(UserWarning):
     """Something in a checkpoint that was not read, and that the user should know of; the command line prints it once."""
+
+
+class PrecisionWarning(UserWarning):
+    """A format that was asked for and that this model is known to suffer from; the command line prints it once."""

@@ -14,7 +14,7 @@ from retnet_export.cli import app
 from retnet_export.export.checkpoints import open_checkpoint
 from retnet_export.export.pipeline import export_bundle
 from retnet_export.export.verify import PASSAGE
-from retnet_export.quantize.evaluation import evaluate, evaluate_all
+from retnet_export.quantize.evaluation import _state_error, evaluate, evaluate_all
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.runtime.model import load
 
@@ -78,6 +78,19 @@ def test_a_text_read_to_its_last_token_is_predicted_but_for_the_first(folder):
     predicted = len(model.tokenizer.decode(model.tokenizer.encode(PASSAGE)[1:count]).encode())
     assert (result.tokens, result.bytes) == (count, predicted)
     assert result.perplexity != whole.perplexity
+
+
+def test_a_state_that_a_dialect_keeps_the_other_way_round_is_compared_by_meaning():
+    random = np.random.default_rng(0)
+    state = {
+        "position": np.array([7]),
+        "state.0": random.standard_normal((1, 2, 4, 6)),
+        "state.1": random.standard_normal((1, 2, 4, 6)),
+    }
+    turned = {name: array.swapaxes(2, 3) if array.ndim == 4 else array for name, array in state.items()}
+    doubled = {name: 2 * array for name, array in turned.items()}
+    assert _state_error(7, turned, state).by_head == (0.0, 0.0)
+    assert _state_error(7, doubled, state).by_head == pytest.approx((1.0, 1.0))
 
 
 def test_bundles_of_different_tokenizers_are_refused(folder, tmp_path):

@@ -1,6 +1,7 @@
 """A quantized bundle computes what its integers say, is small, and keeps everything that is not a matrix."""
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from retnet_export.graph.blocks import rotated_projection_order
 from retnet_export.graph.weights import random_weights, retention_inputs
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.runtime.bundle import open_bundle
-from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.errors import PrecisionWarning, UserError
 from retnet_export.runtime.model import load
 from retnet_export.runtime.numerics import TOLERANCES, measure
 
@@ -141,6 +142,27 @@ def test_a_half_precision_state_is_read_and_written_by_both_graphs(tmp_path):
     session = load(quantized.path).session()
     logits = session.prefill(TOKENS[None], np.array([len(TOKENS)]))[0]
     assert measure(logits, stepped(quantized, TOKENS)[-1]).relative < TOLERANCES["onnxruntime-quantized"].relative
+
+
+@pytest.mark.parametrize(("heads", "slow"), [(6, 0), (8, 2)])
+def test_a_half_precision_state_of_heads_too_slow_for_it_is_warned_of(tmp_path, heads, slow):
+    config = tiny.config(num_heads=heads, num_kv_heads=heads, head_value_dim=16)  # they remember 32, 64, … tokens, the eighth 4,096
+    source = tiny.bundle(tmp_path, config)
+
+    def messages(make):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            make()
+        return [str(warning.message) for warning in caught if warning.category is PrecisionWarning]
+
+    (tmp_path / "half").mkdir()
+    exported = messages(lambda: tiny.bundle(tmp_path / "half", config, state="fp16"))
+    quantized = messages(lambda: quantize_bundle(source, tmp_path / "small.retnet", QuantizeOptions(group_size=16, state="fp16")))
+    assert exported == quantized
+    assert messages(lambda: quantize_bundle(source, tmp_path / "int4.retnet", QuantizeOptions(group_size=16))) == []
+    assert len(exported) == (slow > 0)
+    if slow:
+        assert f"--state fp16: {slow} of {heads} heads remember more than 1,024 tokens (up to 4,096)" in exported[0]
 
 
 def test_kept_matrices_stay_as_they_are(tmp_path):
