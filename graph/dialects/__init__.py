@@ -18,6 +18,7 @@ from retnet_export.graph.dialects.linear_attention import LinearAttentionPass, S
 from retnet_export.graph.dialects.norms import ResidualNormPass
 from retnet_export.graph.dialects.products import MatMulNBitsPass
 from retnet_export.graph.dialects.retention import GatedDeltaNetPass, RotaryEmbeddingPass, ValueMajorStatePass
+from retnet_export.graph.dialects.skip_norms import SkipNormPass
 from retnet_export.graph.dialects.splits import SplitRowsPass
 from retnet_export.graph.dialects.sums import SumAsAddPass
 from retnet_export.graph.dialects.top import TopLogitsPass
@@ -39,8 +40,8 @@ ONNXRUNTIME_CUDA: Sequence[type[ir.passes.InPlacePass]] = (
 )
 """In this order: casts are moved out of the way first, and the head norm is gated before the other norms are looked for."""
 
-ONNXRUNTIME_CPU: Sequence[type[ir.passes.InPlacePass]] = (StatePiecesPass, LinearAttentionPass)
-"""Retention alone: one kernel for a norm, a gate or a rotation was not faster on a CPU (docs/quantization.md)."""
+ONNXRUNTIME_CPU: Sequence[type[ir.passes.InPlacePass]] = (RotaryEmbeddingPass, StatePiecesPass, LinearAttentionPass, SkipNormPass)
+"""What was measured to help (docs/quantization.md): of these operators, those for gates and GatedDeltaNet are slow on a CPU."""
 
 DIALECTS: dict[str, Sequence[type[ir.passes.InPlacePass]]] = {
     "portable": (),

@@ -20,7 +20,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from retnet_export.graph.dialects.pattern import MICROSOFT, Writer, scope_of, substitute
+from retnet_export.graph.dialects.pattern import MICROSOFT, Writer, made_by, scope_of, substitute
 from retnet_export.graph.dialects.retention import Retention, log_decay, match_retention, size_of
 
 PIECE_BYTES = 1 << 15
@@ -82,7 +82,9 @@ def _replace(graph: ir.Graph, found: Retention) -> None:
     pieces, value_dim = size_of(found.state, 1), size_of(found.state, 3)
     heads, key_size = len(found.gamma), pieces * size_of(found.state, 2)
     count = pieces // heads
-    v = w.reshape(found.v, "v_of_head", 0, heads, 1, value_dim)
+    reshaped = made_by(found.v, "Reshape")
+    v = found.v if reshaped is None or reshaped.inputs[0] is None else reshaped.inputs[0]
+    v = w.reshape(v, "v_of_head", 0, heads, 1, value_dim)
     if count > 1:
         v = w.op("Tile", v, w.initializer(np.array([1, 1, count, 1]), "once_a_piece"), name="v_of_piece", dtype=ir.DataType.FLOAT)
     read, state_after = w.op_n(
