@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A CPU build of torch is enough here, and far smaller: set TORCH=torch where you want the default build.
 TORCH ?= torch==2.13.0
 
-.PHONY: help demo test test-gpu check check-tensorrt bench-decode bench-compare bench-export bench-gpu bench-prefill bench-forever bench-quantization clean
+.PHONY: help demo test test-gpu check check-tensorrt bench-decode bench-compare bench-export bench-gpu bench-prefill bench-forever bench-quantization bench-state clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -53,7 +53,11 @@ check-tensorrt: $(VENV)/.installed  ## our calls of TensorRT against its type st
 
 bench-quantization: $(VENV)/.installed  ## quality against bytes: make bench-quantization CALIBRATION=train.txt TEXT=test.txt
 	$(BIN)/pip install --quiet --editable '.[compare]'
-	$(BIN)/python benchmarks/quantization.py --calibration $(CALIBRATION) --text $(TEXT)
+	$(BIN)/python benchmarks/quantization.py --calibration $(CALIBRATION) --text $(TEXT) -o docs/figures/quantization
+
+bench-state: $(VENV)/.installed  ## the state in fewer bytes, over a long text: make bench-state TEXT=test.txt
+	$(BIN)/pip install --quiet --editable '.[compare]'
+	$(BIN)/python benchmarks/state_precision.py --text $(TEXT) --parts text,prefill,runs,slower,heads,speed -o docs/figures/state
 
 bench-prefill: $(VENV)/.installed  ## reading prompts on the CPU: speed by chunk size, memory of both graphs
 	$(BIN)/python benchmarks/prefill.py
