@@ -11,35 +11,32 @@ What a step needs on the host are a few candidates, not the vocabulary: a TopK o
 from __future__ import annotations
 
 import re
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from retnet_export.export.tensorrt_network import Profile, add_candidates, optimization_profile, parse, parser_message
+from retnet_export.export.tensorrt_progress import Progress, make_monitor, run_cancellable
 from retnet_export.runtime.bundle import Bundle
 from retnet_export.runtime.engines import (
     FORMAT_VERSION,
-    TOP_LOGITS,
-    TOP_TOKENS,
     EnginePart,
     EngineRecord,
-    Role,
     engine_stem,
     sources_of,
     write_engines,
 )
-from retnet_export.runtime.errors import MissingExtraError, UserError
+from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.files import sha256_of_bytes, write_atomically
-from retnet_export.runtime.manifest import FileRecord, GraphSpec
+from retnet_export.runtime.manifest import FileRecord
 from retnet_export.runtime.plan.preflight import check_build
 from retnet_export.runtime.tensorrt_api import TARGETS, load_module, make_logger, version_of
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
-Progress = Callable[[str, float], None]
 MAX_CANDIDATES = 3840
 """The largest k of TensorRT's TopK."""
 
@@ -96,21 +93,12 @@ class CompileOptions:
 
 
 @dataclass(frozen=True)
-class _Profile:
-    """One optimization profile: the role it plays and how many tokens per sequence it takes."""
-
-    role: Role
-    typical_tokens: int
-    max_tokens: int
-
-
-@dataclass(frozen=True)
 class _Plan:
     """One engine to build: a graph and its profiles."""
 
     graph: str
     file: str
-    profiles: tuple[_Profile, ...]
+    profiles: tuple[Profile, ...]
 
 
 def compile_bundle(bundle: Bundle, options: CompileOptions, *, progress: Progress = lambda stage, share: None) -> EngineRecord:
@@ -176,13 +164,13 @@ def compile_bundle(bundle: Bundle, options: CompileOptions, *, progress: Progres
 
 def _plans(bundle: Bundle, stem: str, separate: bool) -> tuple[_Plan, ...]:
     chunk = bundle.manifest.graphs["prefill"].chunk_size
-    prefill = _Profile("prefill", chunk, chunk)
+    prefill = Profile("prefill", chunk, chunk)
     if separate:
         return (
-            _Plan("decode", f"{stem}-decode.engine", (_Profile("decode", 1, 1),)),
+            _Plan("decode", f"{stem}-decode.engine", (Profile("decode", 1, 1),)),
             _Plan("prefill", f"{stem}-prefill.engine", (prefill,)),
         )
-    return (_Plan("prefill", f"{stem}.engine", (_Profile("decode", 1, min(2, chunk)), prefill)),)
+    return (_Plan("prefill", f"{stem}.engine", (Profile("decode", 1, min(2, chunk)), prefill)),)
 
 
 def _capabilities(module: Any, options: CompileOptions) -> tuple[tuple[str, ...], str | None]:
@@ -233,10 +221,10 @@ def _build(
     graph = bundle.manifest.graphs[plan.graph]
     path = bundle.file(graph.file)
     parser: trt.OnnxParser = module.OnnxParser(network, logger)
-    if not _parse(parser, bundle, path):
-        raise UserError(_parser_message(path, parser, options.target, module.__version__))
+    if not parse(parser, bundle, path):
+        raise UserError(parser_message(path, parser, options.target, module.__version__))
     if options.candidates:
-        _add_candidates(module, network, min(options.candidates, bundle.manifest.model.vocab_size))
+        add_candidates(module, network, min(options.candidates, bundle.manifest.model.vocab_size))
     config = builder.create_builder_config()
     # TF32 rounds float32 products to 11 bits. A step is bound by memory and gains nothing from it.
     config.clear_flag(module.BuilderFlag.TF32)
@@ -248,11 +236,11 @@ def _build(
         for index, capability in enumerate(capabilities):
             rtx_config.set_compute_capability(getattr(module.ComputeCapability, f"SM{capability.replace('.', '')}"), index)
     for profile in plan.profiles:
-        config.add_optimization_profile(_profile(builder, graph, profile, options.max_batch))
+        config.add_optimization_profile(optimization_profile(builder, graph, profile, options.max_batch))
     cache = _load_timing_cache(config, options.timing_cache)
     monitor = make_monitor(module, progress)
     config.progress_monitor = monitor
-    serialized = _run_cancellable(lambda: builder.build_serialized_network(network, config), monitor)
+    serialized = run_cancellable(lambda: builder.build_serialized_network(network, config), monitor)
     if serialized is None:
         raise UserError(f"{path}: {options.target} {module.__version__} could not build the engine: {_last(logger.errors)}")
     if cache is not None and options.timing_cache is not None:
@@ -261,77 +249,6 @@ def _build(
     activations = [int(size) for line in logger.report for size in re.findall(r"Total Activation Memory: (\d+) bytes", line)]
     activations += [0] * (len(plan.profiles) - len(activations))  # a release that does not report them
     return _Built(memoryview(serialized), sum(weights), tuple(activations[: len(plan.profiles)]))
-
-
-def _parse(parser: trt.OnnxParser, bundle: Bundle, path: Path) -> bool:
-    """Parse a graph.
-
-    A quantized embedding that is the output head as well stands in the file once and is read as bytes and as words. TensorRT
-    knows weights by their address and refuses one address with two sizes, so there the second reading gets a copy of its own.
-    """
-    record = bundle.manifest.quantization
-    if not (bundle.manifest.model.tied_embeddings and record and record.get("embedding") != "keep"):
-        return bool(parser.parse_from_file(str(path)))
-    try:
-        import onnx
-        from onnx.external_data_helper import load_external_data_for_tensor
-    except ImportError as error:
-        raise MissingExtraError("onnx", "export", "compiling a quantized bundle whose embedding is its output head") from error
-    model, seen = onnx.load(str(path), load_external_data=False), set()
-    for tensor in model.graph.initializer:
-        offset = next((entry.value for entry in tensor.external_data if entry.key == "offset"), None)
-        if offset is not None and offset in seen:
-            load_external_data_for_tensor(tensor, str(path.parent))
-            tensor.data_location = onnx.TensorProto.DEFAULT
-            tensor.ClearField("external_data")
-        seen.add(offset)
-    return bool(parser.parse(model.SerializeToString(), str(path)))
-
-
-def _profile(builder: trt.Builder, graph: GraphSpec, profile: _Profile, max_batch: int) -> trt.IOptimizationProfile:
-    """Sizes left open in the graph are the batch, on the first axis, and the tokens, on the second."""
-    result = builder.create_optimization_profile()
-    typical_batch = max_batch if profile.role == "decode" else 1
-
-    def shape(sizes: tuple[int, ...], batch: int, tokens: int) -> Any:  # a tuple is taken as a Dims
-        return tuple(size if size != -1 else batch if axis == 0 else tokens for axis, size in enumerate(sizes))
-
-    for spec in graph.inputs:
-        result.set_shape(
-            spec.name,
-            shape(spec.shape, 1, 1),
-            shape(spec.shape, typical_batch, profile.typical_tokens),
-            shape(spec.shape, max_batch, profile.max_tokens),
-        )
-    return result
-
-
-def _add_candidates(module: Any, network: trt.INetworkDefinition, count: int) -> None:
-    outputs = [network.get_output(index) for index in range(network.num_outputs)]
-    logits = next(tensor for tensor in outputs if tensor.name == "logits")
-    layer = network.add_topk(logits, module.TopKOperation.MAX, count, 1 << 1)  # axis 1 of (B, V)
-    layer.name = "candidates"
-    for index, name in enumerate((TOP_LOGITS, TOP_TOKENS)):
-        tensor = layer.get_output(index)
-        tensor.name = name
-        network.mark_output(tensor)
-
-
-def _parser_message(path: Path, parser: trt.OnnxParser, target: str, version: str) -> str:
-    faults = [parser.get_error(index) for index in range(parser.num_errors)]
-    shown = [
-        f"node {fault.node_name() or fault.node()} ({fault.node_operator() or 'no operator'}): {fault.desc()}"
-        for fault in faults[:3]
-    ]
-    more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
-    operators = {fault.node_operator() for fault in faults}
-    if operators & {"MatMulNBits", "LinearAttention", "GatedDeltaNet"}:
-        mend = "the bundle is in a dialect of ONNX Runtime; give the portable bundle that it was made from"
-    elif "DequantizeLinear" in operators or "QuantizeLinear" in operators:
-        mend = "quantize again with symmetric weights and a group size of 64 or 128"
-    else:
-        mend = "export the checkpoint again with this version of retnet-export, or install a newer TensorRT"
-    return f"{path}: {target} {version} does not take the graph: {'; '.join(shown)}{more}. What to do: {mend}"
 
 
 def _last(errors: Sequence[str]) -> str:
@@ -349,77 +266,3 @@ def _load_timing_cache(config: trt.IBuilderConfig, path: Path | None) -> trt.ITi
     if cache is None or not config.set_timing_cache(cache, False):
         raise UserError(f"{path}: not a timing cache of this TensorRT on this GPU; delete it, and it is made anew")
     return cache
-
-
-def make_monitor(module: Any, progress: Progress) -> Any:
-    """A progress monitor that adds up TensorRT's nested phases, and cancels the build when told to.
-
-    Returns:
-        An `IProgressMonitor` with a method `cancel`.
-    """
-
-    class Monitor(module.IProgressMonitor):  # type: ignore[misc]
-        """A phase's share of its parent is one of the parent's steps; the outermost phase is the whole."""
-
-        def __init__(self) -> None:
-            module.IProgressMonitor.__init__(self)
-            self._cancelled = threading.Event()
-            self._lock = threading.Lock()
-            self._parents: dict[str, str | None] = {}
-            self._steps: dict[str, int] = {}
-            self._done: dict[str, int] = {}
-            self._share = 0.0
-
-        def cancel(self) -> None:
-            self._cancelled.set()
-
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            with self._lock:
-                self._parents[phase_name], self._steps[phase_name], self._done[phase_name] = parent_phase, max(num_steps, 1), 0
-
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            with self._lock:
-                self._done[phase_name] = min(step + 1, self._steps.get(phase_name, 1))
-                share = 0.0
-                phase: str | None = phase_name
-                while phase is not None:
-                    share = (self._done.get(phase, 0) + share) / self._steps.get(phase, 1)
-                    phase = self._parents.get(phase)
-                self._share = max(self._share, min(share, 1.0))  # phases may repeat; a bar only moves forward
-                progress(phase_name, self._share)
-            return not self._cancelled.is_set()
-
-        def phase_finish(self, phase_name: str) -> None:
-            with self._lock:
-                self._parents.pop(phase_name, None)
-
-    return Monitor()
-
-
-def _run_cancellable(build: Callable[[], Any], monitor: Any) -> Any:
-    """Build in a second thread, so that Ctrl-C reaches us: TensorRT then ends the build at its next step.
-
-    An exception must never travel through TensorRT's own frames, which end the process on it.
-    """
-    outcome: list[Any] = []
-    failure: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            outcome.append(build())
-        except BaseException as error:  # noqa: BLE001 (raised again in the caller's thread)
-            failure.append(error)
-
-    thread = threading.Thread(target=work, name="tensorrt-build")
-    try:
-        thread.start()
-        while thread.is_alive():
-            thread.join(0.1)
-    except BaseException:
-        monitor.cancel()
-        if thread.ident is not None:
-            thread.join()
-        raise
-    if failure:
-        raise failure[0]
-    return outcome[0]

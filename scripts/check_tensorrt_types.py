@@ -17,7 +17,12 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CHECKED = ("retnet_export.export.tensorrt", "retnet_export.runtime.backends.tensorrt")
+CHECKED = (
+    "retnet_export.export.tensorrt",
+    "retnet_export.export.tensorrt_network",
+    "retnet_export.export.tensorrt_progress",
+    "retnet_export.runtime.backends.tensorrt",
+)
 
 
 def repaired(text: str) -> str:
