@@ -1,6 +1,10 @@
 """The largest logits as outputs of the graph, so that choosing a token moves a few bytes and not the vocabulary.
 
-Rule: outputs `top_logits` and `top_tokens`, (B, k), largest first; `logits` stays an output.
+Rule: outputs `top_logits` and `top_tokens`, (B, k), largest first; `logits` stays an output. If any logit of a row is not finite,
+all its `top_logits` are NaN: what TopK does with a NaN differs from kernel to kernel, and one that it left out would go unseen.
+
+    logits (B, V) ─┬─ TopK ──────────────── values ─ Add ─ top_logits (B, k)
+                   └─ ReduceSum ─ ·0 (B, 1) ──────────┘
 """
 
 from __future__ import annotations
@@ -29,20 +33,13 @@ class TopLogitsPass(ir.passes.InPlacePass):
         count = min(TOP, int(vocab_size))  # type: ignore[arg-type]
         w = Writer(graph, producer, "top")
         k = w.initializer(np.array([count], np.int64), "top_count")
-        values, tokens = w.op_n(
-            "TopK",
-            logits,
-            k,
-            names=["logits", "tokens"],
-            dtypes=[ir.DataType.FLOAT, ir.DataType.INT64],
-            axis=-1,
-            largest=1,
-            sorted=1,
-        )
-        node = values.producer()
-        assert node is not None
-        graph.remove(node)
-        graph.insert_after(producer, node)
+        # Nodes are put in order at the end.
+        names, dtypes = ["largest_logits", "tokens"], [ir.DataType.FLOAT, ir.DataType.INT64]
+        largest, tokens = w.op_n("TopK", logits, k, names=names, dtypes=dtypes, axis=-1, largest=1, sorted=1)
+        last_axis, zero = w.initializer(np.array([-1], np.int64), "top_axis"), w.initializer(np.array(0, np.float32), "top_zero")
+        total = w.op("ReduceSum", logits, last_axis, name="sum", dtype=ir.DataType.FLOAT, keepdims=1)
+        nothing = w.op("Mul", total, zero, name="zero_if_finite", dtype=ir.DataType.FLOAT)
+        values = w.op("Add", largest, nothing, name="logits", dtype=ir.DataType.FLOAT)
         for value, name in ((values, "top_logits"), (tokens, "top_tokens")):
             value.name, value.shape = name, ir.Shape([batch, count])
             graph.outputs.append(value)

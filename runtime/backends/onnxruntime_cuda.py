@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from retnet_export.runtime import cuda
 from retnet_export.runtime.backends.base import NUMPY_DTYPES, State, top_of
+from retnet_export.runtime.backends.device_weights import DeviceWeights
 from retnet_export.runtime.bundle import Bundle
 from retnet_export.runtime.errors import MissingExtraError, UserError
 from retnet_export.runtime.manifest import GraphSpec, StateSpec
@@ -59,14 +60,15 @@ class OnnxRuntimeCudaBackend:
         if reason is not None:
             raise UserError(f"the backend {self.name!r} does not work here: {reason}")
         stream = cuda.Stream()
-        # Attributes are dropped in this order: a session uses its stream until it is gone.
+        weights = DeviceWeights({name: bundle.file(spec.file) for name, spec in bundle.manifest.graphs.items()}, stream)
+        # Attributes are dropped in this order: a session uses its weights and its stream until it is gone.
         self._prefill: onnxruntime.InferenceSession | None = None
-        self._bundle, self._graphs = bundle, graphs
-        self._decode = {False: self._load("decode", graphs, stream, many_rows=False)}
+        self._decode: dict[bool, onnxruntime.InferenceSession] = {}
+        self._bundle, self._graphs, self._weights, self._stream = bundle, graphs, weights, stream
         self._graph_ids = itertools.count(1)
-        self._stream = stream
+        self._decode_session(1)
 
-    def _load(self, graph: str, capture: bool, stream: cuda.Stream, *, many_rows: bool) -> onnxruntime.InferenceSession:
+    def _load(self, graph: str, capture: bool, *, many_rows: bool) -> onnxruntime.InferenceSession:
         import onnxruntime
 
         path = self._bundle.file(self._bundle.manifest.graphs[graph].file)
@@ -74,9 +76,10 @@ class OnnxRuntimeCudaBackend:
         options.log_severity_level = 3
         for key, value in (SESSION_OPTIONS | (MANY_ROWS_OPTIONS if many_rows else {})).items():
             options.add_session_config_entry(key, value)
+        self._weights.add_to(options, graph)
         provider = {
             "device_id": "0",
-            "user_compute_stream": str(stream.handle),
+            "user_compute_stream": str(self._stream.handle),
             "enable_cuda_graph": "1" if capture else "0",
             "enable_skip_layer_norm_strict_mode": "1",  # norms are summed in float32
             "arena_extend_strategy": "kSameAsRequested",
@@ -95,14 +98,14 @@ class OnnxRuntimeCudaBackend:
     def prefill_session(self) -> onnxruntime.InferenceSession | None:
         """The prefill graph's session, loaded when first needed; None if the bundle has none."""
         if self._prefill is None and "prefill" in self._bundle.manifest.graphs:
-            self._prefill = self._load("prefill", False, self._stream, many_rows=True)
+            self._prefill = self._load("prefill", False, many_rows=True)
         return self._prefill
 
     def _decode_session(self, batch: int) -> onnxruntime.InferenceSession:
         """The session for a batch: quantized weights have kernels for one row and for several, and a session has one of them."""
         many_rows = batch > 1 and self._bundle.manifest.precision.weights not in FLOATS
         if many_rows not in self._decode:
-            self._decode[many_rows] = self._load("decode", self._graphs, self._stream, many_rows=many_rows)
+            self._decode[many_rows] = self._load("decode", self._graphs, many_rows=many_rows)
         return self._decode[many_rows]
 
     def open_stream(self, batch: int) -> OnnxRuntimeCudaStream:
@@ -199,7 +202,16 @@ class OnnxRuntimeCudaStream:
         if k > kept or "top_logits" not in self._current:
             return top_of(self.logits(), k)
         top = self._fetch("top_tokens", "top_logits")
-        return top["top_tokens"][:, :k], top["top_logits"][:, :k]
+        tokens, values = top["top_tokens"], top["top_logits"]
+        # The operator leaves out NaN, and some of those equal to the smallest that it keeps; then the whole row is looked at.
+        beyond = kept < self._shapes["logits"][1] and (values[:, k - 1] == values[:, -1]).any()
+        if beyond or not np.isfinite(values[:, 0]).all():
+            return top_of(self.logits(), k)
+        looked_at = values[:, : k + 1]
+        if (looked_at[:, 1:] == looked_at[:, :-1]).any():
+            order = np.lexsort((tokens, -values), axis=-1)  # it keeps no order among equal ones
+            tokens, values = np.take_along_axis(tokens, order, -1), np.take_along_axis(values, order, -1)
+        return tokens[:, :k], values[:, :k]
 
     def read_state(self, slot: int) -> State:
         state = {}

@@ -108,6 +108,23 @@ def test_the_largest_logits_are_outputs(tmp_path):
     assert names[-2:] == ["top_logits", "top_tokens"]
 
 
+@pytest.mark.parametrize("strange", [np.nan, np.inf])
+def test_a_logit_that_is_not_finite_shows_among_the_largest_of_its_row_alone(tmp_path, strange):
+    b = GraphBuilder("logits", 21)
+    value = b.input("x", ir.DataType.FLOAT, (2, 300))
+    b.output(b.op("Identity", value, name="y"), "logits", ir.DataType.FLOAT, (2, 300))
+    from retnet_export.graph.dialects.top import TOP, TopLogitsPass
+
+    ir.save(rewrite(b.model("test"), (TopLogitsPass,)), tmp_path / "m.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    x = np.random.default_rng(0).standard_normal((2, 300)).astype(np.float32)
+    x[1, 299] = strange
+    _, values, tokens = session.run(None, {"x": x})
+    assert np.isnan(values[1]).all()
+    np.testing.assert_array_equal(tokens[0], np.argsort(-x[0])[:TOP])
+    np.testing.assert_array_equal(values[0], x[0, tokens[0]])
+
+
 @pytest.mark.parametrize(("dtype", "bits"), [(ir.DataType.INT4, 4), (ir.DataType.INT8, 8)])
 def test_quantized_products_become_matmul_nbits(tmp_path, dtype, bits):
     random = np.random.default_rng(0)
