@@ -93,12 +93,20 @@ def time_steps(stream: OnnxRuntimeCudaStream, steps: int) -> tuple[list[float], 
 
 
 def measure_decode(
-    name: str, fmt: str, variant: str, made: BenchmarkBundle, batches: list[int], bandwidth: float, steps: int, graphs: bool = True
+    name: str,
+    fmt: str,
+    variant: str,
+    made: BenchmarkBundle,
+    batches: list[int],
+    bandwidth: float,
+    steps: int,
+    graphs: bool = True,
+    low_memory: bool = False,
 ) -> Iterator[Row]:
     """Rows of one model, a batch at a time; a batch that does not fit is reported and skipped."""
     free_before = cuda.memory_info().free
     began = time.perf_counter()
-    backend = OnnxRuntimeCudaBackend(made.bundle, graphs=graphs)
+    backend = OnnxRuntimeCudaBackend(made.bundle, graphs=graphs, low_memory=low_memory)
     load_seconds = time.perf_counter() - began
     for batch in batches:
         try:
@@ -125,21 +133,26 @@ def measure_decode(
 
 
 def measure_prefill(name: str, fmt: str, variant: str, made: BenchmarkBundle, batch: int, chunk: int) -> dict[str, Any]:
-    """Tokens per second of reading prompts chunk by chunk."""
+    """Tokens per second of reading prompts chunk by chunk, and what both graphs take on the device."""
+    free_before = cuda.memory_info().free
     backend = OnnxRuntimeCudaBackend(made.bundle, graphs=False)
     stream = backend.open_stream(batch)
     tokens = np.random.default_rng(0).integers(0, made.bundle.manifest.model.vocab_size, (batch, chunk))
     lengths = np.full(batch, chunk)
     times = []
-    for _ in range(8):
+    for _ in range(13):
         began = time.perf_counter()
         stream.prefill(tokens, lengths)
         times.append(time.perf_counter() - began)
     seconds = statistics.median(times[3:])
     result = {"model": name, "format": fmt, "variant": variant, "batch": batch, "chunk": chunk, "ms": 1e3 * seconds}
     result["tokens_per_second"] = batch * chunk / seconds
-    print(f"prefill {name} {fmt} {variant} batch {batch} chunk {chunk}: {1e3 * seconds:.2f} ms, "
-          f"{result['tokens_per_second']:,.0f} tokens/s", flush=True)  # fmt: skip
+    stream.step(tokens[:, 0])
+    stream.logits()
+    result["device_gigabytes"] = (free_before - cuda.memory_info().free) / GIGA
+    print(f"prefill {name} {fmt} {variant} batch {batch} chunk {chunk}: {1e3 * seconds:.2f} ms "
+          f"[{1e3 * min(times):.2f}, {1e3 * max(times[3:]):.2f}], {result['tokens_per_second']:,.0f} tokens/s; "
+          f"both graphs {result['device_gigabytes']:.2f} GB on the device", flush=True)  # fmt: skip
     return result
 
 
@@ -185,7 +198,7 @@ def profile(name: str, fmt: str, variant: str, made: BenchmarkBundle, steps: int
 def print_row(row: Row, load_seconds: float) -> None:
     kind = "graph" if row.graphs else "plain"
     print(
-        f"{row.model:5} {row.format:5} {row.variant:24} {kind} B={row.batch:<3} {row.ms:8.3f} ms "
+        f"{row.model:5} {row.format:5} {row.variant:28} {kind} B={row.batch:<3} {row.ms:8.3f} ms "
         f"[{row.ms_low:.3f}, {row.ms_high:.3f}], steps alone {row.ms_steps_only:8.3f}; "
         f"{row.tokens_per_second:9.1f} tokens/s; {row.gigabytes_per_step:7.3f} GB, "
         f"floor {row.floor_ms:7.3f} ms: {100 * row.share:5.1f} %; {row.device_gigabytes:6.2f} GB on the device, "
@@ -198,7 +211,12 @@ def ablation() -> dict[str, Any]:
     """Rewrites added one after another, in the order of the dialect."""
     steps: dict[str, Any] = {"portable": ()}
     for count, each in enumerate(ONNXRUNTIME_CUDA, 1):
-        if each.__name__ not in ("SinkCastsPass", "ValueMajorStatePass", "MatMulNBitsPass"):  # they prepare, or do nothing here
+        if each.__name__ not in (
+            "SumAsAddPass",
+            "SinkCastsPass",
+            "ValueMajorStatePass",
+            "MatMulNBitsPass",
+        ):  # they prepare, or do nothing here
             steps[f"+ {each.__name__}"] = ONNXRUNTIME_CUDA[:count]
     steps["onnxruntime-cuda"] = steps.pop(f"+ {ONNXRUNTIME_CUDA[-1].__name__}")
     return steps
@@ -283,12 +301,15 @@ def run_model(name: str, fmt: str, options: argparse.Namespace, bandwidth: float
         size = (folder / "weights.bin").stat().st_size
         print(f"{name} {fmt}: {size / GIGA:.2f} GB of random weights written in {time.perf_counter() - start:.1f} s", flush=True)
 
-        def decode(variant: str, at: list[int], graphs: bool = True) -> None:
-            with results.part(f"{name} {fmt} {variant}"):
-                results.decode.extend(measure_decode(name, fmt, variant, made[variant], at, bandwidth, options.steps, graphs))
+        def decode(variant: str, at: list[int], **how: bool) -> None:
+            label = ", ".join([variant, *(key for key, value in how.items() if value)])
+            with results.part(f"{name} {fmt} {label}"):
+                results.decode.extend(measure_decode(name, fmt, label, made[variant], at, bandwidth, options.steps, **how))
 
         decode(full, batches)
         decode(full, batches[:1], graphs=False)
+        if fmt != "fp16" and len(batches) > 1:
+            decode(full, batches[1:], low_memory=True)
         for variant in made:
             if variant != full:
                 decode(variant, batches[:1])

@@ -46,6 +46,7 @@ def paper_config(layers: int, width: int, heads: int, ffn_size: int, vocab_size:
 
 MODELS = {
     "tiny": paper_config(2, 512, 2, 1024, vocab_size=512),
+    "148M": paper_config(12, 768, 3, 1536),
     "1.5B": paper_config(24, 2048, 8, 4096),
     "7.8B": paper_config(32, 4096, 16, 8192),
 }
@@ -207,7 +208,7 @@ def write_bundle(
                 format_version=FORMAT_VERSION,
                 name=variant,
                 model=config,
-                precision=Precision(fmt, "float16", "float32"),
+                precision=Precision("float16" if fmt == "fp16" else fmt, "float16", "float32"),
                 dialect="onnxruntime-cuda" if passes else "portable",
                 graphs=graphs,
                 state=state_specs(graphs["decode"], config),

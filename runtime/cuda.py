@@ -1,7 +1,8 @@
 """CUDA through cuda-python's runtime bindings: memory, streams, graphs, events. The only module that calls CUDA itself.
 
 Rules: every return code is checked; an allocation belongs to one object and is freed with it, by the library that made it; every
-copy names its stream.
+copy names its stream; one thread calls CUDA at a time, because a capture in one fails if another allocates, frees or touches the
+stream meanwhile.
 It needs the package `cuda-bindings` and a driver, neither torch nor a CUDA toolkit.
 
     stream = Stream()
@@ -18,6 +19,7 @@ import contextlib
 import ctypes
 import functools
 import math
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,6 +32,8 @@ from numpy.typing import DTypeLike, NDArray
 from retnet_export.runtime.errors import MissingExtraError, UserError
 
 T = TypeVar("T", bound=np.generic)
+LOCK = threading.RLock()
+"""Held during every call of CUDA, and by those who let a library call it. Reentrant: memory is freed wherever it is forgotten."""
 NO_DEVICE = ("cudaErrorNoDevice", "cudaErrorInsufficientDriver", "cudaErrorStubLibrary")
 """Answers of a machine without a usable NVIDIA GPU or driver."""
 
@@ -70,7 +74,8 @@ def call(name: str, *arguments: Any) -> Any:
         MissingExtraError: cuda-bindings is not installed.
     """
     runtime = _runtime()
-    code, *results = getattr(runtime, name)(*arguments)
+    with LOCK:
+        code, *results = getattr(runtime, name)(*arguments)
     if code != runtime.cudaError_t.cudaSuccess:
         _, text = runtime.cudaGetErrorString(code)
         raise CudaError(name, code.name, text.decode(errors="replace"))
@@ -259,15 +264,16 @@ class Stream:
         """
         runtime = _runtime()
         graph = Graph()
-        call("cudaStreamBeginCapture", self._stream, runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
-        try:
-            yield graph
-        except BaseException:
-            # The stream stays unusable until its capture is ended; the block's own error is the one to show.
-            with contextlib.suppress(CudaError):
-                call("cudaGraphDestroy", call("cudaStreamEndCapture", self._stream))
-            raise
-        graph._instantiate(call("cudaStreamEndCapture", self._stream))
+        with LOCK:
+            call("cudaStreamBeginCapture", self._stream, runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+            try:
+                yield graph
+            except BaseException:
+                # The stream stays unusable until its capture is ended; the block's own error is the one to show.
+                with contextlib.suppress(CudaError):
+                    call("cudaGraphDestroy", call("cudaStreamEndCapture", self._stream))
+                raise
+            graph._instantiate(call("cudaStreamEndCapture", self._stream))
 
     def launch(self, graph: Graph) -> None:
         """Run a captured graph."""
@@ -317,7 +323,8 @@ def _freed_with(owner: object, name: str, resource: Any) -> weakref.finalize[...
 
 def _free(function: Callable[[Any], Any], resource: Any) -> None:
     # Its answer is not looked at: a finalizer has nobody to tell, and a driver that is shutting down has freed everything already.
-    function(resource)
+    with LOCK:
+        function(resource)
 
 
 def _check_array(array: NDArray[Any]) -> None:

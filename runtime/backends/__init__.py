@@ -40,7 +40,7 @@ def open_backend(name: str, bundle: Bundle, threads: int | None = None, low_memo
                 f"{bundle.path}: its graphs are in the onnxruntime-cpu dialect, not made for {name}; "
                 "convert the portable bundle with --dialect onnxruntime-cuda"
             )
-        return OnnxRuntimeCudaBackend(bundle)
+        return OnnxRuntimeCudaBackend(bundle, low_memory=low_memory)
     from retnet_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(bundle, threads, low_memory)

@@ -24,8 +24,8 @@ from retnet_export.runtime.external_data import StoredInitializer, stored_initia
 if TYPE_CHECKING:
     import onnxruntime
 
-ITEM_BYTES: Mapping[int, int] = {1: 4, 2: 1, 3: 1, 10: 2, 16: 2}
-"""Bytes of an element, by ONNX's number: float32, uint8, int8, float16, bfloat16. Weights of other types stay with the session."""
+ITEM_BYTES: Mapping[int, int] = {1: 4, 2: 1, 3: 1, 6: 4, 10: 2, 16: 2}
+"""Bytes of an element, by ONNX's number: float32, uint8, int8, int32, float16, bfloat16. Others stay with the session."""
 
 SMALLEST = 4096
 """Bytes of a weight worth sharing. Below are vectors and shapes, which a graph may want on the host."""

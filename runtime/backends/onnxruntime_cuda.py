@@ -36,18 +36,21 @@ SESSION_OPTIONS = {
 """Settings of both sessions; versions of ONNX Runtime that do not know them ignore them."""
 
 MANY_ROWS_OPTIONS = {"ep.cuda.fpa_intb_gemm": "1"}
-"""Of sessions that multiply several rows at once: INT4 and INT8 weights on the tensor cores, whose kernel for one row is slower."""
+"""Of decode for batches: INT4 and INT8 weights on the tensor cores, whose kernel for one row is slower, and for a prompt's rows no
+faster than floats made of a matrix at a time (docs/gpu.md)."""
 FLOATS = frozenset({"float32", "float16", "bfloat16"})
 
 
 class OnnxRuntimeCudaBackend:
     """A bundle loaded into ONNX Runtime's CUDA provider.
 
-    Weights are held once a session: decode, prefill when it is first used, and decode for batches where weights are quantized.
+    Both graphs read one copy of the weights. Quantized ones get a second, in the order that the tensor cores' kernels want, when
+    the first batch of several sequences is opened. Streams may be used by different threads, each by one at a time.
 
     Args:
         bundle: the bundle, of either dialect; `onnxruntime-cuda` is the faster one.
         graphs: whether steps are captured as CUDA graphs.
+        low_memory: True does without the second copy; steps of batches then take longer.
 
     Raises:
         UserError: ONNX Runtime has no CUDA provider, there is no GPU, or the graph is refused.
@@ -55,7 +58,7 @@ class OnnxRuntimeCudaBackend:
 
     name = "onnxruntime-cuda"
 
-    def __init__(self, bundle: Bundle, *, graphs: bool = True) -> None:
+    def __init__(self, bundle: Bundle, *, graphs: bool = True, low_memory: bool | None = None) -> None:
         reason = unavailable()
         if reason is not None:
             raise UserError(f"the backend {self.name!r} does not work here: {reason}")
@@ -64,7 +67,8 @@ class OnnxRuntimeCudaBackend:
         # Attributes are dropped in this order: a session uses its weights and its stream until it is gone.
         self._prefill: onnxruntime.InferenceSession | None = None
         self._decode: dict[bool, onnxruntime.InferenceSession] = {}
-        self._bundle, self._graphs, self._weights, self._stream = bundle, graphs, weights, stream
+        self._bundle, self._graphs, self._low_memory = bundle, graphs, low_memory
+        self._weights, self._stream = weights, stream
         self._graph_ids = itertools.count(1)
         self._decode_session(1)
 
@@ -86,7 +90,8 @@ class OnnxRuntimeCudaBackend:
             "use_tf32": "0",  # float32 means float32
         }
         try:
-            session = onnxruntime.InferenceSession(str(path), options, providers=[(PROVIDER, provider), "CPUExecutionProvider"])
+            with cuda.LOCK:
+                session = onnxruntime.InferenceSession(str(path), options, providers=[(PROVIDER, provider), "CPUExecutionProvider"])
         except Exception as error:  # its errors share no narrower base class
             raise UserError(f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load the graph on the GPU: {error}") from error
         if PROVIDER not in session.get_providers():
@@ -97,15 +102,17 @@ class OnnxRuntimeCudaBackend:
 
     def prefill_session(self) -> onnxruntime.InferenceSession | None:
         """The prefill graph's session, loaded when first needed; None if the bundle has none."""
-        if self._prefill is None and "prefill" in self._bundle.manifest.graphs:
-            self._prefill = self._load("prefill", False, many_rows=True)
+        with cuda.LOCK:  # two sessions may need it at once
+            if self._prefill is None and "prefill" in self._bundle.manifest.graphs:
+                self._prefill = self._load("prefill", False, many_rows=False)
         return self._prefill
 
     def _decode_session(self, batch: int) -> onnxruntime.InferenceSession:
         """The session for a batch: quantized weights have kernels for one row and for several, and a session has one of them."""
-        many_rows = batch > 1 and self._bundle.manifest.precision.weights not in FLOATS
-        if many_rows not in self._decode:
-            self._decode[many_rows] = self._load("decode", self._graphs, many_rows=many_rows)
+        many_rows = batch > 1 and not self._low_memory and self._bundle.manifest.precision.weights not in FLOATS
+        with cuda.LOCK:
+            if many_rows not in self._decode:
+                self._decode[many_rows] = self._load("decode", self._graphs, many_rows=many_rows)
         return self._decode[many_rows]
 
     def open_stream(self, batch: int) -> OnnxRuntimeCudaStream:
@@ -172,14 +179,14 @@ class OnnxRuntimeCudaStream:
         stream.fill(self._tokens, 0)
         self._reset()
         for side in range(2 if graph_ids else 0):
-            session.run_with_iobinding(self._bindings[side], self._options[side])
+            self._run(session, self._bindings[side], self._options[side])
         self._reset()
 
     def step(self, tokens: NDArray[np.int64]) -> None:
         self._stream.synchronize()  # the step before may still be reading the pinned tokens
         self._host_tokens[:, 0] = tokens
         self._stream.copy_to_device(self._tokens, self._host_tokens)
-        self._session.run_with_iobinding(self._bindings[self._side], self._options[self._side])
+        self._run(self._session, self._bindings[self._side], self._options[self._side])
         self._advance(self._results)
 
     def prefill(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
@@ -189,7 +196,7 @@ class OnnxRuntimeCudaStream:
         binding = self._bind(session, self._side)
         for name, array in (("tokens", tokens), ("length", lengths)):
             binding.bind_cpu_input(name, array)
-        session.run_with_iobinding(binding, self._run_options(None))
+        self._run(session, binding, self._run_options(None))
         self._advance(output.name for output in session.get_outputs())
         self._stream.synchronize()  # the host arrays go with this call
 
@@ -227,6 +234,10 @@ class OnnxRuntimeCudaStream:
         for name, array in arrays.items():
             self._stream.copy_to_device(self._sides[self._side][name], array, offset=slot * array.nbytes)
         self._stream.synchronize()
+
+    def _run(self, session: onnxruntime.InferenceSession, binding: onnxruntime.IOBinding, options: onnxruntime.RunOptions) -> None:
+        with cuda.LOCK:  # the first run of a thread captures
+            session.run_with_iobinding(binding, options)
 
     def _reset(self) -> None:
         """The initial state in every slot of both sets."""

@@ -1,5 +1,7 @@
 """The backend `onnxruntime-cuda` on a GPU: what it computes, where it keeps it, and that CUDA graphs change nothing."""
 
+from dataclasses import replace
+
 import numpy as np
 import oracle
 import pytest
@@ -10,6 +12,7 @@ from retnet_export.graph.prefill import build_prefill
 from retnet_export.graph.retnet import graph_spec, state_specs
 from retnet_export.graph.weights import random_weights
 from retnet_export.graph.weights_file import WeightsFile
+from retnet_export.runtime.backends.base import top_of
 from retnet_export.runtime.bundle import Bundle
 from retnet_export.runtime.config import ModelConfig
 from retnet_export.runtime.manifest import FORMAT_VERSION, Manifest, Precision
@@ -114,6 +117,42 @@ def test_the_largest_logits_are_chosen_on_the_device(tmp_path):
         np.testing.assert_array_equal(tokens, order)
         np.testing.assert_array_equal(values, np.take_along_axis(stream.logits(), order, -1))
     assert stream.top(100)[0].shape == (3, 100)
+
+
+def with_head(**rows):
+    """The weights, with rows of the output head replaced: those of token n by argument `tn`."""
+    head = WEIGHTS["head.weight"].copy()
+    for name, row in rows.items():
+        head[int(name[1:])] = row
+    return {**WEIGHTS, "head.weight": head}
+
+
+@pytest.mark.parametrize("vocab_size", [300, 5000])
+def test_equal_logits_come_in_the_order_of_their_tokens(tmp_path, vocab_size):
+    """Its kernels for short rows and for long ones keep different orders."""
+    config = replace(CONFIG, vocab_size=vocab_size)
+    weights = random_weights(config, seed=1)
+    pattern = np.random.default_rng(0).permutation(vocab_size) // 3  # each row of the head three times
+    weights = {**weights, "head.weight": weights["head.weight"][pattern]}
+    stream = opened(make(tmp_path, config=config, weights=weights)).open_stream(3)
+    for column in TOKENS.T[:4]:
+        stream.step(column)
+        for k in (1, 2, 5, 62, 63, 64, 65):
+            tokens, values = stream.top(k)
+            expected = top_of(stream.logits(), k)
+            np.testing.assert_array_equal(tokens, expected[0])
+            np.testing.assert_array_equal(values, expected[1])
+
+
+@pytest.mark.parametrize("token", [0, 150, 299])
+@pytest.mark.parametrize("k", [1, 5, 64, 100])
+def test_a_nan_among_the_logits_is_the_largest(tmp_path, token, k):
+    stream = opened(make(tmp_path, weights=with_head(**{f"t{token}": np.nan}))).open_stream(2)
+    stream.step(TOKENS[:2, 0])
+    tokens, values = stream.top(k)
+    assert tokens[:, 0].tolist() == [token, token]
+    assert np.isnan(values[:, 0]).all()
+    assert np.isfinite(values[:, 1:]).all()
 
 
 def test_the_dialects_state_is_the_portable_graphs_turned(tmp_path):
