@@ -15,17 +15,19 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import multiprocessing
 import platform
 import shutil
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -38,6 +40,7 @@ from retnet_export.runtime.backends import onnxruntime_cuda
 from retnet_export.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend, OnnxRuntimeCudaStream
 
 GIGA = 1e9
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,11 @@ def measure_decode(
     steps: int,
     graphs: bool = True,
     low_memory: bool = False,
-) -> Iterator[Row]:
+    session_options: Mapping[str, str] | None = None,
+) -> list[Row]:
     """Rows of one model, a batch at a time; a batch that does not fit is reported and skipped."""
+    onnxruntime_cuda.SESSION_OPTIONS.update(session_options or {})
+    rows = []
     free_before = cuda.memory_info().free
     began = time.perf_counter()
     backend = OnnxRuntimeCudaBackend(made.bundle, graphs=graphs, low_memory=low_memory)
@@ -125,11 +131,10 @@ def measure_decode(
             1e3 * batch / ms, moved / GIGA, floor, floor / ms, used / GIGA,
         )  # fmt: skip
         print_row(row, load_seconds)
-        yield row
+        rows.append(row)
         del stream
         gc.collect()
-    del backend
-    gc.collect()
+    return rows
 
 
 def measure_prefill(name: str, fmt: str, variant: str, made: BenchmarkBundle, batch: int, chunk: int) -> dict[str, Any]:
@@ -222,16 +227,20 @@ def ablation() -> dict[str, Any]:
     return steps
 
 
-@contextmanager
-def session_options(**changed: str) -> Iterator[None]:
-    """Options of the backend's sessions set otherwise for a comparison."""
-    kept = dict(onnxruntime_cuda.SESSION_OPTIONS)
-    onnxruntime_cuda.SESSION_OPTIONS.update({f"ep.cuda.{key}": value for key, value in changed.items()})
-    try:
-        yield
-    finally:
-        onnxruntime_cuda.SESSION_OPTIONS.clear()
-        onnxruntime_cuda.SESSION_OPTIONS.update(kept)
+def alone(work: Callable[..., T], *arguments: Any, **named: Any) -> T:
+    """A function's result from a process of its own: weights that follow others in memory are read more slowly (docs/gpu.md)."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *arguments, **named).result()
+
+
+def describe() -> dict[str, Any]:
+    """The device, and what everything is held against."""
+    import onnxruntime
+
+    return {
+        "device": cuda.device().name, "driver_cuda": cuda.versions()[0], "onnxruntime": onnxruntime.__version__,
+        "python": platform.python_version(), "copy_bandwidth_gb_s": copy_bandwidth() / GIGA,
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -246,17 +255,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="where models are written; the system's temporary folder")
     parser.add_argument("--json", type=Path, default=None, help="write all figures here")
     options = parser.parse_args()
-    reason = onnxruntime_cuda.unavailable()
+    reason = alone(onnxruntime_cuda.unavailable)
     if reason:
         raise SystemExit(reason)
-    import onnxruntime
-
-    device = cuda.device()
-    bandwidth = copy_bandwidth()
-    head = {
-        "device": device.name, "driver_cuda": cuda.versions()[0], "onnxruntime": onnxruntime.__version__,
-        "python": platform.python_version(), "copy_bandwidth_gb_s": bandwidth / GIGA, "steps": options.steps,
-    }  # fmt: skip
+    head = alone(describe) | {"steps": options.steps}
+    bandwidth = GIGA * head["copy_bandwidth_gb_s"]
     print(json.dumps(head), flush=True)
     results = Results()
     began = time.perf_counter()
@@ -301,10 +304,11 @@ def run_model(name: str, fmt: str, options: argparse.Namespace, bandwidth: float
         size = (folder / "weights.bin").stat().st_size
         print(f"{name} {fmt}: {size / GIGA:.2f} GB of random weights written in {time.perf_counter() - start:.1f} s", flush=True)
 
-        def decode(variant: str, at: list[int], **how: bool) -> None:
-            label = ", ".join([variant, *(key for key, value in how.items() if value)])
+        def decode(variant: str, at: list[int], **how: Any) -> None:
+            label = ", ".join([variant, *(key for key, value in how.items() if value is True)])
             with results.part(f"{name} {fmt} {label}"):
-                results.decode.extend(measure_decode(name, fmt, label, made[variant], at, bandwidth, options.steps, **how))
+                arguments = name, fmt, label, made[variant], at, bandwidth, options.steps
+                results.decode.extend(alone(measure_decode, *arguments, **how))
 
         decode(full, batches)
         decode(full, batches[:1], graphs=False)
@@ -314,16 +318,15 @@ def run_model(name: str, fmt: str, options: argparse.Namespace, bandwidth: float
             if variant != full:
                 decode(variant, batches[:1])
         if options.ablation:
-            changed = {"enable_gemm_auto_tune": "0"} if fmt == "fp16" else {"fpa_intb_gemm": "1"}
-            with session_options(**changed):
-                print(f"with {changed}:")
-                decode(full, batches[:1])
+            changed = {"ep.cuda.enable_gemm_auto_tune": "0"} if fmt == "fp16" else {"ep.cuda.fpa_intb_gemm": "1"}
+            print(f"with {changed}:")
+            decode(full, batches[:1], session_options=changed)
         if options.chunk:
             with results.part(f"{name} {fmt} prefill"):
-                results.prefill.append(measure_prefill(name, fmt, full, made[full], 1, options.chunk))
+                results.prefill.append(alone(measure_prefill, name, fmt, full, made[full], 1, options.chunk))
         if options.profile:
             with results.part(f"{name} {fmt} profile"):
-                results.kernels[f"{name} {fmt}"] = profile(name, fmt, full, made[full])
+                results.kernels[f"{name} {fmt}"] = alone(profile, name, fmt, full, made[full])
     finally:
         shutil.rmtree(folder)
 

@@ -78,6 +78,7 @@ class OnnxRuntimeCudaBackend:
         path = self._bundle.file(self._bundle.manifest.graphs[graph].file)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        onnxruntime.set_default_logger_severity(3)  # 1.31 warns, at every session, of a plugin that there is none of
         for key, value in (SESSION_OPTIONS | (MANY_ROWS_OPTIONS if many_rows else {})).items():
             options.add_session_config_entry(key, value)
         self._weights.add_to(options, graph)
