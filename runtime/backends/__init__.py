@@ -25,7 +25,7 @@ def open_backend(name: str, bundle: Bundle, threads: int | None = None, low_memo
     if name not in NAMES:
         raise UserError(f"no backend {name!r}; there are {', '.join(NAMES)}")
     if name == "auto":
-        backend = None if threads is not None else _on_gpu(bundle)
+        backend = None if threads is not None else _on_gpu(bundle, low_memory)
         if backend is not None:
             return backend
     elif name in ("tensorrt", "tensorrt-rtx"):
@@ -46,7 +46,7 @@ def open_backend(name: str, bundle: Bundle, threads: int | None = None, low_memo
     return OnnxRuntimeBackend(bundle, threads, low_memory)
 
 
-def _on_gpu(bundle: Bundle) -> Backend | None:
+def _on_gpu(bundle: Bundle, low_memory: bool | None) -> Backend | None:
     """The fastest backend on this machine's GPU; None if there is none for this bundle."""
     from retnet_export.runtime.backends import onnxruntime_cuda
     from retnet_export.runtime.cuda import CudaError
@@ -62,7 +62,7 @@ def _on_gpu(bundle: Bundle) -> Backend | None:
     if bundle.manifest.dialect == "onnxruntime-cpu" or onnxruntime_cuda.unavailable() is not None:
         return None
     try:
-        return onnxruntime_cuda.OnnxRuntimeCudaBackend(bundle)
+        return onnxruntime_cuda.OnnxRuntimeCudaBackend(bundle, low_memory=low_memory)
     except UserError:
         if bundle.manifest.dialect == "onnxruntime-cuda":
             raise

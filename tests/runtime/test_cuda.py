@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -93,3 +95,43 @@ def test_the_memory_of_an_array_stays_for_as_long_as_the_array_does(another_libr
     view[:] = 3.0
     assert len(double.host) == 1
     assert view.sum() == 24.0
+
+
+def test_one_thread_at_a_time_calls_cuda(monkeypatch):
+    inside, overlaps = [], []
+
+    class Slow(CudaDouble):
+        def cudaMalloc(self, size):  # noqa: N802
+            inside.append(size)
+            time.sleep(0.01)
+            overlaps.append(len(inside) > 1)
+            inside.pop()
+            return super().cudaMalloc(size)
+
+    double = Slow()
+    monkeypatch.setattr(cuda, "_runtime", lambda: double)
+    buffers = []
+    threads = [threading.Thread(target=lambda: buffers.append(cuda.DeviceBuffer(8))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert overlaps == [False] * 4
+
+
+def test_no_other_thread_calls_cuda_during_a_capture(monkeypatch):
+    double = CudaDouble()
+    monkeypatch.setattr(cuda, "_runtime", lambda: double)
+    stream, order = cuda.Stream(), []
+
+    def allocate():
+        cuda.DeviceBuffer(8)
+        order.append("allocated")
+
+    with stream.capture():
+        other = threading.Thread(target=allocate)
+        other.start()
+        other.join(0.05)
+        order.append("captured")
+    other.join()
+    assert order == ["captured", "allocated"]
