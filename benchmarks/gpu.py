@@ -228,7 +228,7 @@ def ablation() -> dict[str, Any]:
 
 
 def alone(work: Callable[..., T], *arguments: Any, **named: Any) -> T:
-    """A function's result from a process of its own: weights that follow others in memory are read more slowly (docs/gpu.md)."""
+    """A function's result from a process of its own: what a process did on the device before slows its steps (docs/gpu.md)."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work, *arguments, **named).result()
 
