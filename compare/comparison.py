@@ -17,7 +17,7 @@ from retnet_export.compare.results import GENAI, LLAMA_CPP, REPORT_FORMAT, RETNE
 from retnet_export.compare.transformer import count_parameters
 from retnet_export.graph.weights import weight_shapes
 from retnet_export.runtime.bundle import Bundle
-from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.errors import UserError, one_of
 
 PEERS = {GENAI: genai.unavailable, LLAMA_CPP: llama_cpp.unavailable}
 """Outside engines by their name on the command line, and what says whether they are here."""
@@ -72,7 +72,7 @@ class Options:
         if not 0.05 <= self.seconds <= 600:
             raise UserError(f"--seconds is {self.seconds:g}, expected 0.05 to 600")
         if unknown := [peer for peer in self.peers if peer not in PEERS]:
-            raise UserError(f"--peer is {unknown[0]!r}, expected {' or '.join(PEERS)}")
+            raise UserError(f"--peer is {unknown[0]!r}, expected {one_of(PEERS)}")
 
     @property
     def cells(self) -> tuple[Cell, ...]:

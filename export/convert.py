@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from retnet_export.runtime.bundle import MANIFEST, Bundle, open_bundle, record_files, write_manifest
-from retnet_export.runtime.errors import MissingExtraError, UserError
+from retnet_export.runtime.errors import MissingExtraError, UserError, one_of
 from retnet_export.runtime.files import new_folder
 from retnet_export.runtime.manifest import Dialect, FileRecord
 
@@ -84,7 +84,7 @@ def convert_bundle(
 def _check(source: Bundle, target: str | Path, dialect: str) -> None:
     choices = [name for name in get_args(Dialect) if name != "portable"]
     if dialect not in choices:
-        raise UserError(f"--dialect is {dialect!r}, expected {' or '.join(choices)}")
+        raise UserError(f"--dialect is {dialect!r}, expected {one_of(choices)}")
     if source.manifest.dialect != "portable":
         raise UserError(
             f"{source.path}: its graphs are in the {source.manifest.dialect} dialect already; "

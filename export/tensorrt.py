@@ -28,7 +28,7 @@ from retnet_export.runtime.engines import (
     sources_of,
     write_engines,
 )
-from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.errors import UserError, one_of
 from retnet_export.runtime.files import sha256_of_bytes, write_atomically
 from retnet_export.runtime.manifest import FileRecord
 from retnet_export.runtime.plan.preflight import check_build
@@ -65,7 +65,7 @@ class CompileOptions:
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
-            raise UserError(f"--target is {self.target!r}, expected {' or '.join(TARGETS)}")
+            raise UserError(f"--target is {self.target!r}, expected {one_of(TARGETS)}")
         if self.max_batch < 1:
             raise UserError(f"--max-batch is {self.max_batch}, expected at least 1")
         if not 0 <= self.candidates <= MAX_CANDIDATES:

@@ -187,6 +187,7 @@ class _Reading:
     def __init__(self, model: Model) -> None:
         self.model, self.stream = model, model.backend.open_stream(1)
         self.state: list[StateError] = []
+        self._read = 0
         self._losses: list[NDArray[np.float64]] = []
         self._divergences: list[NDArray[np.float64]] = []
         self._agreements: list[NDArray[np.bool_]] = []
@@ -194,7 +195,15 @@ class _Reading:
     def advance(self, read: Read, part: NDArray[np.int64], following: NDArray[np.int64]) -> NDArray[np.float64]:
         """Read a chunk (T,), note what the following tokens cost, and give log p, (T, V); of the last chunk without the end."""
         log_p = _log_softmax(read(self.stream, part))[: len(following)]
-        self._losses.append(-log_p[np.arange(len(following)), following])
+        losses = -log_p[np.arange(len(following)), following]
+        if not (finite := np.isfinite(losses)).all():
+            count = self._read + int(finite.argmin()) + 1
+            raise UserError(
+                f"{self.model.bundle.path}: its logits are not finite after token {count} of the text; "
+                "if the bundle is fp16, export it with --precision fp32 or --state fp32"
+            )
+        self._read += len(part)
+        self._losses.append(losses)
         return log_p
 
     def compare(self, log_p: NDArray[np.float64], expected: NDArray[np.float64]) -> None:
@@ -224,7 +233,10 @@ class _Reading:
 def _check_pair(model: Model, against: Model) -> None:
     ours, theirs = model.bundle.manifest.model, against.bundle.manifest.model
     if ours != theirs:
-        raise UserError(f"{model.bundle.path} and {against.bundle.path} are different models: their configurations differ")
+        raise UserError(
+            f"{model.bundle.path} and {against.bundle.path} are different models: their configurations differ; "
+            "compare bundles of one checkpoint"
+        )
 
 
 def _check_tokens(model: Model, other: Model, text: str, ids: NDArray[np.int64]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from retnet_export.quantize.formats import Bits, Format, Quantized
 from retnet_export.quantize.methods import METHODS, Awq, Gram, Method, RoundToNearest
 from retnet_export.runtime.bundle import MANIFEST, Bundle, open_bundle, record_files, write_manifest
-from retnet_export.runtime.errors import MissingExtraError, UserError
+from retnet_export.runtime.errors import MissingExtraError, UserError, one_of
 from retnet_export.runtime.files import new_folder, sha256_of
 from retnet_export.runtime.manifest import Manifest, StateSpec
 
@@ -63,9 +63,9 @@ class QuantizeOptions:
         )
         for name, value, allowed in choices:
             if value not in allowed:
-                raise UserError(f"--{name} is {value!r}, expected {' or '.join(allowed)}")
+                raise UserError(f"--{name} is {value!r}, expected {one_of(allowed)}")
         if self.group_size is not None and self.group_size not in GROUP_SIZES:
-            raise UserError(f"--group-size is {self.group_size}, expected {', '.join(map(str, GROUP_SIZES))}")
+            raise UserError(f"--group-size is {self.group_size}, expected {one_of(map(str, GROUP_SIZES))}")
         if METHODS[self.method].calibrated and self.calibration is None:
             raise UserError(
                 f"--method {self.method} looks at activations: give it a text of the kind that the model is to continue, "
@@ -187,7 +187,7 @@ def _check_source(source: Bundle, target: str | Path, options: QuantizeOptions) 
     if config.tied_embeddings and options.embedding != options.head:
         raise UserError(
             f"{source.path}: the head is the embedding, one matrix, so --embedding {options.embedding} and --head {options.head} "
-            "cannot differ"
+            "cannot differ; give both options the same value"
         )
     if config.tied_embeddings and options.embedding == "int4":
         raise UserError(

@@ -67,7 +67,7 @@ def open_bundle(path: str | Path, *, check_hashes: bool = True, progress: Callab
             "where it cannot be moved; wait, or move it back"
         )
     if not path.is_dir():
-        hint = "; it is a file, expected a folder that `retnet-export export` wrote" if path.exists() else ""
+        hint = "; it is a file, expected a folder that `retnet-export export` wrote" if path.exists() else "; is the path right?"
         raise UserError(f"{path}: no such bundle{hint}")
     manifest_path = path / MANIFEST
     if not manifest_path.is_file():

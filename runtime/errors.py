@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """A fault in what the user gave: the message says what, where, what was expected and what to do.
@@ -23,3 +25,9 @@ class CheckpointWarning(UserWarning):
 
 class PrecisionWarning(UserWarning):
     """A format that was asked for and that this model is known to suffer from; the command line prints it once."""
+
+
+def one_of(choices: Iterable[str]) -> str:
+    """Choices as a message names them: "rtn, gptq or awq"."""
+    *most, last = choices
+    return f"{', '.join(most)} or {last}" if most else last

@@ -44,6 +44,8 @@ def read_text(path: Path) -> str:
     """
     try:
         return path.read_text(encoding="utf-8")
+    except IsADirectoryError as error:
+        raise UserError(f"{path}: a folder, expected a text file") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -86,6 +88,9 @@ def new_folder(target: str | Path, *, marker: str, force: bool = False) -> Itera
             raise UserError(f"{target}: exists already; choose another name, or give --force to replace it")
         if target.is_symlink() or not target.is_dir() or (any(target.iterdir()) and not (target / marker).is_file()):
             raise UserError(f"{target}: exists and is not a bundle, so --force does not replace it; choose another name")
+    above = next(folder for folder in target.parents if os.path.lexists(folder))
+    if not above.is_dir():
+        raise UserError(f"{target}: cannot be written: {above} is not a folder; choose another place")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(target)

@@ -55,10 +55,7 @@ class Tokenizer:
         unknown = getattr(self._tokenizer.model, "unk_token", None)
         if unknown is not None and unknown in encoding.tokens:
             start, end = encoding.offsets[encoding.tokens.index(unknown)]
-            raise UserError(
-                f"the tokenizer does not know {text[start:end]!r} (character {start} of the text) and has no byte fallback; "
-                "remove it"
-            )
+            raise UnknownCharacterError(text[start:end], start)
         return list(encoding.ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -68,6 +65,16 @@ class Tokenizer:
     def stream(self, context: Sequence[int] = ()) -> TextStream:
         """A decoder of tokens that come one at a time, after the tokens `context`, whose text it does not repeat."""
         return TextStream(self, context)
+
+
+class UnknownCharacterError(UserError):
+    """A text holds a character that the tokenizer cannot represent: which, and where in the text."""
+
+    def __init__(self, character: str, position: int) -> None:
+        self.character, self.position = character, position
+        super().__init__(
+            f"the tokenizer does not know {character!r} (character {position} of the text) and has no byte fallback; remove it"
+        )
 
 
 class TextStream:
