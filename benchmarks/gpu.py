@@ -228,7 +228,7 @@ def ablation() -> dict[str, Any]:
 
 
 def alone(work: Callable[..., T], *arguments: Any, **named: Any) -> T:
-    """A function's result from a process of its own: what a process did on the device before slows its steps (docs/gpu.md)."""
+    """A function's result from a process of its own: the stream of one measurement would slow the next one (docs/gpu.md)."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work, *arguments, **named).result()
 

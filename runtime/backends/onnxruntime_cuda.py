@@ -11,6 +11,7 @@ state is set to its initial value.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -62,7 +63,7 @@ class OnnxRuntimeCudaBackend:
         reason = unavailable()
         if reason is not None:
             raise UserError(f"the backend {self.name!r} does not work here: {reason}")
-        stream = cuda.Stream()
+        stream = _stream()
         weights = DeviceWeights({name: bundle.file(spec.file) for name, spec in bundle.manifest.graphs.items()}, stream)
         # Attributes are dropped in this order: a session uses its weights and its stream until it is gone.
         self._prefill: onnxruntime.InferenceSession | None = None
@@ -125,6 +126,18 @@ class OnnxRuntimeCudaBackend:
             )
         ids = (next(self._graph_ids), next(self._graph_ids)) if self._graphs else None
         return OnnxRuntimeCudaStream(self, self._stream, self._decode_session(batch), spec, manifest.state, batch, ids)
+
+
+def _stream() -> cuda.Stream:
+    """The stream of every model of the process: once a second one has done work, each kernel of a captured graph starts later on
+    both, half a microsecond on an H200, for as long as the process lives (docs/gpu.md)."""
+    with cuda.LOCK:
+        return _one_stream()
+
+
+@functools.cache
+def _one_stream() -> cuda.Stream:
+    return cuda.Stream()
 
 
 def unavailable() -> str | None:

@@ -82,6 +82,18 @@ def test_two_streams_of_one_backend_do_not_disturb_each_other(tmp_path):
     np.testing.assert_allclose(np.concatenate([np.stack(a, 1), np.stack(b, 1)]), together, atol=1e-4)
 
 
+def test_models_of_one_process_take_turns_on_one_stream(tmp_path):
+    """Work on a second stream would slow the steps on both (docs/gpu.md)."""
+    first, second = (opened(make(tmp_path / name)) for name in ("a", "b"))
+    assert first._stream is second._stream
+    streams, rows = (first.open_stream(3), second.open_stream(3)), ([], [])
+    for column in TOKENS.T:
+        for stream, logits in zip(streams, rows, strict=True):
+            stream.step(column)
+            logits.append(stream.logits().copy())
+    np.testing.assert_array_equal(rows[0], rows[1])
+
+
 def test_prefill_gives_what_steps_give_and_padding_leaves_no_trace(tmp_path):
     backend = opened(make(tmp_path))
     lengths = np.array([16, 9, 1])
