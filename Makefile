@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A CPU build of torch is enough here, and far smaller: set TORCH=torch where you want the default build.
 TORCH ?= torch==2.13.0
 
-.PHONY: help demo test test-gpu check check-tensorrt bench-decode bench-compare bench-export bench-gpu bench-prefill bench-forever bench-quantization bench-state clean
+.PHONY: help demo test test-gpu test-oldest check check-tensorrt bench-decode bench-compare bench-export bench-gpu bench-prefill bench-forever bench-quantization bench-state clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -46,6 +46,10 @@ bench-export: $(VENV)/.installed  ## memory and time of exporting a random 6.7B 
 
 bench-compare: $(VENV)/.installed  ## the comparison of docs/comparison.md, about three minutes a format
 	for format in fp32 int8 int4; do $(BIN)/python benchmarks/compare.py $$format; done
+
+test-oldest: $(VENV)/.installed  ## the runtime's tests on the oldest ONNX Runtime that we name; quantized weights are slow there
+	$(BIN)/pip install --quiet --no-deps --upgrade --target .cache/onnxruntime-1.20 onnxruntime==1.20.1
+	PYTHONPATH=.cache/onnxruntime-1.20 $(BIN)/pytest -n auto tests/graph tests/runtime tests/quantize/test_pipeline.py
 
 check-tensorrt: $(VENV)/.installed  ## our calls of TensorRT against its type stubs
 	$(BIN)/pip install --quiet --no-deps tensorrt-stubs==10.13.0.35.1

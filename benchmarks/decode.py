@@ -6,6 +6,7 @@ Three questions, one run each on the bundled model and on a random one:
 1. How fast is a step, and what share of it is the graph, the sampling, the rest?
 2. How does that compare with the floor: every weight and the state read once, the state written once, at the machine's
    measured read bandwidth?
+   Quantized weights are measured in the portable graphs and in the CPU's dialect.
 3. Is the last thousand of the tokens as fast as the first? A RetNet's step does not depend on what was read.
 """
 
@@ -20,6 +21,7 @@ import typer
 from common import ROOT, Sample, describe_machine, parameters, random_bundle, read_bandwidth
 
 from retnet_export.export.checkpoints import open_checkpoint
+from retnet_export.export.convert import convert_bundle
 from retnet_export.export.pipeline import export_bundle
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.runtime import load
@@ -84,16 +86,19 @@ def main(
     print(describe_machine())
     bandwidth = read_bandwidth(threads)
     medians = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         classics = export_bundle(open_checkpoint(ROOT / "examples" / "classics"), folder / "classics.retnet")
         report("bundled model", classics, 20_000, threads, bandwidth)
         source = random_bundle(size)
         for form in formats.split(","):
-            bundle = source
-            if form != "fp32":
-                bundle = quantize_bundle(source, folder / f"{form}.retnet", QuantizeOptions(weights=form))
-            medians[form] = report(f"random {size}, {form}", bundle, tokens, threads, bandwidth)
+            if form == "fp32":
+                medians[form] = report(f"random {size}, {form}", source, tokens, threads, bandwidth)
+                continue
+            portable = quantize_bundle(source, folder / f"{form}.retnet", QuantizeOptions(weights=form))
+            converted = convert_bundle(portable, folder / f"{form}-cpu.retnet", "onnxruntime-cpu")
+            for name, bundle in ((form, portable), (f"{form}, onnxruntime-cpu", converted)):
+                medians[name] = report(f"random {size}, {name}", bundle, tokens, threads, bandwidth)
     if "fp32" in medians:
         ratios = ", ".join(f"{form} {medians['fp32'] / median:.2f} times" for form, median in medians.items())
         print(f"\ntokens/s over fp32's: {ratios}")

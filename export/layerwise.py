@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from retnet_export.runtime.backends.base import initial_state
 from retnet_export.runtime.bundle import Bundle
 from retnet_export.runtime.errors import MissingExtraError, UserError
+from retnet_export.runtime.onnxruntime_api import read_weights_from
 
 if TYPE_CHECKING:
     import onnx
@@ -145,7 +146,7 @@ def _session(model: onnx.ModelProto, folder: Path, threads: int | None) -> onnxr
         raise MissingExtraError("onnxruntime", "cpu", "running a graph layer by layer") from error
     options: Any = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    read_weights_from(folder, options, "running a graph layer by layer")
     if threads is not None:
         options.intra_op_num_threads = threads
     try:

@@ -22,6 +22,7 @@ from retnet_export.runtime.errors import MissingExtraError, UserError
 from retnet_export.runtime.files import read_text
 from retnet_export.runtime.manifest import StateSpec
 from retnet_export.runtime.model import Model
+from retnet_export.runtime.onnxruntime_api import read_weights_from
 from retnet_export.runtime.text import UnknownCharacterError
 
 Array = NDArray[np.generic]
@@ -192,7 +193,7 @@ class LayerRunner:
         options.log_severity_level = 3
         # Steps of one layer are short: threads that spin between them would only take the cores from each other.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._folder))
+        read_weights_from(self._folder, options, "calibration")
         part = ir.to_proto(ir.Model(graph, ir_version=self._model.ir_version))
         return onnxruntime.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
 

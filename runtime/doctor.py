@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
-import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TypedDict
 
 from retnet_export.runtime import jetson
 from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.onnxruntime_api import slow_when_quantized
 
 PURPOSES: Mapping[str, tuple[tuple[str, ...], str]] = {
     "generate on the CPU (onnxruntime)": (("onnxruntime", "numpy", "tokenizers"), "cpu"),
@@ -23,10 +23,6 @@ PURPOSES: Mapping[str, tuple[tuple[str, ...], str]] = {
 """What users want to do, the modules it needs, and the extra that brings them."""
 
 DISTRIBUTIONS = ("retnet-export", "numpy", "onnxruntime", "onnx", "onnx-ir", "torch", "tokenizers", "safetensors")
-
-
-FUSES_INTEGERS = (1, 25)
-"""The first ONNX Runtime that makes one operator of an 8-bit weight's DequantizeLinear and its product."""
 
 
 class Report(TypedDict):
@@ -71,17 +67,6 @@ def examine() -> Report:
         },
         packages={name: _version(name) for name in DISTRIBUTIONS},
         works=works,
-    )
-
-
-def slow_when_quantized(version_here: str) -> str | None:
-    """Why quantized weights are slow in a version of ONNX Runtime, measured from 1.20 on; None if they are not."""
-    numbers = re.findall(r"\d+", version_here)[:2]
-    if len(numbers) < 2 or tuple(map(int, numbers)) >= FUSES_INTEGERS:
-        return None
-    return (
-        f"ONNX Runtime {version_here} turns 8-bit weights into floats at every step, thirty times slower: "
-        "pip install --upgrade onnxruntime (1.25 or later)"
     )
 
 

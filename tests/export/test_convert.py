@@ -12,9 +12,10 @@ from retnet_export.runtime.bundle import open_bundle
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.model import load
 from retnet_export.runtime.numerics import TOLERANCES, measure
+from retnet_export.runtime.onnxruntime_api import is_older
 
 pytestmark = pytest.mark.skipif(
-    tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 32), reason="ONNX Runtime before 1.32 lacks these operators"
+    is_older(onnxruntime.__version__, (1, 32)), reason="ONNX Runtime before 1.32 lacks these operators on the CPU"
 )
 CONFIG = tiny.config(vocab_size=64, hidden_size=64, num_heads=2, num_kv_heads=2, head_key_dim=64, head_value_dim=128, ffn_size=128)
 TIED = tiny.config(

@@ -10,10 +10,11 @@ from retnet_export.graph.dialects.linear_attention import PIECE_BYTES, pieces_of
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.model import load
 from retnet_export.runtime.numerics import TOLERANCES, measure
+from retnet_export.runtime.onnxruntime_api import FUSES_INTEGERS, is_older
 from retnet_export.runtime.state import Snapshot
 
 pytestmark = pytest.mark.skipif(
-    tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 25), reason="ONNX Runtime before 1.25 has no LinearAttention"
+    is_older(onnxruntime.__version__, FUSES_INTEGERS), reason="ONNX Runtime before 1.25 has no LinearAttention"
 )
 # 64 rows of 256 floats are 64 KiB: two pieces a head.
 WIDE = {"num_heads": 3, "num_kv_heads": 3, "head_key_dim": 64, "head_value_dim": 256, "hidden_size": 192}

@@ -2,7 +2,8 @@
 
 import pytest
 
-from retnet_export.runtime.doctor import examine, slow_when_quantized
+from retnet_export.runtime.doctor import examine
+from retnet_export.runtime.onnxruntime_api import slow_when_quantized
 
 
 @pytest.mark.parametrize("version", ["1.20.1", "1.24.4", "1.24.0.dev20260101"])

@@ -1,0 +1,51 @@
+"""ONNX Runtime 1.20 to 1.32 through one code path: what differs between its versions, and what we say about it.
+
+Rule: no other module asks for a version of ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from retnet_export.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+WEIGHTS_FOLDER_OPTION = (1, 21)
+"""The first that is told where the weights of a graph in memory lie."""
+FUSES_INTEGERS = (1, 25)
+"""The first that makes one operator of an 8-bit weight's DequantizeLinear and its product, and that has LinearAttention."""
+
+
+def is_older(version: str, than: tuple[int, int]) -> bool:
+    """Whether a version, "1.24.4", is older; one that is no version is not."""
+    numbers = re.findall(r"\d+", version)[:2]
+    return len(numbers) == 2 and tuple(map(int, numbers)) < than
+
+
+def slow_when_quantized(version: str) -> str | None:
+    """Why quantized weights are slow in a version of ONNX Runtime; None if they are not."""
+    if not is_older(version, FUSES_INTEGERS):
+        return None
+    return (
+        f"ONNX Runtime {version} turns 8-bit weights into floats at every step, thirty times slower: "
+        "pip install --upgrade onnxruntime (1.25 or later)"
+    )
+
+
+def read_weights_from(folder: Path, options: onnxruntime.SessionOptions, purpose: str) -> None:
+    """Let a graph that is loaded from memory find its external weights in `folder`.
+
+    Raises:
+        UserError: this version cannot.
+    """
+    import onnxruntime
+
+    if is_older(onnxruntime.__version__, WEIGHTS_FOLDER_OPTION):
+        raise UserError(
+            f"{purpose} needs ONNX Runtime 1.21 or later, this is {onnxruntime.__version__}: pip install --upgrade onnxruntime"
+        )
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
