@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -61,10 +63,8 @@ def test_a_message_whose_reply_is_not_finite_is_taken_back(talk):
     reply(talk, "Who art thou?")
     position = talk.session.position
     snapshot = talk.session.snapshot()
-    poisoned = {name: array.copy() for name, array in snapshot.state.items()}
-    poisoned["state.2"][:] = np.nan
-    for name, array in poisoned.items():
-        talk.session._stream._buffers[talk.session._stream._side][name][:] = array
+    broken = np.full_like(snapshot.state["state.2"], np.nan)
+    talk.session.restore(replace(snapshot, state={**snapshot.state, "state.2": broken}))
     with pytest.raises(UserError, match="of layer 2"):
         reply(talk, "And whence?")
     assert talk.session.position == position

@@ -1,4 +1,4 @@
-"""Sessions, states, batches, chats and text streams behave on the TensorRT backend as on ONNX Runtime: the same tests, again."""
+"""The runtime and its commands behave on the TensorRT backend as on ONNX Runtime: the same tests, again."""
 
 from __future__ import annotations
 
@@ -8,16 +8,30 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parents[2]
-SUITE = ("test_session.py", "test_state.py", "test_batching.py", "test_conversation.py", "test_text.py")
+SUITE = (
+    "runtime/test_session.py",
+    "runtime/test_state.py",
+    "runtime/test_batching.py",
+    "runtime/test_conversation.py",
+    "runtime/test_text.py",
+    "runtime/test_faults.py",
+    "commands/test_sessions.py",
+)
 OF_ONNX_RUNTIME_ALONE = (
-    "test_session.py::test_a_batch_too_large_for_memory_is_refused_with_its_size",  # an engine has a largest batch of its own
-    "test_conversation.py::test_a_message_whose_reply_is_not_finite_is_taken_back",  # looks into that stream's buffers
+    # an engine has a largest batch of its own
+    "runtime/test_session.py::test_a_batch_too_large_for_memory_is_refused_with_its_size",
+    # the engine is built from the graph, not from what the manifest says of it
+    "runtime/test_faults.py::test_a_manifest_that_contradicts_the_graph_is_refused_before_a_buffer_is_made",
+    # it would build an engine of each of the damaged bundles
+    "runtime/test_faults.py::test_whatever_is_done_to_a_manifest_it_is_refused_by_a_message_or_it_runs",
+    # a process of its own, where there is no double
+    "commands/test_sessions.py::test_interrupting_a_reply_keeps_the_conversation",
 )
 
 
 def test_the_runtime_suite_passes_on_the_tensorrt_double():
-    options = [f"--deselect=tests/runtime/{test}" for test in OF_ONNX_RUNTIME_ALONE]
-    paths = [f"tests/runtime/{name}" for name in SUITE]
+    options = [f"--deselect=tests/{test}" for test in OF_ONNX_RUNTIME_ALONE]
+    paths = [f"tests/{name}" for name in SUITE]
     command = [
         sys.executable,
         "-m",
