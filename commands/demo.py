@@ -47,14 +47,15 @@ def demo(
             "the bundled model is part of the source tree and not of the installed package: "
             "run the demo from a clone, or give --checkpoint FOLDER"
         )
+    if text is None and not HELD_OUT.is_file():
+        raise UserError("the bundled excerpt is part of the source tree and not of the installed package: give --text FILE")
+    text = text or HELD_OUT
     texts = {path: read_text(path) for path in (text, calibration) if path is not None}
     _announce(f"retnet-export export {source} -o {output}")
     export(source, output, force=force)
-    if texts:
-        # A text that is of no use should be known before the work, not after.
-        model = load(output, check_hashes=False)
-        for path, content in texts.items():
-            encode(model, content, path)
+    model = load(output, check_hashes=False)
+    for path, content in texts.items():
+        encode(model, content, path)  # a text that is of no use should be known before the work, not after
     _announce(f"retnet-export verify {output} --checkpoint {source}")
     verify(output, source)
     _announce(f"retnet-export generate {output} --prompt {PROMPT!r} --seed 1 --stats")
@@ -62,7 +63,7 @@ def demo(
     bundles = {"fp32": output, **_quantize(output, calibration, force)}
     _announce(f"retnet-export generate {bundles['INT8']} --prompt {PROMPT!r} --seed 1 --stats")
     generate(bundles["INT8"], prompt=PROMPT, max_new_tokens=160, seed=1, stats=True)
-    _print_trade_offs(bundles, text or HELD_OUT)
+    _print_trade_offs(bundles, text)
     _compile(output)
     report = output.with_suffix(".comparison")
     contexts = "0,512,2048,8192"

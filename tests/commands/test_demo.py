@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from conftest import EXAMPLE
 from typer.testing import CliRunner
 
 from retnet_export.cli import app
@@ -57,3 +58,11 @@ def test_a_text_that_is_too_short_is_refused_before_anything_is_quantized(tmp_pa
     assert result.exit_code == 1
     assert "shorter than one chunk of 128" in result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.retnet", "short.txt"]
+
+
+def test_an_installed_package_without_the_excerpt_asks_for_a_text(tmp_path, monkeypatch):
+    monkeypatch.setattr("retnet_export.commands.demo.HELD_OUT", tmp_path / "absent.txt")
+    result = run("-o", tmp_path / "demo.retnet", "--checkpoint", EXAMPLE)
+    assert result.exit_code == 1
+    assert "not of the installed package: give --text FILE" in result.stderr
+    assert list(tmp_path.iterdir()) == []
