@@ -31,7 +31,7 @@ def warn_of_slow_heads(config: ModelConfig, state: str) -> None:
     if state == "fp16" and slow.any():
         warnings.warn(
             f"--state fp16: {slow.sum()} of {config.num_heads} heads remember more than {LONGEST_HALF_PRECISION_MEMORY:,} tokens "
-            f"(up to {memory.max():,.0f}); a float16 state of such heads was measured to be off by 4 % to 20 %. fp32 holds them "
+            f"(up to {memory.max():,.0f}); a float16 state of such heads was measured to be off by 4 % to 30 %. fp32 holds them "
             "(docs/quantization.md, State)",
             PrecisionWarning,
             stacklevel=3,
