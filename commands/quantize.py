@@ -14,7 +14,9 @@ from retnet_export.runtime.bundle import Bundle, open_bundle
 def quantize(
     bundle: BundlePath,
     output: Output,
-    weights: Annotated[str, typer.Option(help="Of all matrices but embedding and head: int8 or int4.")] = "int4",
+    weights: Annotated[
+        str, typer.Option(help="Of all matrices but embedding and head: int8 or int4; fp8 with --activations fp8.")
+    ] = "int4",
     group_size: Annotated[
         int | None,
         typer.Option(
@@ -25,11 +27,15 @@ def quantize(
     ] = None,
     method: Annotated[str, typer.Option(help="rtn (round to nearest), gptq or awq; the last two need --calibration.")] = "rtn",
     embedding: Annotated[str, typer.Option(help="Of the embedding: int8, int4 or keep.")] = "int8",
-    head: Annotated[str, typer.Option(help="Of the output head: int8, int4 or keep.")] = "int8",
+    head: Annotated[str, typer.Option(help="Of the output head: int8, int4 or keep; fp8 with --activations fp8.")] = "int8",
     calibration: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A text of the kind that the model is to continue.", show_default=False)
     ] = None,
     state: Annotated[str | None, typer.Option(help="fp16: of the stored state; as it is if not given.", show_default=False)] = None,
+    activations: Annotated[
+        str | None,
+        typer.Option(help="int8 or fp8: of what flows into products with such weights, for TensorRT; needs --calibration."),
+    ] = None,
     evaluate: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Then compare with the float bundle on this text; recorded.", show_default=False),
@@ -45,7 +51,7 @@ def quantize(
     from retnet_export.runtime.files import read_text
     from retnet_export.runtime.model import load
 
-    options = QuantizeOptions(weights, group_size, method, embedding, head, calibration, state)
+    options = QuantizeOptions(weights, group_size, method, embedding, head, calibration, state, activations)
     source = open_bundle(bundle)
     if evaluate is not None:
         # A text that is of no use should be known before the work, not after.
@@ -77,11 +83,13 @@ def _print_quantized(source: Bundle, result: Bundle) -> None:
     scales = f"a scale for {record['group_size']} inputs" if record["group_size"] else "a scale for each output"
     errors = record["relative_weight_error"]
     assert isinstance(errors, dict)
+    ranges = record["activation_ranges"]
     print_table(
         f"{result.path}: {record['weights']} by {record['method']}, {scales}",
         [
             ("weights", f"{size(before)} -> {size(after)}, {before / after:.1f} times smaller"),
             ("embedding, head", f"{record['embedding']}, {record['head']}"),
+            *([("activations", f"{record['activations']}, ranges by {ranges['by']}")] if isinstance(ranges, dict) else []),
             ("rounding error", ", ".join(f"{role} {100 * error:.2f} %" for role, error in errors.items()) + " of their size"),
             ("state", f"{result.manifest.precision.state}, {size(result.manifest.state_bytes)} a sequence"),
         ],

@@ -107,6 +107,11 @@ def baseline_for(bundle: Bundle, folder: Path, *, capacity: int, kv_heads: int |
         )
     quantization = None
     if manifest.quantization is not None:
+        if manifest.quantization.get("activations") is not None:
+            raise UserError(
+                f"{bundle.path}: its activations are {manifest.quantization['activations']}, which the baseline has no calibrated "
+                "ranges for; compare a bundle quantized without --activations"
+            )
         quantization = {name: manifest.quantization[name] for name in ("weights", "group_size", "embedding", "head")}
     group = quantization["group_size"] if quantization is not None else None
     return Baseline(

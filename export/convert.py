@@ -90,6 +90,12 @@ def _check(source: Bundle, target: str | Path, dialect: str) -> None:
             f"{source.path}: its graphs are in the {source.manifest.dialect} dialect already; "
             "give the portable bundle that it was made from"
         )
+    activations = (source.manifest.quantization or {}).get("activations")
+    if activations is not None and dialect == "onnxruntime-cuda":
+        raise UserError(
+            f"{source.path}: its activations are {activations}, for TensorRT, and the products of {dialect} take them as floats; "
+            "give a bundle quantized without --activations"
+        )
     if Path(target).resolve() == source.path.resolve():
         raise UserError(f"{target}: the output is the input; choose another name")
 

@@ -1,9 +1,12 @@
-"""Integer weights: symmetric, a scale for each output channel or for each block of inputs of an output channel.
+"""Weights in four and eight bits: symmetric, a scale for each output channel or for each block of inputs of an output channel.
 
     weight[k, n] ≈ values[k, n] · scales[k // group_size, n]
 
 Rule: what this module rounds is what the file stores and what every runtime computes with. Scales are rounded to the
 element type of the file before the values are chosen, and the zero point is 0 (TensorRT knows no other).
+
+Values are integers, or floats of eight bits (E4M3: a sign, 4 bits of exponent, 3 of mantissa, up to 448). The steps of a float
+grow with the weight, so a largest weight that is clipped gains nothing: its scale is the largest weight over 448, unsearched.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from numpy.typing import NDArray
 Matrix = NDArray[np.float32]
 Bits = Literal[4, 8]
 
+FLOAT8_LARGEST = 448
+"""The largest E4M3 number."""
 SMALLEST_SCALE = 2.0**-14
 """The smallest normal float16; a weight below it is nothing beside the others of any model."""
 CHUNK_ELEMENTS = 1 << 20
@@ -33,25 +38,31 @@ class Format:
         bits: 4 or 8.
         group_size: inputs that share a scale; None: all inputs of an output.
         scale: element type of the scales, which is that of the product's operands.
+        floating: FP8, E4M3; of eight bits only.
     """
 
     bits: Bits
     group_size: int | None = None
     scale: str = "float32"
+    floating: bool = False
 
     @property
     def name(self) -> str:
-        """As on the command line: "int8", "int4"."""
-        return f"int{self.bits}"
+        """As on the command line: "int8", "int4", "fp8"."""
+        return f"fp{self.bits}" if self.floating else f"int{self.bits}"
 
     @property
     def largest(self) -> int:
-        """The largest value; the smallest is one further from zero."""
+        """The largest value; the smallest integer is one further from zero."""
+        if self.floating:
+            return FLOAT8_LARGEST
         return (1 << (self.bits - 1)) - 1
 
     @property
     def dtype(self) -> np.dtype[np.generic]:
         """NumPy's type of stored values: one byte each in memory, packed in the file."""
+        if self.floating:
+            return np.dtype(ml_dtypes.float8_e4m3fn)  # type: ignore[no-any-return]
         return np.dtype(ml_dtypes.int4) if self.bits == 4 else np.dtype(np.int8)
 
     @property
@@ -69,12 +80,12 @@ class Quantized:
 
     Attributes:
         format: how.
-        values: int8 (inputs, outputs), within the range of the format.
+        values: int8 (inputs, outputs), within the range of the format; float8 of a floating one.
         scales: float32 (groups, outputs), exactly representable in the format's scale type.
     """
 
     format: Format
-    values: NDArray[np.int8]
+    values: NDArray[np.generic]
     scales: NDArray[np.float32]
 
     def dequantized(self) -> Matrix:
@@ -95,6 +106,8 @@ def round_to_nearest(weight: Matrix, form: Format, importance: NDArray[np.float3
         form: how to store it; its group size divides the inputs.
         importance: (inputs,), the weight of each input's squared error; all alike when None.
     """
+    if form.floating:
+        return _round_to_float8(weight, form)
     inputs, outputs = weight.shape
     group = form.group(inputs)
     values = np.empty((inputs, outputs), np.int8)
@@ -105,6 +118,16 @@ def round_to_nearest(weight: Matrix, form: Format, importance: NDArray[np.float3
         best = least_squares_scales(block, form, weights[rows].reshape(-1, group, 1))
         scales[rows.start // group : rows.stop // group, columns] = best
         values[rows, columns] = nearest(block, best[:, None], form).reshape(rows.stop - rows.start, -1)
+    return Quantized(form, values, scales)
+
+
+def _round_to_float8(weight: Matrix, form: Format) -> Quantized:
+    """Each weight to the nearest float8; its largest is the largest weight of an output."""
+    extreme = np.abs(weight).max(axis=0, keepdims=True)
+    extreme[extreme == 0] = 1.0
+    scales = _stored(extreme / np.float32(FLOAT8_LARGEST), form)
+    # A cast beyond the largest value gives NaN, and a scale may have been rounded down.
+    values = np.clip(weight / scales, -FLOAT8_LARGEST, FLOAT8_LARGEST).astype(form.dtype)
     return Quantized(form, values, scales)
 
 

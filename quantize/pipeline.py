@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from retnet_export.quantize.activations import activation_ranges, check_installed, check_options
 from retnet_export.quantize.formats import Bits, Format, Quantized
 from retnet_export.quantize.methods import METHODS, Awq, Gram, Method, RoundToNearest
 from retnet_export.runtime.bundle import MANIFEST, Bundle, open_bundle, record_files, write_manifest
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from retnet_export.quantize.rewrite import Role
     from retnet_export.quantize.store import MatrixStore
 
-WEIGHTS: Mapping[str, Bits] = {"int8": 8, "int4": 4}
+WEIGHTS: Mapping[str, Bits] = {"int8": 8, "int4": 4, "fp8": 8}
 TABLES = ("int8", "int4", "keep")
 """Formats of embedding and head; "keep" leaves the matrix as it is."""
 GROUP_SIZES = (16, 32, 64, 128, 256)
@@ -37,12 +38,13 @@ class QuantizeOptions:
     """What `retnet-export quantize` decides.
 
     Attributes:
-        weights: int8 or int4, of all matrices but embedding and head.
+        weights: int8, int4 or fp8, of all matrices but embedding and head.
         group_size: inputs that share a scale; None: all of an output for int8, 64 for int4.
         method: rtn, gptq or awq, for the same matrices; embedding and head are rounded to nearest.
-        embedding, head: int8, int4 or keep; one and the same if the head is the embedding.
-        calibration: the text that gptq and awq need.
+        embedding, head: int8, int4 or keep; one and the same if the head is the embedding. The head also fp8.
+        calibration: the text that gptq, awq and activations need.
         state: fp16, or None to leave it.
+        activations: int8 or fp8, of what flows into the products with such weights; None to leave it.
     """
 
     weights: str = "int4"
@@ -52,13 +54,14 @@ class QuantizeOptions:
     head: str = "int8"
     calibration: Path | None = None
     state: str | None = None
+    activations: str | None = None
 
     def __post_init__(self) -> None:
         choices: tuple[tuple[str, str, Iterable[str]], ...] = (
             ("weights", self.weights, WEIGHTS),
             ("method", self.method, METHODS),
             ("embedding", self.embedding, TABLES),
-            ("head", self.head, TABLES),
+            ("head", self.head, (*TABLES, "fp8")),
             ("state", self.state or "fp16", ("fp16",)),
         )
         for name, value, allowed in choices:
@@ -66,20 +69,23 @@ class QuantizeOptions:
                 raise UserError(f"--{name} is {value!r}, expected {one_of(allowed)}")
         if self.group_size is not None and self.group_size not in GROUP_SIZES:
             raise UserError(f"--group-size is {self.group_size}, expected {one_of(map(str, GROUP_SIZES))}")
+        check_options(self)
         if METHODS[self.method].calibrated and self.calibration is None:
             raise UserError(
                 f"--method {self.method} looks at activations: give it a text of the kind that the model is to continue, "
                 "--calibration FILE"
             )
-        if not METHODS[self.method].calibrated and self.calibration is not None:
+        if not METHODS[self.method].calibrated and self.calibration is not None and self.activations is None:
             raise UserError(f"--method {self.method} takes no --calibration; choose gptq or awq")
 
     def format_of(self, role: Role, scale: str) -> Format | None:
         """The format of a matrix by what it is for; None: it stays as it is."""
+        chosen = {"weights": self.weights, "head": self.head}.get(role, self.embedding)
+        if chosen == "fp8":
+            return Format(WEIGHTS[chosen], None, scale, floating=True)
         if role == "weights":
             bits = WEIGHTS[self.weights]
             return Format(bits, self.group_size or (DEFAULT_INT4_GROUP if bits == 4 else None), scale)
-        chosen = self.head if role == "head" else self.embedding
         if chosen == "keep":
             return None
         return Format(WEIGHTS[chosen], self.group_size or DEFAULT_INT4_GROUP if chosen == "int4" else None, scale)
@@ -112,7 +118,7 @@ def quantize_bundle(
         raise MissingExtraError("onnx-ir", "export", "quantizing") from error
     from retnet_export.graph.retnet import graph_spec, warn_of_slow_heads
     from retnet_export.graph.weights_file import WeightsFile
-    from retnet_export.quantize.rewrite import matrices, quantize_graph, store_state_as_float16
+    from retnet_export.quantize.rewrite import matrices, products, quantize_graph, store_state_as_float16
 
     _check_source(source, target, options)
     manifest = source.manifest
@@ -120,12 +126,18 @@ def quantize_bundle(
     graphs = {name: ir.load(source.file(spec.file)) for name, spec in manifest.graphs.items()}
     plan = _plan(source, matrices(graphs["decode"]), graphs["decode"], options)
     calibration = None if options.calibration is None else _calibration(source, options.calibration)
+    tokens = None if calibration is None else calibration.pop("tokens")
     with new_folder(target, marker=MANIFEST, force=force) as folder:
+        ranges = None
+        if options.activations is not None and tokens is not None:
+            progress("measuring activations", 0.0)
+            measured = [node for node, name in products(graphs["decode"]).items() if _has(plan, name, options.activations)]
+            ranges = activation_ranges(source, measured, tokens, folder)
         with WeightsFile(folder / "weights.bin") as file:
             job = _Quantization(source, graphs["decode"], plan, METHODS[options.method](), file, progress)
-            job.run(None if calibration is None else calibration.pop("tokens"))
+            job.run(tokens if METHODS[options.method].calibrated else None)
             for name, model in graphs.items():
-                quantize_graph(model, job.store.stored)
+                quantize_graph(model, job.store.stored, None if ranges is None else ranges.largest)
                 _move_weights(model, file, job.vectors)
                 if options.state == "fp16":
                     store_state_as_float16(model, manifest.state)
@@ -143,7 +155,9 @@ def quantize_bundle(
                 name=Path(target).name.removesuffix(".retnet"),
                 graphs=specs,
                 precision=replace(
-                    manifest.precision, weights=options.weights, state="float16" if options.state else manifest.precision.state
+                    manifest.precision,
+                    weights="float8" if options.weights == "fp8" else options.weights,
+                    state="float16" if options.state else manifest.precision.state,
                 ),
                 state=_state_specs(manifest, options),
                 files=record_files(folder, files),
@@ -153,6 +167,8 @@ def quantize_bundle(
                     "method": options.method,
                     "embedding": options.embedding,
                     "head": options.head,
+                    "activations": options.activations,
+                    "activation_ranges": None if ranges is None else asdict(ranges),
                     "calibration": calibration,
                     "relative_weight_error": job.errors,
                     "source": {"name": manifest.name, "weights_sha256": manifest.files["weights.bin"].sha256},
@@ -171,6 +187,8 @@ def with_evaluation(bundle: Bundle, evaluation: Mapping[str, object]) -> Bundle:
 
 def _check_source(source: Bundle, target: str | Path, options: QuantizeOptions) -> None:
     manifest = source.manifest
+    if options.activations is not None:
+        check_installed()
     if manifest.quantization is not None:
         raise UserError(
             f"{source.path}: quantized already ({manifest.precision.weights}); rounding twice only loses, "
@@ -201,7 +219,9 @@ def _check_source(source: Bundle, target: str | Path, options: QuantizeOptions) 
     if options.method == "awq" and config.post_norm:
         raise UserError(f"{source.path}: in a post-norm model no norm stands before a matrix alone, as awq needs; choose gptq")
     if options.calibration is not None and manifest.precision.compute == "bfloat16":
-        raise UserError(f"{source.path}: {options.method} runs the graph, which needs float32 or float16; export it so, or use rtn")
+        raise UserError(
+            f"{source.path}: calibration runs the graph, which needs float32 or float16; export it so, or use no --calibration"
+        )
     if options.state is not None and manifest.precision.state != "float32":
         raise UserError(f"{source.path}: its state is {manifest.precision.state} already")
 
@@ -212,6 +232,11 @@ class _Planned:
 
     role: Role
     format: Format
+
+
+def _has(plan: Mapping[str, _Planned], name: str, form: str) -> bool:
+    """Whether a matrix is to have this format."""
+    return name in plan and plan[name].format.name == form
 
 
 def _plan(source: Bundle, found: Mapping[str, Role], decode: ir.Model, options: QuantizeOptions) -> dict[str, _Planned]:

@@ -14,6 +14,10 @@
 ONNX Runtime fuses the first two into MatMulNBits; TensorRT keeps the integers. For the embedding no other form suits both:
 TensorRT takes no integer constant but before DequantizeLinear, and ONNX Runtime would dequantize all V rows for one token.
 So Gather reads 32-bit words, which are the very bytes of the int8 rows: a tied embedding stays one copy in the file.
+
+Quantized activations are a pair of nodes before the product, which TensorRT makes one 8-bit product of:
+
+    x ── MatMul ── y      ->      x ── QuantizeLinear ── DequantizeLinear ── MatMul ── y
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from retnet_export.quantize.formats import Format
+from retnet_export.quantize.formats import SMALLEST_SCALE, Format
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.manifest import StateSpec
 
@@ -75,13 +79,27 @@ def _matrix_names(node: ir.Node) -> Sequence[str]:
     return (value.name,)
 
 
-def quantize_graph(model: ir.Model, stored: Mapping[str, StoredMatrix]) -> None:
-    """Replace the float matrices named in `stored` by their integers, in place."""
+def products(model: ir.Model) -> dict[str, str]:
+    """The nodes that multiply by a matrix of the weights file, and the initializer's name of that matrix."""
+    return {_name(node): name for node in model.graph if node.op_type != "Gather" for name in _matrix_names(node)}
+
+
+def quantize_graph(model: ir.Model, stored: Mapping[str, StoredMatrix], activations: Mapping[str, float] | None = None) -> None:
+    """Replace the float matrices named in `stored` by their integers, in place.
+
+    Args:
+        model: the graph.
+        stored: the quantized matrices, by initializer name.
+        activations: the largest magnitude of what flows into a product, by the product's name; those named are quantized in
+            the format of the product's matrix.
+    """
     model.graph.opset_imports[""] = max(OPSET, model.graph.opset_imports[""])
     rewriter = _Rewriter(model.graph, stored)
     for node in list(model.graph):
         for name in _matrix_names(node):
             if name in stored:
+                if _name(node) in (activations or {}):
+                    rewriter.quantize_input(node, name, (activations or {})[_name(node)])
                 rewriter.replace(node, name)
     for name in stored:
         model.graph.initializers.pop(name, None)
@@ -102,6 +120,19 @@ class _Rewriter:
         else:
             node.replace_input_with(1, self._weight(node, name))
             self._keep_apart(node)
+
+    def quantize_input(self, node: ir.Node, name: str, largest: float) -> None:
+        """Let what flows into a product pass through the format of its matrix: one scale, since rows come one at a time."""
+        form, x = self._stored[name].format, node.inputs[0]
+        scale = np.maximum(largest / form.largest, SMALLEST_SCALE).astype(form.scale_dtype)
+        # Aloud, because the default is uint8.
+        tensors = [
+            ir.Tensor(scale, name=f"{node.name}.input_scale"),
+            ir.Tensor(np.zeros((), form.dtype), name=f"{node.name}.input_zero_point"),
+        ]
+        grid = [self._initializer(tensor) for tensor in tensors]
+        rounded = self._insert(node, "QuantizeLinear", [x, *grid], f"{node.name}.input_{form.name}")
+        node.replace_input_with(0, self._insert(node, "DequantizeLinear", [rounded, *grid], f"{node.name}.input"))
 
     def _keep_apart(self, product: ir.Node) -> None:
         """Let Sum, not Add, add to a product: ONNX Runtime would make a Gemm of both, whose quantized weights it does not fuse."""
@@ -194,6 +225,11 @@ class _Rewriter:
             value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)  # type: ignore[arg-type]
             self._graph.register_initializer(value)
         return self._graph.initializers[tensor.name]
+
+
+def _name(node: ir.Node) -> str:
+    assert node.name is not None
+    return node.name
 
 
 def _rank(value: ir.Value) -> int:

@@ -1,11 +1,17 @@
 """TensorRT-RTX builds quantized bundles, and its engines keep the weights at four and eight bits."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tiny
 
+from retnet_export.export.tensorrt import CompileOptions, compile_bundle
 from retnet_export.graph.weights import weight_shapes
+from retnet_export.quantize import pipeline
+from retnet_export.quantize.activations import ActivationRanges
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
+from retnet_export.runtime.errors import UserError
 
 trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 
@@ -42,3 +48,44 @@ def test_the_engine_holds_the_integers(tmp_path, graph, weights, precision):
     # Beside the weights an engine has up to two megabytes of its own; as half-precision floats it would be twice as large.
     assert engine_bytes(quantized.file(graph)) < quantized.manifest.weights_bytes + 3e6
     assert quantized.manifest.weights_bytes + 3e6 < 0.9 * FLOAT16_BYTES
+
+
+def eight_bit(folder, form, monkeypatch, **options):
+    """A bundle with activations in eight bits; the ranges are given, so that the build alone is tested."""
+    monkeypatch.setattr(pipeline, "check_installed", lambda: None)
+    monkeypatch.setattr(pipeline, "_calibration", lambda source, path: {"tokens": np.zeros((1, 1), np.int64)})
+    monkeypatch.setattr(
+        pipeline, "activation_ranges", lambda source, names, tokens, folder: ActivationRanges(dict.fromkeys(names, 4.0), "given")
+    )
+    source = tiny.bundle(folder, options.pop("config", CONFIG), precision=options.pop("precision", "fp16"))
+    chosen = QuantizeOptions(form, activations=form, calibration=Path("text.txt"), **options)
+    return quantize_bundle(source, folder / "small.retnet", chosen)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(
+    ("form", "head", "capabilities"),
+    [("int8", "int8", ("8.6", "8.9", "12.0")), ("fp8", "int8", ("8.9", "12.0")), ("fp8", "fp8", ("8.9",))],
+)
+def test_eight_bit_activations_build_and_the_engine_keeps_the_weights_at_eight_bits(
+    tmp_path, monkeypatch, precision, form, head, capabilities
+):
+    quantized = eight_bit(tmp_path, form, monkeypatch, precision=precision, head=head)
+    record = compile_bundle(quantized, CompileOptions("tensorrt-rtx", capabilities))
+    assert record.weights_bytes < 1.1 * quantized.manifest.weights_bytes
+
+
+def test_a_tied_head_with_eight_bit_activations_builds(tmp_path, monkeypatch):
+    config = tiny.config(hidden_size=256, ffn_size=512, head_value_dim=32, vocab_size=2048, tied_embeddings=True)
+    quantized = eight_bit(tmp_path, "int8", monkeypatch, config=config)
+    assert (
+        compile_bundle(quantized, CompileOptions("tensorrt-rtx", ("8.6",))).weights_bytes < 1.5 * quantized.manifest.weights_bytes
+    )
+
+
+@pytest.mark.parametrize("capabilities", [("8.6",), ("8.9", "8.6")])
+def test_fp8_is_refused_before_the_build_for_gpus_that_have_none(tmp_path, monkeypatch, capabilities):
+    quantized = eight_bit(tmp_path, "fp8", monkeypatch, config=tiny.config())
+    with pytest.raises(UserError, match=r"weights in float8 need compute capability 8\.9 or later, this is for 8\.6"):
+        compile_bundle(quantized, CompileOptions("tensorrt-rtx", capabilities))
+    assert not (quantized.path / "engines").exists()
