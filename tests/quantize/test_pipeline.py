@@ -195,7 +195,7 @@ def test_the_manifest_records_what_was_done_and_forgets_the_verification(tmp_pat
 
 
 REFUSALS = [
-    ({"weights": "int3"}, "--weights is 'int3', expected int8 or int4"),
+    ({"weights": "int3"}, "--weights is 'int3', expected int8, int4 or fp8"),
     ({"group_size": 48}, "--group-size is 48, expected 16, 32, 64, 128 or 256"),
     ({"method": "gptq"}, "--method gptq looks at activations: give it a text of the kind that the model is to continue"),
     ({"calibration": Path("x.txt")}, "--method rtn takes no --calibration"),
