@@ -22,6 +22,7 @@ from retnet_export.graph.blocks import PHASE_TURN, phase_per_token
 from retnet_export.runtime.backends.base import Stream
 from retnet_export.runtime.config import ModelConfig
 from retnet_export.runtime.numerics import measure
+from retnet_export.runtime.state import whole_layers
 
 if TYPE_CHECKING:
     from retnet_export.export.model import RetNet
@@ -93,7 +94,7 @@ def measure_drift(
     for reference in expected:
         _read(stream, tokens[read : reference.tokens], chunk)
         read = reference.tokens
-        state, angles = stream.read_state(0), graph_angles(config, start + read)
+        state, angles = whole_layers(stream.read_state(0)), graph_angles(config, start + read)
         errors = [
             measure(unturned(state[f"state.{layer}"][0, head], angles), heads[head]).relative
             for layer, heads in enumerate(reference.states)

@@ -71,17 +71,17 @@ def logits_by_layer(
     rows: list[Array] = []
     for piece in range(layers + 1):
         before = [] if piece == 0 else [streams[piece - 1]]
-        name = f"state.{piece}"
-        wanted = ["logits"] if piece == layers else [streams[piece], f"{name}_out"]
+        names = [spec.input for spec in manifest.state if spec.input.split(".")[:2] == ["state", str(piece)]]
+        wanted = ["logits"] if piece == layers else [streams[piece], *(f"{name}_out" for name in names)]
         session = _session(cut(model, before, wanted), bundle.path, threads)
         taken = {value.name for value in session.get_inputs()}
-        carried = {} if piece == layers else {name: state[name]}
+        carried = {name: state[name] for name in names}
         for feed in feeds:
             results = session.run(wanted, {key: value for key, value in (feed | carried).items() if key in taken})
             if piece == layers:
                 rows.append(results[0])
             else:
-                feed[streams[piece]], carried = results[0], {name: results[1]}
+                feed[streams[piece]], carried = results[0], dict(zip(names, results[1:], strict=True))
                 for done in before:
                     del feed[done]
         del session  # before the next piece is loaded: one layer's weights at a time

@@ -24,15 +24,20 @@ LONGEST_HALF_PRECISION_MEMORY = 1024
 """Tokens that a head may remember, 1/(1 - γ), for a float16 state to hold it within about one percent (docs/quantization.md)."""
 
 
+def slow_heads(config: ModelConfig) -> int:
+    """How many heads remember longer than a float16 state can hold; they are the last ones."""
+    return int((1 / (1 - config.gamma) > LONGEST_HALF_PRECISION_MEMORY).sum())
+
+
 def warn_of_slow_heads(config: ModelConfig, state: str) -> None:
     """Say so if a float16 state is asked for and heads remember longer than it can hold."""
-    memory = 1 / (1 - config.gamma)
-    slow = memory > LONGEST_HALF_PRECISION_MEMORY
-    if state == "fp16" and slow.any():
+    slow = slow_heads(config)
+    if state == "fp16" and slow:
+        instead = "fp32 holds them" if slow == config.num_heads else "mixed keeps these in float32"
         warnings.warn(
-            f"--state fp16: {slow.sum()} of {config.num_heads} heads remember more than {LONGEST_HALF_PRECISION_MEMORY:,} tokens "
-            f"(up to {memory.max():,.0f}); a float16 state of such heads was measured to be off by 4 % to 30 %. fp32 holds them "
-            "(docs/quantization.md, State)",
+            f"--state fp16: {slow} of {config.num_heads} heads remember more than {LONGEST_HALF_PRECISION_MEMORY:,} tokens "
+            f"(up to {1 / (1 - config.gamma.max()):,.0f}); a float16 state of such heads was measured to be off by 4 % to 30 %. "
+            f"{instead} (docs/quantization.md, State)",
             PrecisionWarning,
             stacklevel=3,
         )

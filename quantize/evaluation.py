@@ -18,6 +18,7 @@ from retnet_export.runtime.backends.base import State, Stream
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.files import read_text
 from retnet_export.runtime.model import Model
+from retnet_export.runtime.state import whole_layers
 
 Logits = NDArray[np.float32]
 Progress = Callable[[str, float], None]
@@ -274,6 +275,7 @@ def _log_softmax(logits: Logits) -> NDArray[np.float64]:
 
 def _state_error(tokens: int, ours: State, theirs: State) -> StateError:
     difference, size = 0.0, 0.0
+    ours, theirs = whole_layers(ours), whole_layers(theirs)
     for name in theirs:
         if name.startswith("state."):
             a, r = ours[name][0].astype(np.float64), theirs[name][0].astype(np.float64)  # (H, Dk, Dv)

@@ -16,7 +16,6 @@ from retnet_export.quantize.methods import METHODS, Awq, Gram, Method, RoundToNe
 from retnet_export.runtime.bundle import MANIFEST, Bundle, open_bundle, record_files, write_manifest
 from retnet_export.runtime.errors import MissingExtraError, UserError, one_of
 from retnet_export.runtime.files import new_folder, sha256_of
-from retnet_export.runtime.manifest import Manifest, StateSpec
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from retnet_export.quantize.rewrite import Role
     from retnet_export.quantize.store import MatrixStore
 
+STATES: Mapping[str, str] = {"fp16": "float16", "mixed": "mixed"}
 WEIGHTS: Mapping[str, Bits] = {"int8": 8, "int4": 4, "fp8": 8}
 TABLES = ("int8", "int4", "keep")
 """Formats of embedding and head; "keep" leaves the matrix as it is."""
@@ -43,7 +43,7 @@ class QuantizeOptions:
         method: rtn, gptq or awq, for the same matrices; embedding and head are rounded to nearest.
         embedding, head: int8, int4 or keep; one and the same if the head is the embedding. The head also fp8.
         calibration: the text that gptq, awq and activations need.
-        state: fp16, or None to leave it.
+        state: fp16 or mixed (fp32 for heads that remember long), or None to leave it.
         activations: int8 or fp8, of what flows into the products with such weights; None to leave it.
     """
 
@@ -62,7 +62,7 @@ class QuantizeOptions:
             ("method", self.method, METHODS),
             ("embedding", self.embedding, TABLES),
             ("head", self.head, (*TABLES, "fp8")),
-            ("state", self.state or "fp16", ("fp16",)),
+            ("state", self.state or "fp16", ("fp16", "mixed")),
         )
         for name, value, allowed in choices:
             if value not in allowed:
@@ -116,13 +116,16 @@ def quantize_bundle(
         import onnx_ir as ir
     except ImportError as error:
         raise MissingExtraError("onnx-ir", "export", "quantizing") from error
-    from retnet_export.graph.retnet import graph_spec, warn_of_slow_heads
+    from retnet_export.graph.mixed_state import check_mixed_state, mix_state
+    from retnet_export.graph.retnet import graph_spec, state_specs, warn_of_slow_heads
     from retnet_export.graph.weights_file import WeightsFile
     from retnet_export.quantize.rewrite import matrices, products, quantize_graph, store_state_as_float16
 
     _check_source(source, target, options)
     manifest = source.manifest
     warn_of_slow_heads(manifest.model, options.state or "fp32")
+    if options.state == "mixed":
+        check_mixed_state(manifest.model)
     graphs = {name: ir.load(source.file(spec.file)) for name, spec in manifest.graphs.items()}
     plan = _plan(source, matrices(graphs["decode"]), graphs["decode"], options)
     calibration = None if options.calibration is None else _calibration(source, options.calibration)
@@ -141,6 +144,8 @@ def quantize_bundle(
                 _move_weights(model, file, job.vectors)
                 if options.state == "fp16":
                     store_state_as_float16(model, manifest.state)
+                elif options.state == "mixed":
+                    mix_state(model, manifest.model)
                 ir.save(model, folder / manifest.graphs[name].file)
             files = {file.name: file.record()}
         if manifest.tokenizer is not None:
@@ -157,9 +162,9 @@ def quantize_bundle(
                 precision=replace(
                     manifest.precision,
                     weights="float8" if options.weights == "fp8" else options.weights,
-                    state="float16" if options.state else manifest.precision.state,
+                    state=STATES[options.state] if options.state else manifest.precision.state,
                 ),
-                state=_state_specs(manifest, options),
+                state=state_specs(specs["decode"], manifest.model),
                 files=record_files(folder, files),
                 quantization={
                     "weights": options.weights,
@@ -222,8 +227,17 @@ def _check_source(source: Bundle, target: str | Path, options: QuantizeOptions) 
         raise UserError(
             f"{source.path}: calibration runs the graph, which needs float32 or float16; export it so, or use no --calibration"
         )
+    if options.calibration is not None and manifest.precision.state == "mixed":
+        raise UserError(
+            f"{source.path}: calibration runs one layer at a time, with one state a layer; give the bundle with a float32 state, "
+            "and --state mixed here"
+        )
     if options.state is not None and manifest.precision.state != "float32":
         raise UserError(f"{source.path}: its state is {manifest.precision.state} already")
+    if options.state == "mixed" and manifest.dialect != "portable":
+        raise UserError(
+            f"{source.path}: --state mixed needs a portable bundle: the operators of {manifest.dialect} take one state a layer"
+        )
 
 
 @dataclass(frozen=True)
@@ -344,9 +358,3 @@ def _move_weights(model: ir.Model, file: WeightsFile, changed: Mapping[str, np.n
         if isinstance(tensor, ir.ExternalTensor) and not file.holds(tensor):
             moved = changed.get(name)
             value.const_value = file.tensor(name, lambda moved=moved, tensor=tensor: tensor.numpy() if moved is None else moved)  # type: ignore[misc]
-
-
-def _state_specs(manifest: Manifest, options: QuantizeOptions) -> tuple[StateSpec, ...]:
-    if options.state is None:
-        return manifest.state
-    return tuple(replace(spec, dtype="float16") if spec.dtype == "float32" else spec for spec in manifest.state)

@@ -38,7 +38,19 @@ def first_broken_layer(state: State) -> str:
     broken = next((name for name, array in state.items() if not np.isfinite(array).all()), None)
     if broken is None:
         return "every layer's state is finite, so it arose after the last one or in the output head"
-    return f"the first state that is not finite is {broken!r}, of layer {broken.rpartition('.')[2]}"
+    return f"the first state that is not finite is {broken!r}, of layer {broken.split('.')[1]}"
+
+
+def whole_layers(state: State) -> State:
+    """The same with one array a layer, `state.{i}`: heads that lie in two tensors (a mixed state) side by side, float32."""
+    layers: dict[str, list[NDArray[np.generic]]] = {}
+    for name, array in state.items():
+        layers.setdefault(".".join(name.split(".")[:2]), []).append(array)
+    # Fast heads come first, as in the manifest and in γ.
+    return {
+        name: parts[0] if len(parts) == 1 else np.concatenate([part.astype(np.float32) for part in parts], axis=1)
+        for name, parts in layers.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,11 @@ def _same_state(graph: tuple[int, ...], state: tuple[int, ...], dialect: Dialect
     return graph == state or (dialect == "onnxruntime-cpu" and graph[0] == state[0] and is_in_pieces(graph[1:], state[1:]))
 
 
+def _heads_together(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape of a layer's state whose heads lie in several tensors (a mixed state), or (): they do not go together."""
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if len({shape[1:] for shape in shapes}) == 1 else ()
+
+
 def _check_state(manifest: Manifest) -> None:
     if len({spec.input for spec in manifest.state}) != len(manifest.state):
         raise UserError("the state names a tensor twice")
@@ -128,10 +133,14 @@ def _check_state(manifest: Manifest) -> None:
     allowed = [expected]
     if manifest.dialect == "onnxruntime-cuda":  # its operator wants a head's state the other way round
         allowed.append((config.num_heads, config.head_value_dim, config.head_key_dim))
-    layers = [spec for spec in manifest.state if spec.input.startswith("state.")]
-    if len(layers) != config.num_layers or any(spec.shape[1:] not in allowed for spec in layers):
+    layers: dict[str, list[tuple[int, ...]]] = {}
+    for spec in manifest.state:
+        if spec.input.startswith("state."):
+            layers.setdefault(spec.input.split(".")[1], []).append(spec.shape[1:])
+    if len(layers) != config.num_layers or any(_heads_together(shapes) not in allowed for shapes in layers.values()):
+        found_shapes = sorted({shape for shapes in layers.values() for shape in shapes})
         raise UserError(
-            f"the state has {len(layers)} layers of shapes {sorted({spec.shape[1:] for spec in layers})} a sequence, "
+            f"the state has {len(layers)} layers of shapes {found_shapes} a sequence, "
             f"the model configuration asks for {config.num_layers} of {expected}"
         )
     if manifest.state_bytes > LARGEST_STATE_BYTES:
