@@ -106,6 +106,11 @@ def check_options(options: Choices) -> None:
         )
 
 
+def has_extra() -> bool:
+    """Whether everything that measures activations is installed."""
+    return all(importlib.util.find_spec(module) is not None for module in PACKAGES)
+
+
 def check_installed() -> None:
     """Refuse before the work what would fail in it.
 

@@ -1,6 +1,5 @@
 """Activations in eight bits: options that go together, ranges by nvidia-modelopt, and graphs that compute what they say."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -22,10 +21,7 @@ from retnet_export.runtime.errors import MissingExtraError, UserError
 from retnet_export.runtime.model import load
 from retnet_export.runtime.numerics import measure
 
-needs_modelopt = pytest.mark.skipif(
-    any(importlib.util.find_spec(module) is None for module in activations.PACKAGES),
-    reason="the extra `activations` is not installed",
-)
+needs_modelopt = pytest.mark.skipif(not activations.has_extra(), reason="the extra `activations` is not installed")
 TEXT = Path(__file__).parents[2] / "examples" / "classics" / "held-out.txt"
 TOKENS = np.random.default_rng(1).integers(0, 50, (4, 24))
 

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import tiny
 
+from retnet_export.export.checkpoints import open_checkpoint
+from retnet_export.export.pipeline import export_bundle
 from retnet_export.export.tensorrt import CompileOptions, compile_bundle
 from retnet_export.graph.weights import weight_shapes
 from retnet_export.quantize import pipeline
-from retnet_export.quantize.activations import ActivationRanges
+from retnet_export.quantize.activations import ActivationRanges, has_extra
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.runtime.errors import UserError
 
@@ -89,3 +91,15 @@ def test_fp8_is_refused_before_the_build_for_gpus_that_have_none(tmp_path, monke
     with pytest.raises(UserError, match=r"weights in float8 need compute capability 8\.9 or later, this is for 8\.6"):
         compile_bundle(quantized, CompileOptions("tensorrt-rtx", capabilities))
     assert not (quantized.path / "engines").exists()
+
+
+@pytest.mark.skipif(not has_extra(), reason="the extra `activations` is not installed")
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_what_modelopt_measured_on_the_bundled_model_builds_and_keeps_eight_bits(tmp_path, form):
+    root = Path(__file__).parents[2] / "examples" / "classics"
+    source = export_bundle(open_checkpoint(root), tmp_path / "classics.retnet")
+    options = QuantizeOptions(form, activations=form, calibration=root / "held-out.txt")
+    quantized = quantize_bundle(source, tmp_path / "small.retnet", options)
+    assert len(quantized.manifest.quantization["activation_ranges"]["largest"]) == (21 if form == "int8" else 20)
+    record = compile_bundle(quantized, CompileOptions("tensorrt-rtx", ("8.9", "12.0")))
+    assert record.weights_bytes < 0.32 * source.manifest.weights_bytes
