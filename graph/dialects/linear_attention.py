@@ -2,15 +2,16 @@
 
 Rule: the passes over the state (decay, key × value, sum, read) become one kernel, and each head is cut into pieces that fit
 into a core's first-level cache. The kernel treats a piece, some rows of a head's state, as a head of its own; the read of a
-head is the sum of the reads of its pieces. Pieces also give every core its share where heads are few.
+head is the sum of the reads of its pieces. Pieces also give every core its share where heads are few. Twelve layers of the 148M
+model's state alone, updated in place on two cores: whole heads 1.46 ms, 64 rows a piece 1.11 ms, 16 rows 0.60 ms.
 
     state (B, H·s, Dk/s, Dv) ─ Reshape ─ ·γ ─ + ─ Reshape ─ state_out         q, k (B, 1, H·Dk) ─┐
                                       k·v ────┘ └─ q· ─ o               ->    v, s times a head ─┴─ LinearAttention ─ Σ ─ o
                                                                                         state ───┘               └─ state_out
 
 A piece is a run of bytes: the state of both graphs has another shape, (B, H·s, Dk/s, Dv), over the same memory. So a host may
-go on calling it (B, H, Dk, Dv), and prefill, which runs once a chunk, reshapes it on its way in and out. The kernel reads and
-writes a piece at once, so the state may be updated where it is.
+go on calling it (B, H, Dk, Dv), and prefill, which runs once a chunk, reshapes it on its way in and out. As in the portable graph,
+the state may be updated where it is read (the tests do so).
 
 The operator is there since ONNX Runtime 1.25, for float32; a state in 16 bits stays in plain operators.
 """
