@@ -234,10 +234,6 @@ def _check_source(source: Bundle, target: str | Path, options: QuantizeOptions) 
         )
     if options.state is not None and manifest.precision.state != "float32":
         raise UserError(f"{source.path}: its state is {manifest.precision.state} already")
-    if options.state == "mixed" and manifest.dialect != "portable":
-        raise UserError(
-            f"{source.path}: --state mixed needs a portable bundle: the operators of {manifest.dialect} take one state a layer"
-        )
 
 
 @dataclass(frozen=True)
