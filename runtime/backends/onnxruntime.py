@@ -9,8 +9,8 @@ after it was advanced, has a place of its own. prefill.onnx reads the state seve
 
 ONNX Runtime packs the weights of every session for itself, so decode.onnx and prefill.onnx side by side would hold them
 twice. Float weights are therefore held by one session, of prefill.onnx, which reads one token as well as many: a step then
-costs up to a sixth more than decode.onnx. Quantized weights are small and steps over them short, so they get a session a graph, unless
-memory matters more (docs/prefill.md has the measurements).
+costs up to a sixth more than decode.onnx. Quantized weights are small and steps over them short, so they get a session a
+graph, unless memory matters more (docs/prefill.md has the measurements).
 """
 
 from __future__ import annotations
