@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from retnet_export.runtime.bundle import MANIFEST, Bundle, open_bundle, record_files, write_manifest
+from retnet_export.runtime.bundle import MANIFEST, Bundle, open_bundle
 from retnet_export.runtime.errors import MissingExtraError, UserError, one_of
 from retnet_export.runtime.files import new_folder
 from retnet_export.runtime.manifest import Dialect, FileRecord
@@ -51,33 +50,15 @@ def convert_bundle(
         import onnx_ir as ir
     except ImportError as error:
         raise MissingExtraError("onnx-ir", "export", "converting") from error
+    from retnet_export.graph.derived import write_derived_bundle
     from retnet_export.graph.dialects import DIALECTS, rewrite
-    from retnet_export.graph.retnet import graph_spec, state_specs
 
     _check(source, target, dialect)
     manifest = source.manifest
     graphs = {name: rewrite(ir.load(source.file(spec.file)), DIALECTS[dialect]) for name, spec in manifest.graphs.items()}
     with new_folder(target, marker=MANIFEST, force=force) as folder:
-        files = _write_weights(source, folder, graphs, progress)
-        for name, model in graphs.items():
-            ir.save(model, folder / manifest.graphs[name].file)
-        if manifest.tokenizer is not None:
-            shutil.copyfile(source.file(manifest.tokenizer.file), folder / manifest.tokenizer.file)
-        specs = {
-            name: graph_spec(model, manifest.graphs[name].file, manifest.graphs[name].chunk_size) for name, model in graphs.items()
-        }
-        write_manifest(
-            folder,
-            replace(
-                manifest,
-                name=Path(target).name.removesuffix(".retnet"),
-                dialect=dialect,
-                graphs=specs,
-                state=state_specs(specs["decode"], manifest.model),
-                files=record_files(folder, files),
-                verification=None,  # it was of other operators
-            ),
-        )
+        weights = _write_weights(source, folder, graphs, progress)
+        write_derived_bundle(source, folder, target, graphs, weights, dialect=dialect)
     return open_bundle(target, check_hashes=False)
 
 
@@ -92,7 +73,7 @@ def _check(source: Bundle, target: str | Path, dialect: str) -> None:
     if source.manifest.dialect != "portable":
         raise UserError(
             f"{source.path}: its graphs are in the {source.manifest.dialect} dialect already; "
-            "give the portable bundle that it was made from"
+            "give the portable bundle that it was made from, or export the checkpoint without --dialect"
         )
     activations = (source.manifest.quantization or {}).get("activations")
     if activations is not None and dialect == "onnxruntime-cuda":
@@ -104,9 +85,7 @@ def _check(source: Bundle, target: str | Path, dialect: str) -> None:
         raise UserError(f"{target}: the output is the input; choose another name")
 
 
-def _write_weights(
-    source: Bundle, folder: Path, graphs: dict[str, ir.Model], progress: Callable[[str, float], None]
-) -> dict[str, FileRecord]:
+def _write_weights(source: Bundle, folder: Path, graphs: dict[str, ir.Model], progress: Callable[[str, float], None]) -> FileRecord:
     """Let every large tensor of the graphs refer to a weights file in `folder`, and write that file."""
     from retnet_export.graph.weights_file import WeightsFile
 
@@ -115,13 +94,13 @@ def _write_weights(
         shutil.copyfile(source.file(WEIGHTS), folder / WEIGHTS)
         for value, tensor in external:
             value.const_value = _moved(tensor, folder)
-        return {WEIGHTS: source.manifest.files[WEIGHTS]}
+        return source.manifest.files[WEIGHTS]
     with WeightsFile(folder / WEIGHTS) as file:
         written: dict[tuple[int, int], ir.ExternalTensor] = {}
         for done, value in enumerate([value for value, _ in external] + packed):
             value.const_value = _stored(value, file, written)
             progress("packing weights", (done + 1) / (len(external) + len(packed)))
-        return {WEIGHTS: file.record()}
+        return file.record()
 
 
 def _large_tensors(graphs: dict[str, ir.Model]) -> tuple[list[tuple[ir.Value, ir.ExternalTensor]], list[ir.Value]]:

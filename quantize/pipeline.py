@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from retnet_export.quantize.activations import activation_ranges, check_installed, check_options
 from retnet_export.quantize.formats import Bits, Format, Quantized
 from retnet_export.quantize.methods import METHODS, Awq, Gram, Method, RoundToNearest
-from retnet_export.runtime.bundle import MANIFEST, Bundle, open_bundle, record_files, write_manifest
+from retnet_export.runtime.bundle import MANIFEST, Bundle, open_bundle
 from retnet_export.runtime.errors import MissingExtraError, UserError, one_of
 from retnet_export.runtime.files import new_folder, sha256_of
 
@@ -116,8 +115,9 @@ def quantize_bundle(
         import onnx_ir as ir
     except ImportError as error:
         raise MissingExtraError("onnx-ir", "export", "quantizing") from error
+    from retnet_export.graph.derived import write_derived_bundle
     from retnet_export.graph.mixed_state import check_mixed_state, mix_state
-    from retnet_export.graph.retnet import graph_spec, state_specs, warn_of_slow_heads
+    from retnet_export.graph.retnet import warn_of_slow_heads
     from retnet_export.graph.weights_file import WeightsFile
     from retnet_export.quantize.rewrite import matrices, products, quantize_graph, store_state_as_float16
 
@@ -139,48 +139,37 @@ def quantize_bundle(
         with WeightsFile(folder / "weights.bin") as file:
             job = _Quantization(source, graphs["decode"], plan, METHODS[options.method](), file, progress)
             job.run(tokens if METHODS[options.method].calibrated else None)
-            for name, model in graphs.items():
+            for model in graphs.values():
                 quantize_graph(model, job.store.stored, None if ranges is None else ranges.largest)
                 _move_weights(model, file, job.vectors)
                 if options.state == "fp16":
                     store_state_as_float16(model, manifest.state)
                 elif options.state == "mixed":
                     mix_state(model, manifest.model)
-                ir.save(model, folder / manifest.graphs[name].file)
-            files = {file.name: file.record()}
-        if manifest.tokenizer is not None:
-            shutil.copyfile(source.file(manifest.tokenizer.file), folder / manifest.tokenizer.file)
-        specs = {
-            name: graph_spec(model, manifest.graphs[name].file, manifest.graphs[name].chunk_size) for name, model in graphs.items()
-        }
-        write_manifest(
+            weights = file.record()
+        write_derived_bundle(
+            source,
             folder,
-            replace(
-                manifest,
-                name=Path(target).name.removesuffix(".retnet"),
-                graphs=specs,
-                precision=replace(
-                    manifest.precision,
-                    weights="float8" if options.weights == "fp8" else options.weights,
-                    state=STATES[options.state] if options.state else manifest.precision.state,
-                ),
-                state=state_specs(specs["decode"], manifest.model),
-                files=record_files(folder, files),
-                quantization={
-                    "weights": options.weights,
-                    "group_size": options.format_of("weights", "float32").group_size,  # type: ignore[union-attr]
-                    "method": options.method,
-                    "embedding": options.embedding,
-                    "head": options.head,
-                    "activations": options.activations,
-                    "activation_ranges": None if ranges is None else asdict(ranges),
-                    "calibration": calibration,
-                    "relative_weight_error": job.errors,
-                    "source": {"name": manifest.name, "weights_sha256": manifest.files["weights.bin"].sha256},
-                },
-                # What was verified is the float bundle; how far this one is from it is what `evaluate` measures.
-                verification=None,
+            target,
+            graphs,
+            weights,
+            precision=replace(
+                manifest.precision,
+                weights="float8" if options.weights == "fp8" else options.weights,
+                state=STATES[options.state] if options.state else manifest.precision.state,
             ),
+            quantization={
+                "weights": options.weights,
+                "group_size": options.format_of("weights", "float32").group_size,  # type: ignore[union-attr]
+                "method": options.method,
+                "embedding": options.embedding,
+                "head": options.head,
+                "activations": options.activations,
+                "activation_ranges": None if ranges is None else asdict(ranges),
+                "calibration": calibration,
+                "relative_weight_error": job.errors,
+                "source": {"name": manifest.name, "weights_sha256": manifest.files["weights.bin"].sha256},
+            },
         )
     return open_bundle(target, check_hashes=False)
 
