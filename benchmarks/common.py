@@ -18,8 +18,8 @@ import numpy as np
 from retnet_export.export.checkpoints.base import Checkpoint
 from retnet_export.export.pipeline import ExportOptions, export_bundle, package_versions
 from retnet_export.graph.weights import random_weights, weight_shapes
-from retnet_export.runtime.bundle import Bundle, open_bundle
-from retnet_export.runtime.config import ModelConfig
+from retnet_export.runtime.bundle.bundle import Bundle, open_bundle
+from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,7 +113,7 @@ def timed_ms(action: Callable[[], object]) -> float:
 
 def describe_machine() -> str:
     """One line for the head of every table."""
-    from retnet_export.runtime.doctor import examine
+    from retnet_export.runtime.device.doctor import examine
 
     machine = examine()["machine"]
     versions = package_versions("onnxruntime", "onnxruntime-gpu", "numpy")

@@ -21,7 +21,7 @@ from retnet_export.compare.comparison import Options, compare
 from retnet_export.compare.report import write_report
 from retnet_export.export.convert import convert_bundle
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
-from retnet_export.runtime.bundle import Bundle
+from retnet_export.runtime.bundle.bundle import Bundle
 
 
 def bundle_in(form: str, size: str, folder: Path) -> Bundle:

@@ -25,9 +25,9 @@ from retnet_export.export.convert import convert_bundle
 from retnet_export.export.pipeline import export_bundle
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.runtime import load
-from retnet_export.runtime.bundle import Bundle
-from retnet_export.runtime.generation import Options
-from retnet_export.runtime.stats import Stats
+from retnet_export.runtime.bundle.bundle import Bundle
+from retnet_export.runtime.generate.generation import Options
+from retnet_export.runtime.generate.stats import Stats
 
 BLOCK = 1000
 """Tokens per block when looking for drift."""

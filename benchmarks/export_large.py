@@ -28,8 +28,8 @@ from safetensors.numpy import save_file
 
 from retnet_export.export.checkpoints.torchscale import file_name
 from retnet_export.graph.weights import weight_shapes
-from retnet_export.runtime.config import ModelConfig
-from retnet_export.runtime.doctor import examine
+from retnet_export.runtime.bundle.config import ModelConfig
+from retnet_export.runtime.device.doctor import examine
 
 SIZES = {  # layers, width, FFN, heads: the paper's table 2
     "6.7B": (32, 4096, 8192, 16),

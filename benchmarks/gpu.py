@@ -35,9 +35,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from gpu_models import MODELS, BenchmarkBundle, write_bundle
 
 from retnet_export.graph.dialects import ONNXRUNTIME_CUDA
-from retnet_export.runtime import cuda
 from retnet_export.runtime.backends import onnxruntime_cuda
 from retnet_export.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend, OnnxRuntimeCudaStream
+from retnet_export.runtime.device import cuda
 
 GIGA = 1e9
 T = TypeVar("T")

@@ -29,7 +29,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 from gpu_models import MODELS, RandomWeightsFile, write_bundle
 
-from retnet_export.runtime import cuda
+from retnet_export.runtime.device import cuda
 
 GIGA = 1e9
 SPARE_BYTES = 3 << 30

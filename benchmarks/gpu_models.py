@@ -22,9 +22,9 @@ from retnet_export.graph.prefill import build_prefill
 from retnet_export.graph.retnet import graph_spec, state_specs
 from retnet_export.graph.weights import retention_inputs, weight_shapes
 from retnet_export.graph.weights_file import ALIGNMENT, WeightsFile
-from retnet_export.runtime.bundle import Bundle
-from retnet_export.runtime.config import ModelConfig
-from retnet_export.runtime.manifest import FORMAT_VERSION, FileRecord, Manifest, Precision
+from retnet_export.runtime.bundle.bundle import Bundle
+from retnet_export.runtime.bundle.config import ModelConfig
+from retnet_export.runtime.bundle.manifest import FORMAT_VERSION, FileRecord, Manifest, Precision
 
 INT4_BLOCK = 32
 RANDOM_BYTES = 1 << 26

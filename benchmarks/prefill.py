@@ -24,8 +24,8 @@ from common import Sample, describe_machine, parameters, random_bundle, read_ban
 
 from retnet_export.graph.weights import weight_shapes
 from retnet_export.runtime.backends.base import Stream
-from retnet_export.runtime.bundle import Bundle
-from retnet_export.runtime.config import ModelConfig
+from retnet_export.runtime.bundle.bundle import Bundle
+from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.model import load
 
 CHUNKS = (16, 32, 64, 128, 256, 512)
@@ -153,7 +153,7 @@ def main(
     bundle: Annotated[Path | None, typer.Option(help="Measure this bundle instead, a quantized one for example.")] = None,
 ) -> None:
     """Measure prefill on the CPU."""
-    from retnet_export.runtime.bundle import open_bundle
+    from retnet_export.runtime.bundle.bundle import open_bundle
 
     print(describe_machine())
     opened = random_bundle(size) if bundle is None else open_bundle(bundle, check_hashes=False)

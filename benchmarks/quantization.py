@@ -24,7 +24,7 @@ from retnet_export.export.pipeline import ExportOptions, export_bundle
 from retnet_export.quantize.evaluation import evaluate_all
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.runtime import load
-from retnet_export.runtime.bundle import Bundle
+from retnet_export.runtime.bundle.bundle import Bundle
 
 GREY = "#333333"
 Row = dict[str, Any]

@@ -25,8 +25,8 @@ from decode import bytes_per_token
 from retnet_export.export.convert import convert_bundle
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.runtime import load
-from retnet_export.runtime.bundle import Bundle, open_bundle
-from retnet_export.runtime.manifest import Dialect
+from retnet_export.runtime.bundle.bundle import Bundle, open_bundle
+from retnet_export.runtime.bundle.manifest import Dialect
 
 FORMATS = {
     "int8": QuantizeOptions("int8"),

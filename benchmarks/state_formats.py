@@ -21,7 +21,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from retnet_export.runtime.backends.base import State, top_of
-from retnet_export.runtime.config import ModelConfig
+from retnet_export.runtime.bundle.config import ModelConfig
 
 GOLDEN = 0.6180339887498949
 """The fraction whose multiples fill [0, 1) most evenly."""

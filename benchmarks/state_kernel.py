@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).parent))
 from gpu import GIGA, copy_bandwidth
 
-from retnet_export.runtime import cuda
+from retnet_export.runtime.device import cuda
 
 SOURCE = Path(__file__).parent / "kernels" / "retention_step.cu"
 DK, DV = 256, 512

@@ -58,8 +58,8 @@ from retnet_export.graph.weights_file import WeightsFile
 from retnet_export.quantize.evaluation import evaluate_all
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.runtime.backends.base import Stream
-from retnet_export.runtime.bundle import Bundle, open_bundle
-from retnet_export.runtime.config import ModelConfig
+from retnet_export.runtime.bundle.bundle import Bundle, open_bundle
+from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.model import Model
 
 PARTS = ("text", "prefill", "runs", "slower", "heads")

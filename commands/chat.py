@@ -17,7 +17,7 @@ from retnet_export.commands.common import BackendName, BundlePath, LowMemory, Th
 from retnet_export.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from retnet_export.runtime.conversation import Conversation
+    from retnet_export.runtime.generate.conversation import Conversation
 
 HELP = """\
 Type a message and press Enter; the model continues it. Ctrl-C stops a reply and keeps what was said. Commands:
@@ -62,9 +62,9 @@ def chat(
     low_memory: LowMemory = None,
 ) -> None:
     """Talk to a model: at a terminal, or a line of stdin a message. /help lists what can be done with the conversation."""
-    from retnet_export.runtime.conversation import Conversation
-    from retnet_export.runtime.files import read_text
-    from retnet_export.runtime.generation import Options
+    from retnet_export.runtime.bundle.files import read_text
+    from retnet_export.runtime.generate.conversation import Conversation
+    from retnet_export.runtime.generate.generation import Options
     from retnet_export.runtime.model import load
 
     options = Options(

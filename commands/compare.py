@@ -65,8 +65,8 @@ def compare(
     from retnet_export.compare.comparison import compare as run
     from retnet_export.compare.plots import require_matplotlib
     from retnet_export.compare.report import JSON_NAME, document, write_report
-    from retnet_export.runtime.bundle import open_bundle
-    from retnet_export.runtime.files import new_folder
+    from retnet_export.runtime.bundle.bundle import open_bundle
+    from retnet_export.runtime.bundle.files import new_folder
 
     require_matplotlib()
     if memory_budget is not None and not 0 < memory_budget < 1e6:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 import typer
 
 from retnet_export.commands.common import BundlePath, Json, print_json, print_table, progress, size
-from retnet_export.runtime.bundle import open_bundle
+from retnet_export.runtime.bundle.bundle import open_bundle
 
 if TYPE_CHECKING:
-    from retnet_export.runtime.bundle import Bundle
-    from retnet_export.runtime.engines import EngineRecord
+    from retnet_export.runtime.bundle.bundle import Bundle
+    from retnet_export.runtime.bundle.engines import EngineRecord
 
 
 def compile_(
@@ -40,7 +40,7 @@ def compile_(
 ) -> None:
     """Build TensorRT engines of a bundle, decode and prefill; they go into its folder engines/."""
     from retnet_export.export.tensorrt import CompileOptions, compile_bundle
-    from retnet_export.runtime.schema import encode
+    from retnet_export.runtime.bundle.schema import encode
 
     options = CompileOptions(
         target=cast(Literal["tensorrt", "tensorrt-rtx"], target),

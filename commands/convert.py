@@ -21,7 +21,7 @@ def convert(
     """Rewrite a portable bundle, quantized or not, with the operators of one runtime."""
     from retnet_export.commands.export import print_summary, summary
     from retnet_export.export.convert import convert_bundle
-    from retnet_export.runtime.bundle import open_bundle
+    from retnet_export.runtime.bundle.bundle import open_bundle
 
     with progress("convert", quiet=as_json) as update:
         made = convert_bundle(open_bundle(bundle), output, dialect, force=force, progress=update)  # type: ignore[arg-type]  # checked there

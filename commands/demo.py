@@ -38,7 +38,7 @@ def demo(
     from retnet_export.commands.generate import generate
     from retnet_export.commands.verify import verify
     from retnet_export.quantize.calibration import encode
-    from retnet_export.runtime.files import read_text
+    from retnet_export.runtime.bundle.files import read_text
     from retnet_export.runtime.model import load
 
     source = checkpoint or EXAMPLE
@@ -121,7 +121,7 @@ def _print_trade_offs(bundles: Mapping[str, Path], text: Path) -> None:
 def _compile(bundle: Path) -> None:
     """TensorRT-RTX builds for GPUs that are not here; without it the demo says so and goes on."""
     from retnet_export.commands.compile import compile_
-    from retnet_export.runtime.tensorrt_api import load_module
+    from retnet_export.runtime.backends.tensorrt_api import load_module
 
     _announce(f"retnet-export compile {bundle} --target tensorrt-rtx --compute-capability 8.6 --compute-capability 12.0")
     try:

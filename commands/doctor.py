@@ -7,7 +7,7 @@ from retnet_export.commands.common import Json, print_json, print_table
 
 def doctor(as_json: Json = False) -> None:
     """Say what works on this machine and, where something does not, the command that would mend it."""
-    from retnet_export.runtime.doctor import examine
+    from retnet_export.runtime.device.doctor import examine
 
     report = examine()
     if as_json:

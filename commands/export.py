@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from retnet_export.commands.common import CheckpointPath, Force, Json, Output, print_json, print_table, progress, size
-from retnet_export.runtime.bundle import Bundle
+from retnet_export.runtime.bundle.bundle import Bundle
 
 
 def export(

@@ -17,11 +17,11 @@ from retnet_export.commands.common import BackendName, BundlePath, Json, LowMemo
 from retnet_export.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from retnet_export.runtime.batching import Completion, Prompt
-    from retnet_export.runtime.generation import Finish, Options, Piece
+    from retnet_export.runtime.generate.batching import Completion, Prompt
+    from retnet_export.runtime.generate.generation import Finish, Options, Piece
+    from retnet_export.runtime.generate.state import Snapshot
+    from retnet_export.runtime.generate.stats import Stats
     from retnet_export.runtime.model import Model
-    from retnet_export.runtime.state import Snapshot
-    from retnet_export.runtime.stats import Stats
 
 NO_RAILS = "not measured: this machine shows no power rails that we know (a Jetson does)"
 
@@ -80,11 +80,11 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt, streaming the text as it is made; or many prompts at once."""
-    from retnet_export.runtime.generation import Options
-    from retnet_export.runtime.jetson import PowerMeter
+    from retnet_export.runtime.device.jetson import PowerMeter
+    from retnet_export.runtime.generate.generation import Options
+    from retnet_export.runtime.generate.state import Snapshot
+    from retnet_export.runtime.generate.stats import Stats
     from retnet_export.runtime.model import load
-    from retnet_export.runtime.state import Snapshot
-    from retnet_export.runtime.stats import Stats
 
     if prompts is not None and (prompt is not None or save_state is not None):
         raise typer.BadParameter("--prompts goes with neither --prompt nor --save-state", param_hint="--prompts")
@@ -211,9 +211,9 @@ class _Line:
 
 def _read_prompts(path: Path, options: Options) -> Iterator[Prompt]:
     """Prompts line by line, without those that are blank; prompt i has the seed `seed + i` unless it brings its own."""
-    from retnet_export.runtime.batching import Prompt
-    from retnet_export.runtime.files import read_text
-    from retnet_export.runtime.schema import decode
+    from retnet_export.runtime.bundle.files import read_text
+    from retnet_export.runtime.bundle.schema import decode
+    from retnet_export.runtime.generate.batching import Prompt
 
     lines = read_text(path).splitlines()
     prompts: list[Prompt] = []

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from retnet_export.commands.common import BundlePath, Json, print_json, print_table, size
 from retnet_export.commands.export import print_summary
-from retnet_export.runtime.bundle import open_bundle
-from retnet_export.runtime.schema import encode
+from retnet_export.runtime.bundle.bundle import open_bundle
+from retnet_export.runtime.bundle.schema import encode
 
 
 def inspect(bundle: BundlePath, as_json: Json = False) -> None:

@@ -11,9 +11,9 @@ from retnet_export.commands.common import Json, print_json, print_table, size
 from retnet_export.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from retnet_export.runtime.plan.devices import DeviceSpec
-    from retnet_export.runtime.plan.outlook import Outlook
-    from retnet_export.runtime.plan.sizes import Sizes
+    from retnet_export.plan.devices import DeviceSpec
+    from retnet_export.plan.outlook import Outlook
+    from retnet_export.plan.sizes import Sizes
 
 DEFAULT_CHUNK = 256
 
@@ -39,8 +39,8 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say what a model needs on a device, and how fast it will be there, without running it."""
-    from retnet_export.runtime.plan.devices import DEVICES, find_device
-    from retnet_export.runtime.plan.outlook import outlook
+    from retnet_export.plan.devices import DEVICES, find_device
+    from retnet_export.plan.outlook import outlook
 
     sizes, chunk, name, formats = _model(bundle, layers, width, heads, ffn, vocabulary, weights, state)
     chosen = list(DEVICES.values()) if devices else [find_device(key) for key in device or ()]
@@ -78,9 +78,9 @@ def _model(
     state: str,
 ) -> tuple[Sizes, int, str, tuple[str, ...]]:
     """The model's sizes, the tokens of a chunk, a name, and the formats of its weights and products."""
-    from retnet_export.runtime.bundle import open_bundle
-    from retnet_export.runtime.config import ModelConfig
-    from retnet_export.runtime.plan.sizes import sizes_of_bundle, sizes_of_model
+    from retnet_export.plan.sizes import sizes_of_bundle, sizes_of_model
+    from retnet_export.runtime.bundle.bundle import open_bundle
+    from retnet_export.runtime.bundle.config import ModelConfig
 
     if bundle is not None:
         if layers is not None or width is not None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from retnet_export.commands.common import BundlePath, Force, Json, Output, print_json, print_table, progress, size
-from retnet_export.runtime.bundle import Bundle, open_bundle
+from retnet_export.runtime.bundle.bundle import Bundle, open_bundle
 
 
 def quantize(
@@ -50,7 +50,7 @@ def quantize(
     from retnet_export.quantize.calibration import encode
     from retnet_export.quantize.evaluation import evaluate as run_evaluation
     from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle, with_evaluation
-    from retnet_export.runtime.files import read_text
+    from retnet_export.runtime.bundle.files import read_text
     from retnet_export.runtime.model import load
 
     options = QuantizeOptions(weights, group_size, method, embedding, head, calibration, state, activations)

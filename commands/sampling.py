@@ -11,7 +11,7 @@ from retnet_export.commands.common import print_table, size
 from retnet_export.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from retnet_export.runtime.stats import Stats
+    from retnet_export.runtime.generate.stats import Stats
 
 MaxNewTokens = Annotated[int, typer.Option(min=0, help="Stop after so many tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]

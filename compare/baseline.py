@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retnet_export.compare.transformer import RandomWeights, TransformerConfig, transformer_like
-from retnet_export.runtime.bundle import Bundle
+from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.errors import MissingExtraError, UserError
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from retnet_export.compare.peers import genai, llama_cpp
 from retnet_export.compare.results import GENAI, LLAMA_CPP, REPORT_FORMAT, RETNET, TRANSFORMER, Cell, Comparison, Model
 from retnet_export.compare.transformer import count_parameters
 from retnet_export.graph.weights import weight_shapes
-from retnet_export.runtime.bundle import Bundle
+from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.errors import UserError, one_of
 
 PEERS = {GENAI: genai.unavailable, LLAMA_CPP: llama_cpp.unavailable}

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from retnet_export.compare.baseline import Baseline
 from retnet_export.runtime.backends import open_backend
 from retnet_export.runtime.backends.base import NUMPY_DTYPES
-from retnet_export.runtime.bundle import open_bundle
+from retnet_export.runtime.bundle.bundle import open_bundle
 from retnet_export.runtime.errors import UserError
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 
-from retnet_export.runtime.doctor import examine
+from retnet_export.runtime.device.doctor import examine
 
 PACKAGES = ("retnet-export", "onnxruntime", "onnxruntime-genai", "numpy")
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from retnet_export.compare.analysis import Row, batch_rows, decode_rows, paragraph, rows, slower_than_peer
 from retnet_export.compare.plots import plots, png, svg
 from retnet_export.compare.results import GENAI, LLAMA_CPP, RETNET, TRANSFORMER, Comparison, Measurement, Model
+from retnet_export.runtime.bundle.schema import decode, encode
 from retnet_export.runtime.errors import UserError
-from retnet_export.runtime.schema import decode, encode
 
 JSON_NAME = "report.json"
 RATIO = "RetNet faster"

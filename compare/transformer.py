@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retnet_export.graph.weights import weight_shapes as retnet_weight_shapes
-from retnet_export.runtime.config import ModelConfig
+from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.errors import UserError
 
 PARAMETER_MATCH = 0.01

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from retnet_export.export.checkpoints.fla import file_name
 from retnet_export.export.model import RetNet
-from retnet_export.runtime.config import ModelConfig
+from retnet_export.runtime.bundle.config import ModelConfig
 
 VOCAB_SIZE = 4096
 

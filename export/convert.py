@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from retnet_export.runtime.bundle import MANIFEST, Bundle, open_bundle
+from retnet_export.runtime.bundle.bundle import MANIFEST, Bundle, open_bundle
+from retnet_export.runtime.bundle.files import new_folder
+from retnet_export.runtime.bundle.manifest import Dialect, FileRecord
 from retnet_export.runtime.errors import MissingExtraError, UserError, one_of
-from retnet_export.runtime.files import new_folder
-from retnet_export.runtime.manifest import Dialect, FileRecord
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from retnet_export.graph.blocks import PHASE_TURN, phase_per_token
 from retnet_export.runtime.backends.base import Stream
-from retnet_export.runtime.config import ModelConfig
+from retnet_export.runtime.bundle.config import ModelConfig
+from retnet_export.runtime.generate.state import whole_layers
 from retnet_export.runtime.numerics import measure
-from retnet_export.runtime.state import whole_layers
 
 if TYPE_CHECKING:
     from retnet_export.export.model import RetNet

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retnet_export.runtime.backends.base import initial_state
-from retnet_export.runtime.bundle import Bundle
+from retnet_export.runtime.backends.onnxruntime_api import read_weights_from
+from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.errors import MissingExtraError, UserError
-from retnet_export.runtime.onnxruntime_api import read_weights_from
 
 if TYPE_CHECKING:
     import onnx

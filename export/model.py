@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from retnet_export.export.retention import Norm, Retention
 from retnet_export.graph.weights import ReadWeight, weight_shapes
-from retnet_export.runtime.config import ModelConfig
+from retnet_export.runtime.bundle.config import ModelConfig
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": lambda x: F.gelu(x), "relu": F.relu}
 

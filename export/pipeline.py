@@ -11,10 +11,9 @@ from typing import Literal, get_args
 
 from retnet_export.export.checkpoints.base import Checkpoint
 from retnet_export.graph.weights import weight_shapes
-from retnet_export.runtime.bundle import MANIFEST, Bundle, open_bundle, record_files, write_manifest
-from retnet_export.runtime.errors import MissingExtraError, UserError
-from retnet_export.runtime.files import new_folder
-from retnet_export.runtime.manifest import (
+from retnet_export.runtime.bundle.bundle import MANIFEST, Bundle, open_bundle, record_files, write_manifest
+from retnet_export.runtime.bundle.files import new_folder
+from retnet_export.runtime.bundle.manifest import (
     FORMAT_VERSION,
     Dialect,
     FileRecord,
@@ -24,6 +23,7 @@ from retnet_export.runtime.manifest import (
     StateSpec,
     TokenizerSpec,
 )
+from retnet_export.runtime.errors import MissingExtraError, UserError
 
 PRECISIONS: Mapping[str, Literal["float32", "float16", "bfloat16"]] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 STATES: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "mixed": "mixed"}

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retnet_export.graph.weights import ReadWeight, weight_shapes
-from retnet_export.runtime.config import ModelConfig
-from retnet_export.runtime.hashing import bytes_of
+from retnet_export.runtime.bundle.config import ModelConfig
+from retnet_export.runtime.bundle.hashing import bytes_of
 
 ELEMENTS_AHEAD = 1 << 26
 """Weights are read ahead until so many numbers wait: 128 MiB in half precision. One weight may exceed it."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from retnet_export.graph.weights import retention_inputs
-from retnet_export.runtime.config import ModelConfig
+from retnet_export.runtime.bundle.config import ModelConfig
 
 
 def parallel_retention(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor, score_norm: bool, clamp_rows: bool) -> Tensor:

@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from retnet_export.export.tensorrt_network import Profile, add_candidates, optimization_profile, parse, parser_message
 from retnet_export.export.tensorrt_progress import Progress, make_monitor, run_cancellable
-from retnet_export.runtime.bundle import Bundle
-from retnet_export.runtime.engines import (
+from retnet_export.plan.preflight import check_build
+from retnet_export.runtime.backends.tensorrt_api import TARGETS, load_module, make_logger, version_of
+from retnet_export.runtime.bundle.bundle import Bundle
+from retnet_export.runtime.bundle.engines import (
     FORMAT_VERSION,
     EnginePart,
     EngineRecord,
@@ -28,11 +30,9 @@ from retnet_export.runtime.engines import (
     sources_of,
     write_engines,
 )
+from retnet_export.runtime.bundle.files import sha256_of_bytes, write_atomically
+from retnet_export.runtime.bundle.manifest import FileRecord
 from retnet_export.runtime.errors import UserError, one_of
-from retnet_export.runtime.files import sha256_of_bytes, write_atomically
-from retnet_export.runtime.manifest import FileRecord
-from retnet_export.runtime.plan.preflight import check_build
-from retnet_export.runtime.tensorrt_api import TARGETS, load_module, make_logger, version_of
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -175,7 +175,7 @@ def _plans(bundle: Bundle, stem: str, separate: bool) -> tuple[_Plan, ...]:
 
 def _capabilities(module: Any, options: CompileOptions) -> tuple[tuple[str, ...], str | None]:
     """The compute capabilities to build for, and this machine's GPU if it is among them."""
-    from retnet_export.runtime import cuda
+    from retnet_export.runtime.device import cuda
 
     device: cuda.Device | None = None
     try:

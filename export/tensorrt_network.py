@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retnet_export.runtime.bundle import Bundle
-from retnet_export.runtime.engines import TOP_LOGITS, TOP_TOKENS, Role
+from retnet_export.runtime.bundle.bundle import Bundle
+from retnet_export.runtime.bundle.engines import TOP_LOGITS, TOP_TOKENS, Role
+from retnet_export.runtime.bundle.manifest import GraphSpec
 from retnet_export.runtime.errors import MissingExtraError
-from retnet_export.runtime.manifest import GraphSpec
 
 if TYPE_CHECKING:
     import tensorrt as trt

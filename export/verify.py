@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from retnet_export.export.checkpoints.base import Checkpoint
 from retnet_export.export.pipeline import Progress
 from retnet_export.graph.weights import weight_shapes
-from retnet_export.runtime.bundle import Bundle
+from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.errors import MissingExtraError, UserError
+from retnet_export.runtime.generate.text import Tokenizer
 from retnet_export.runtime.model import Model
 from retnet_export.runtime.numerics import TOLERANCES, Error, measure
-from retnet_export.runtime.text import Tokenizer
 
 PASSAGE = """\
 If music be the food of love, play on,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from retnet_export.graph.builder import GraphBuilder, Value
 from retnet_export.graph.weights import Array, ReadWeight, retention_inputs, weight_shapes
 from retnet_export.graph.weights_file import WeightsFile
-from retnet_export.runtime.config import ModelConfig
+from retnet_export.runtime.bundle.config import ModelConfig
 
 NUMPY_DTYPES: dict[str, np.dtype[np.generic]] = {
     "float32": np.dtype(np.float32),

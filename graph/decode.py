@@ -20,7 +20,7 @@ from retnet_export.graph.builder import GraphBuilder, Value
 from retnet_export.graph.retnet import OPSET, STATE_TYPES, embed, layers, logits
 from retnet_export.graph.weights import ReadWeight
 from retnet_export.graph.weights_file import WeightsFile
-from retnet_export.runtime.config import ModelConfig
+from retnet_export.runtime.bundle.config import ModelConfig
 
 
 def build_decode(

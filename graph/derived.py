@@ -15,8 +15,8 @@ from typing import Any
 import onnx_ir as ir
 
 from retnet_export.graph.retnet import graph_spec, state_specs
-from retnet_export.runtime.bundle import Bundle, record_files, write_manifest
-from retnet_export.runtime.manifest import FileRecord
+from retnet_export.runtime.bundle.bundle import Bundle, record_files, write_manifest
+from retnet_export.runtime.bundle.manifest import FileRecord
 
 
 def write_derived_bundle(

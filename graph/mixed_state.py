@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from retnet_export.graph.retnet import slow_heads
-from retnet_export.runtime.config import ModelConfig
+from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.errors import UserError
 
 

@@ -11,9 +11,9 @@ import onnx_ir as ir
 
 from retnet_export.graph.blocks import NUMPY_DTYPES, Writer, feed_forward, norm
 from retnet_export.graph.builder import Value
-from retnet_export.runtime.config import ModelConfig
+from retnet_export.runtime.bundle.config import ModelConfig
+from retnet_export.runtime.bundle.manifest import GraphSpec, StateSpec, TensorSpec, is_in_pieces
 from retnet_export.runtime.errors import PrecisionWarning
-from retnet_export.runtime.manifest import GraphSpec, StateSpec, TensorSpec, is_in_pieces
 
 OPSET = 20
 """TensorRT 10.3 (JetPack 6.1) parses up to 20; blocked quantization raises it to 21."""

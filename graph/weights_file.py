@@ -17,8 +17,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from retnet_export.runtime.hashing import Hashing, bytes_of
-from retnet_export.runtime.manifest import FileRecord
+from retnet_export.runtime.bundle.hashing import Hashing, bytes_of
+from retnet_export.runtime.bundle.manifest import FileRecord
 
 ALIGNMENT = 4096
 """Offsets of tensors of at least this size are its multiples, so that a runtime can map them (ONNX external data rules)."""

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retnet_export.quantize.modelopt import GRAPH, JOB, SCALES, TOKENS
-from retnet_export.runtime.bundle import Bundle
+from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.errors import MissingExtraError, UserError
 
 ACTIVATIONS = ("int8", "fp8")

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from retnet_export.quantize.methods import Gram
 from retnet_export.runtime.backends.base import NUMPY_DTYPES
+from retnet_export.runtime.backends.onnxruntime_api import read_weights_from
+from retnet_export.runtime.bundle.files import read_text
+from retnet_export.runtime.bundle.manifest import StateSpec
 from retnet_export.runtime.errors import MissingExtraError, UserError
-from retnet_export.runtime.files import read_text
-from retnet_export.runtime.manifest import StateSpec
+from retnet_export.runtime.generate.text import UnknownCharacterError
 from retnet_export.runtime.model import Model
-from retnet_export.runtime.onnxruntime_api import read_weights_from
-from retnet_export.runtime.text import UnknownCharacterError
 
 Array = NDArray[np.generic]
 

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from retnet_export.quantize.calibration import CHUNK, encode
 from retnet_export.runtime.backends.base import State, Stream
+from retnet_export.runtime.bundle.files import read_text
 from retnet_export.runtime.errors import UserError
-from retnet_export.runtime.files import read_text
+from retnet_export.runtime.generate.state import whole_layers
 from retnet_export.runtime.model import Model
-from retnet_export.runtime.state import whole_layers
 
 Logits = NDArray[np.float32]
 Progress = Callable[[str, float], None]

@@ -13,7 +13,7 @@ import numpy as np
 
 from retnet_export.quantize.formats import Format
 from retnet_export.quantize.methods import Gram, Method
-from retnet_export.runtime.config import ModelConfig
+from retnet_export.runtime.bundle.config import ModelConfig
 
 Weights = dict[str, np.ndarray[Any, Any]]
 

@@ -12,9 +12,9 @@ import numpy as np
 from retnet_export.quantize.activations import activation_ranges, check_installed, check_options
 from retnet_export.quantize.formats import Bits, Format, Quantized
 from retnet_export.quantize.methods import METHODS, Awq, Gram, Method, RoundToNearest
-from retnet_export.runtime.bundle import MANIFEST, Bundle, open_bundle
+from retnet_export.runtime.bundle.bundle import MANIFEST, Bundle, open_bundle
+from retnet_export.runtime.bundle.files import new_folder, sha256_of
 from retnet_export.runtime.errors import MissingExtraError, UserError, one_of
-from retnet_export.runtime.files import new_folder, sha256_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir

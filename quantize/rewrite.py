@@ -31,8 +31,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from retnet_export.quantize.formats import SMALLEST_SCALE, Format
+from retnet_export.runtime.bundle.manifest import StateSpec
 from retnet_export.runtime.errors import UserError
-from retnet_export.runtime.manifest import StateSpec
 
 OPSET = 21
 """The first with four-bit integers and blocked DequantizeLinear."""

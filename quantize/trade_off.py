@@ -15,8 +15,8 @@ import numpy as np
 
 from retnet_export.quantize.evaluation import Evaluation, evaluate, evaluate_all
 from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.generate.stats import Stats
 from retnet_export.runtime.model import Model, load
-from retnet_export.runtime.stats import Stats
 
 ROUNDS = 5
 TOKENS_A_ROUND = 200

@@ -6,24 +6,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from retnet_export.runtime.batching import Completion, generate_many
-    from retnet_export.runtime.generation import Options, Piece
+    from retnet_export.runtime.generate.batching import Completion, generate_many
+    from retnet_export.runtime.generate.generation import Options, Piece
+    from retnet_export.runtime.generate.session import Session
+    from retnet_export.runtime.generate.state import Snapshot
+    from retnet_export.runtime.generate.stats import Stats
     from retnet_export.runtime.model import Model, load
-    from retnet_export.runtime.session import Session
-    from retnet_export.runtime.state import Snapshot
-    from retnet_export.runtime.stats import Stats
 
 __all__ = ["Completion", "Model", "Options", "Piece", "Session", "Snapshot", "Stats", "generate_many", "load"]
 
 MODULES = {
-    "Completion": "batching",
+    "Completion": "generate.batching",
     "Model": "model",
-    "Options": "generation",
-    "Piece": "generation",
-    "Session": "session",
-    "Snapshot": "state",
-    "Stats": "stats",
-    "generate_many": "batching",
+    "Options": "generate.generation",
+    "Piece": "generate.generation",
+    "Session": "generate.session",
+    "Snapshot": "generate.state",
+    "Stats": "generate.stats",
+    "generate_many": "generate.batching",
     "load": "model",
 }
 

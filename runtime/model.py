@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from retnet_export.runtime.backends import open_backend
 from retnet_export.runtime.backends.base import Backend
-from retnet_export.runtime.bundle import Bundle, open_bundle
+from retnet_export.runtime.bundle.bundle import Bundle, open_bundle
 from retnet_export.runtime.errors import UserError
-from retnet_export.runtime.generation import Options
-from retnet_export.runtime.session import Session
-from retnet_export.runtime.state import Snapshot
-from retnet_export.runtime.stats import Stats
-from retnet_export.runtime.text import Tokenizer
+from retnet_export.runtime.generate.generation import Options
+from retnet_export.runtime.generate.session import Session
+from retnet_export.runtime.generate.state import Snapshot
+from retnet_export.runtime.generate.stats import Stats
+from retnet_export.runtime.generate.text import Tokenizer
 
 if TYPE_CHECKING:
-    from retnet_export.runtime.batching import Completion, Prompt
+    from retnet_export.runtime.generate.batching import Completion, Prompt
 
 
 def load(
@@ -104,6 +104,6 @@ class Model:
         **changes: Any,
     ) -> Iterator[Completion]:
         """Continue many prompts, up to `batch` at a time; see `batching.generate_many`."""
-        from retnet_export.runtime.batching import generate_many
+        from retnet_export.runtime.generate.batching import generate_many
 
         return generate_many(self, prompts, options, batch=batch, after=after, stats=stats, **changes)

@@ -1,4 +1,4 @@
-"""A CUDA runtime without a GPU, stricter than the real one: what `retnet_export.runtime.cuda` calls, on host memory.
+"""A CUDA runtime without a GPU, stricter than the real one: what `retnet_export.runtime.device.cuda` calls, on host memory.
 
 Work on a stream runs when the stream is synchronized and not a moment earlier, so a host buffer that is changed or read too
 early shows. Every address is looked up: one that was freed, never allocated, or too small for the copy ends the test. Names,

@@ -456,7 +456,7 @@ def make_double(release: str, cuda: CudaDouble) -> ModuleType:
 
 def install(monkeypatch, release: str = "tensorrt 10.3.0", capability: tuple[int, int] = (8, 7)) -> CudaDouble:
     """Put a double of TensorRT, and one of CUDA under it, where the package looks for the real ones."""
-    from retnet_export.runtime import cuda as cuda_module
+    from retnet_export.runtime.device import cuda as cuda_module
 
     cuda = CudaDouble(capability)
     module = make_double(release, cuda)

@@ -11,7 +11,7 @@ import pytest
 import tensorrt_double
 from tensorrt_api import make as api
 
-from retnet_export.runtime.tensorrt_api import DIFFERENCES, load_module, version_of
+from retnet_export.runtime.backends.tensorrt_api import DIFFERENCES, load_module, version_of
 
 RELEASES = tensorrt_double.RELEASES
 

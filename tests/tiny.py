@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from retnet_export.export.checkpoints.base import Checkpoint
 from retnet_export.export.pipeline import ExportOptions, export_bundle
 from retnet_export.graph.weights import random_weights
-from retnet_export.runtime.bundle import Bundle
-from retnet_export.runtime.config import ModelConfig
+from retnet_export.runtime.bundle.bundle import Bundle
+from retnet_export.runtime.bundle.config import ModelConfig
 
 
 def config(**changes: object) -> ModelConfig:

@@ -11,7 +11,7 @@ from typing import Any
 from retnet_export.export.checkpoints.files import Found
 from retnet_export.export.checkpoints.sources import Array, TensorSource, described
 from retnet_export.graph.weights import weight_shapes
-from retnet_export.runtime.config import ModelConfig
+from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.errors import CheckpointWarning, UserError
 
 

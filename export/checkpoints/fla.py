@@ -11,7 +11,7 @@ from typing import Literal, cast
 
 from retnet_export.export.checkpoints.base import HUGGING_FACE_FIELDS, Checkpoint, Fields, Stored, make_checkpoint
 from retnet_export.export.checkpoints.files import Found
-from retnet_export.runtime.config import ModelConfig
+from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.errors import UserError
 
 ACTIVATIONS = {"swish": "silu", "silu": "silu"}

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from retnet_export.export.checkpoints.base import Checkpoint, Fields, Stored, make_checkpoint, rows, words
 from retnet_export.export.checkpoints.files import ARGS, Found
 from retnet_export.export.checkpoints.sources import described
-from retnet_export.runtime.config import ModelConfig
+from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.errors import UserError
 
 ACTIVATIONS = {"gelu": "gelu", "swish": "silu", "silu": "silu", "relu": "relu"}

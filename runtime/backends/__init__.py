@@ -8,7 +8,7 @@ from retnet_export.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from retnet_export.runtime.backends.base import Backend
-    from retnet_export.runtime.bundle import Bundle
+    from retnet_export.runtime.bundle.bundle import Bundle
 
 NAMES = ("auto", "onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 
@@ -49,8 +49,8 @@ def open_backend(name: str, bundle: Bundle, threads: int | None = None, low_memo
 def _on_gpu(bundle: Bundle, low_memory: bool | None) -> Backend | None:
     """The fastest backend on this machine's GPU; None if there is none for this bundle."""
     from retnet_export.runtime.backends import onnxruntime_cuda
-    from retnet_export.runtime.cuda import CudaError
-    from retnet_export.runtime.engines import read_engines
+    from retnet_export.runtime.bundle.engines import read_engines
+    from retnet_export.runtime.device.cuda import CudaError
 
     for target in dict.fromkeys(record.target for record in read_engines(bundle)):
         from retnet_export.runtime.backends.tensorrt import TensorRtBackend

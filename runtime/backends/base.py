@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet_export.runtime.manifest import StateSpec
+from retnet_export.runtime.bundle.manifest import StateSpec
 
 NUMPY_DTYPES: Mapping[str, np.dtype[np.generic]] = {
     "float32": np.dtype(np.float32),

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from retnet_export.runtime import cuda
-from retnet_export.runtime.external_data import StoredInitializer, stored_initializers
+from retnet_export.runtime.bundle.external_data import StoredInitializer, stored_initializers
+from retnet_export.runtime.device import cuda
 
 if TYPE_CHECKING:
     import onnxruntime

@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retnet_export.runtime.backends.base import State, initial_state, top_of
-from retnet_export.runtime.bundle import Bundle
+from retnet_export.runtime.bundle.bundle import Bundle
+from retnet_export.runtime.bundle.manifest import Manifest, TensorSpec
 from retnet_export.runtime.errors import MissingExtraError, UserError
-from retnet_export.runtime.manifest import Manifest, TensorSpec
 
 if TYPE_CHECKING:
     import onnxruntime

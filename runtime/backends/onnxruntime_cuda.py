@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet_export.runtime import cuda
 from retnet_export.runtime.backends.base import NUMPY_DTYPES, State, top_of
 from retnet_export.runtime.backends.device_weights import DeviceWeights
-from retnet_export.runtime.bundle import Bundle
+from retnet_export.runtime.bundle.bundle import Bundle
+from retnet_export.runtime.bundle.manifest import GraphSpec, StateSpec
+from retnet_export.runtime.device import cuda
 from retnet_export.runtime.errors import MissingExtraError, UserError
-from retnet_export.runtime.manifest import GraphSpec, StateSpec
 
 if TYPE_CHECKING:
     import onnxruntime

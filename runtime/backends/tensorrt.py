@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet_export.runtime import cuda
 from retnet_export.runtime.backends.base import NUMPY_DTYPES, State, initial_state, top_of
-from retnet_export.runtime.bundle import Bundle
-from retnet_export.runtime.engines import TOP_LOGITS, TOP_TOKENS, EnginePart, EngineRecord, Role, find_engine, map_engine
+from retnet_export.runtime.backends.tensorrt_api import load_module, make_logger
+from retnet_export.runtime.bundle.bundle import Bundle
+from retnet_export.runtime.bundle.engines import TOP_LOGITS, TOP_TOKENS, EnginePart, EngineRecord, Role, find_engine, map_engine
+from retnet_export.runtime.bundle.manifest import Manifest, StateSpec
+from retnet_export.runtime.device import cuda
 from retnet_export.runtime.errors import UserError
-from retnet_export.runtime.manifest import Manifest, StateSpec
-from retnet_export.runtime.tensorrt_api import load_module, make_logger
 
 if TYPE_CHECKING:
     import tensorrt as trt

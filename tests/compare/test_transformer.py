@@ -15,7 +15,7 @@ from retnet_export.compare.engines import TransformerEngine
 from retnet_export.compare.transformer import PARAMETER_MATCH, TransformerConfig, count_parameters, transformer_like
 from retnet_export.graph.weights import weight_shapes
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
-from retnet_export.runtime.config import ModelConfig
+from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.numerics import TOLERANCES, measure
 

@@ -8,11 +8,11 @@ import tiny
 
 from retnet_export.export.convert import convert_bundle
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
-from retnet_export.runtime.bundle import open_bundle
+from retnet_export.runtime.backends.onnxruntime_api import is_older
+from retnet_export.runtime.bundle.bundle import open_bundle
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.model import load
 from retnet_export.runtime.numerics import TOLERANCES, measure
-from retnet_export.runtime.onnxruntime_api import is_older
 
 pytestmark = pytest.mark.skipif(
     is_older(onnxruntime.__version__, (1, 32)), reason="ONNX Runtime before 1.32 lacks these operators on the CPU"

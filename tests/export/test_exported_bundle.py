@@ -11,7 +11,7 @@ from conftest import EXAMPLE
 
 from retnet_export.export.checkpoints import open_checkpoint
 from retnet_export.export.pipeline import export_bundle
-from retnet_export.runtime.bundle import open_bundle
+from retnet_export.runtime.bundle.bundle import open_bundle
 
 
 def test_the_manifest_records_every_file_and_where_it_came_from(example_bundle):

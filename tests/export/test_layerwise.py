@@ -19,7 +19,7 @@ from retnet_export.export.model import RetNet, parallel_by_layer
 from retnet_export.export.pipeline import export_bundle
 from retnet_export.export.verify import verify, verify_by_layer
 from retnet_export.graph.weights import random_weights, weight_shapes
-from retnet_export.runtime.bundle import open_bundle
+from retnet_export.runtime.bundle.bundle import open_bundle
 from retnet_export.runtime.model import load
 from retnet_export.runtime.numerics import TOLERANCES, measure
 

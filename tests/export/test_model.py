@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from retnet_export.export.model import RetNet, State
 from retnet_export.graph.weights import random_weights
-from retnet_export.runtime.config import ModelConfig
+from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.numerics import TOLERANCES, measure
 
 CONFIGS = {**tiny.CONFIGS, "odd head sizes": tiny.config(num_heads=2, num_kv_heads=2, head_key_dim=6, head_value_dim=432)}

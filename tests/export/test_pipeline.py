@@ -17,9 +17,9 @@ import tiny
 from retnet_export.export.checkpoints.base import Checkpoint
 from retnet_export.export.pipeline import export_bundle
 from retnet_export.graph.weights import random_weights
-from retnet_export.runtime.bundle import open_bundle
+from retnet_export.runtime.bundle.bundle import open_bundle
+from retnet_export.runtime.bundle.files import sha256_of
 from retnet_export.runtime.errors import UserError
-from retnet_export.runtime.files import sha256_of
 
 SLOW_EXPORT = """
 import sys, time

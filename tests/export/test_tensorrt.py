@@ -12,8 +12,8 @@ import tiny
 
 from retnet_export.export.tensorrt import CompileOptions, compile_bundle
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
-from retnet_export.runtime.bundle import Bundle, open_bundle
-from retnet_export.runtime.engines import FOLDER, find_engine, map_engine, read_engines
+from retnet_export.runtime.bundle.bundle import Bundle, open_bundle
+from retnet_export.runtime.bundle.engines import FOLDER, find_engine, map_engine, read_engines
 from retnet_export.runtime.errors import UserError
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")

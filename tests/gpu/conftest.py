@@ -8,7 +8,7 @@ import pytest
 @pytest.fixture(autouse=True)
 def gpu():
     pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
-    from retnet_export.runtime import cuda
+    from retnet_export.runtime.device import cuda
 
     if cuda.device_count() == 0:
         pytest.skip("this machine has no NVIDIA GPU that CUDA can use")

@@ -5,7 +5,7 @@ import gc
 import numpy as np
 import pytest
 
-from retnet_export.runtime import cuda
+from retnet_export.runtime.device import cuda
 
 
 def test_a_copy_to_the_device_and_back_changes_nothing():

@@ -13,9 +13,9 @@ from retnet_export.graph.retnet import graph_spec, state_specs
 from retnet_export.graph.weights import random_weights
 from retnet_export.graph.weights_file import WeightsFile
 from retnet_export.runtime.backends.base import top_of
-from retnet_export.runtime.bundle import Bundle
-from retnet_export.runtime.config import ModelConfig
-from retnet_export.runtime.manifest import FORMAT_VERSION, Manifest, Precision
+from retnet_export.runtime.bundle.bundle import Bundle
+from retnet_export.runtime.bundle.config import ModelConfig
+from retnet_export.runtime.bundle.manifest import FORMAT_VERSION, Manifest, Precision
 from retnet_export.runtime.numerics import TOLERANCES, measure
 
 pytestmark = pytest.mark.usefixtures("onnxruntime_cuda")

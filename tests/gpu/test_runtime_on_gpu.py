@@ -13,17 +13,23 @@ import pytest
 import tiny
 
 from retnet_export.graph.weights import random_weights
-from retnet_export.runtime.generation import Options
+from retnet_export.runtime.generate.generation import Options
+from retnet_export.runtime.generate.state import Snapshot
 from retnet_export.runtime.model import load
 from retnet_export.runtime.numerics import TOLERANCES, measure
-from retnet_export.runtime.state import Snapshot
 
 pytestmark = pytest.mark.usefixtures("onnxruntime_cuda")
 TESTS = Path(__file__).parents[1]
-SUITE = ("test_session.py", "test_state.py", "test_batching.py", "test_conversation.py", "test_text.py")
+SUITE = (
+    "generate/test_session.py",
+    "generate/test_state.py",
+    "generate/test_batching.py",
+    "generate/test_conversation.py",
+    "generate/test_text.py",
+)
 OF_THE_CPU_ALONE = (
-    "test_session.py::test_a_batch_too_large_for_memory_is_refused_with_its_size",  # a GPU's message says how much is free
-    "test_conversation.py::test_a_message_whose_reply_is_not_finite_is_taken_back",  # looks into that stream's buffers
+    "generate/test_session.py::test_a_batch_too_large_for_memory_is_refused_with_its_size",  # a GPU's message says how much is free
+    "generate/test_conversation.py::test_a_message_whose_reply_is_not_finite_is_taken_back",  # looks into that stream's buffers
 )
 CONFIG = tiny.config(vocab_size=300, hidden_size=128, num_heads=2, num_kv_heads=2, head_key_dim=64, head_value_dim=128)
 WEIGHTS = random_weights(CONFIG, seed=4)

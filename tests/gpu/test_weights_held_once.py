@@ -26,10 +26,10 @@ CONFIG = tiny.config(
 USED = """
 import gc, json, sys
 import numpy as np
-from retnet_export.runtime import cuda
+from retnet_export.runtime.device import cuda
 from retnet_export.runtime.backends import device_weights
 from retnet_export.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
-from retnet_export.runtime.bundle import open_bundle
+from retnet_export.runtime.bundle.bundle import open_bundle
 
 def used():
     before = cuda.memory_info().free

@@ -15,7 +15,7 @@ from retnet_export.graph.dialects.products import pack_blocks
 from retnet_export.graph.prefill import build_prefill
 from retnet_export.graph.weights import random_weights
 from retnet_export.graph.weights_file import WeightsFile
-from retnet_export.runtime.config import ModelConfig
+from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.numerics import TOLERANCES, measure
 
 pytestmark = pytest.mark.skipif(
@@ -157,7 +157,7 @@ def test_four_bit_weights_are_packed_low_half_first():
 def test_an_exported_bundle_of_the_dialect_says_so_and_runs(tmp_path):
     import tiny
 
-    from retnet_export.runtime.bundle import open_bundle
+    from retnet_export.runtime.bundle.bundle import open_bundle
     from retnet_export.runtime.model import load
 
     config = CONFIGS["plain"]

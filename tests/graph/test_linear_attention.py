@@ -7,11 +7,11 @@ import pytest
 import tiny
 
 from retnet_export.graph.dialects.linear_attention import PIECE_BYTES, pieces_of
+from retnet_export.runtime.backends.onnxruntime_api import FUSES_INTEGERS, is_older
 from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.generate.state import Snapshot
 from retnet_export.runtime.model import load
 from retnet_export.runtime.numerics import TOLERANCES, measure
-from retnet_export.runtime.onnxruntime_api import FUSES_INTEGERS, is_older
-from retnet_export.runtime.state import Snapshot
 
 pytestmark = pytest.mark.skipif(
     is_older(onnxruntime.__version__, FUSES_INTEGERS), reason="ONNX Runtime before 1.25 has no LinearAttention"

@@ -14,11 +14,11 @@ from retnet_export.export.layerwise import logits_by_layer
 from retnet_export.export.pipeline import ExportOptions
 from retnet_export.quantize.evaluation import _state_error
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
-from retnet_export.runtime.bundle import open_bundle
+from retnet_export.runtime.backends.onnxruntime_api import WEIGHTS_FOLDER_OPTION, is_older
+from retnet_export.runtime.bundle.bundle import open_bundle
 from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.generate.state import Snapshot, whole_layers
 from retnet_export.runtime.model import load
-from retnet_export.runtime.onnxruntime_api import WEIGHTS_FOLDER_OPTION, is_older
-from retnet_export.runtime.state import Snapshot, whole_layers
 
 CONFIG = tiny.config(num_heads=8, num_kv_heads=8, head_value_dim=16)  # they remember 32, 64, … tokens; the last two 2,048 and 4,096
 SLOW = 2

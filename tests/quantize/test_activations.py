@@ -16,7 +16,7 @@ from retnet_export.quantize.activations import ActivationRanges
 from retnet_export.quantize.modelopt import Steps
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.quantize.rewrite import products
-from retnet_export.runtime.bundle import open_bundle
+from retnet_export.runtime.bundle.bundle import open_bundle
 from retnet_export.runtime.errors import MissingExtraError, UserError
 from retnet_export.runtime.model import load
 from retnet_export.runtime.numerics import measure

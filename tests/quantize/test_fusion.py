@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
-from retnet_export.runtime.onnxruntime_api import FUSES_INTEGERS, is_older
+from retnet_export.runtime.backends.onnxruntime_api import FUSES_INTEGERS, is_older
 
 pytestmark = pytest.mark.skipif(
     is_older(onnxruntime.__version__, FUSES_INTEGERS), reason="ONNX Runtime before 1.25 does not fuse 8-bit weights"

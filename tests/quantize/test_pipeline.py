@@ -14,7 +14,7 @@ import tiny
 from retnet_export.graph.blocks import rotated_projection_order
 from retnet_export.graph.weights import random_weights, retention_inputs
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
-from retnet_export.runtime.bundle import open_bundle
+from retnet_export.runtime.bundle.bundle import open_bundle
 from retnet_export.runtime.errors import PrecisionWarning, UserError
 from retnet_export.runtime.model import load
 from retnet_export.runtime.numerics import TOLERANCES, measure

@@ -9,9 +9,9 @@ import tensorrt_double
 import tiny
 
 from retnet_export.export.tensorrt import CompileOptions, compile_bundle
-from retnet_export.runtime.generation import Options
+from retnet_export.runtime.generate.generation import Options
+from retnet_export.runtime.generate.state import Snapshot
 from retnet_export.runtime.model import load
-from retnet_export.runtime.state import Snapshot
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
 

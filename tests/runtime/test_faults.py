@@ -17,10 +17,10 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retnet_export.runtime.bundle import open_bundle, record_files
+from retnet_export.runtime.bundle.bundle import open_bundle, record_files
+from retnet_export.runtime.bundle.external_data import external_locations
+from retnet_export.runtime.bundle.files import sha256_of
 from retnet_export.runtime.errors import UserError
-from retnet_export.runtime.external_data import external_locations
-from retnet_export.runtime.files import sha256_of
 from retnet_export.runtime.model import load
 
 FILES = ("decode.onnx", "prefill.onnx", "weights.bin")

@@ -11,9 +11,9 @@ import tiny
 from cuda_double import CudaDouble
 
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
-from retnet_export.runtime import cuda
 from retnet_export.runtime.backends.device_weights import SMALLEST, DeviceWeights
-from retnet_export.runtime.external_data import stored_initializers
+from retnet_export.runtime.bundle.external_data import stored_initializers
+from retnet_export.runtime.device import cuda
 
 CONFIG = tiny.config(hidden_size=64, ffn_size=96, vocab_size=70)
 

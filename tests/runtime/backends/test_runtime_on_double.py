@@ -9,17 +9,17 @@ from pathlib import Path
 
 TESTS = Path(__file__).parents[2]
 SUITE = (
-    "runtime/test_session.py",
-    "runtime/test_state.py",
-    "runtime/test_batching.py",
-    "runtime/test_conversation.py",
-    "runtime/test_text.py",
+    "runtime/generate/test_session.py",
+    "runtime/generate/test_state.py",
+    "runtime/generate/test_batching.py",
+    "runtime/generate/test_conversation.py",
+    "runtime/generate/test_text.py",
     "runtime/test_faults.py",
     "commands/test_sessions.py",
 )
 OF_ONNX_RUNTIME_ALONE = (
     # an engine has a largest batch of its own
-    "runtime/test_session.py::test_a_batch_too_large_for_memory_is_refused_with_its_size",
+    "runtime/generate/test_session.py::test_a_batch_too_large_for_memory_is_refused_with_its_size",
     # the engine is built from the graph, not from what the manifest says of it
     "runtime/test_faults.py::test_a_manifest_that_contradicts_the_graph_is_refused_before_a_buffer_is_made",
     # it would build an engine of each of the damaged bundles

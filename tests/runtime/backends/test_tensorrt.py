@@ -12,14 +12,14 @@ import tiny
 from cuda_double import Misuse
 
 from retnet_export.export.tensorrt import CompileOptions, compile_bundle
+from retnet_export.plan.preflight import needed_bytes
+from retnet_export.plan.sizes import sizes_of_bundle
 from retnet_export.runtime.backends import open_backend
 from retnet_export.runtime.backends.base import initial_state
-from retnet_export.runtime.engines import FOLDER
+from retnet_export.runtime.backends.tensorrt_api import load_module
+from retnet_export.runtime.bundle.engines import FOLDER
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.numerics import TOLERANCES, measure
-from retnet_export.runtime.plan.preflight import needed_bytes
-from retnet_export.runtime.plan.sizes import sizes_of_bundle
-from retnet_export.runtime.tensorrt_api import load_module
 
 RELEASES = tuple(tensorrt_double.RELEASES)
 TOKENS = np.random.default_rng(1).integers(0, 50, (3, 24), dtype=np.int64)

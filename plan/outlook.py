@@ -1,0 +1,70 @@
+"""Everything `plan` says of one model on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from retnet_export.plan.devices import FORMAT_FLOOR, DeviceSpec, parse_capability
+from retnet_export.plan.prediction import MEASUREMENTS, Prediction, predict
+from retnet_export.plan.preflight import largest_batch, needed_bytes
+from retnet_export.plan.sizes import Sizes
+
+BASES = {
+    "tensorrt": "a roofline fitted to NVIDIA's figures for INT4 Transformers on Jetson Orin; no RetNet was measured there",
+    "onnxruntime-cuda": "a roofline fitted to this project's measurements on an H100",
+    "onnxruntime": "a roofline fitted to this project's measurements on two CPU cores",
+}
+"""Where a prediction's constants come from, by runtime."""
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """A model on a device.
+
+    Attributes:
+        fits: whether it runs there at all.
+        why_not: why not.
+        at_rest, at_peak: bytes of memory, the runtime's own included in the peak.
+        largest_batch: sequences that fit together.
+        prediction: how fast.
+        basis: what the prediction rests on.
+    """
+
+    fits: bool
+    why_not: str | None
+    at_rest: float
+    at_peak: float
+    largest_batch: int
+    prediction: Prediction
+    basis: str
+
+
+def outlook(sizes: Sizes, device: DeviceSpec, batch: int, chunk: int, formats: Sequence[str]) -> Outlook:
+    """What to expect.
+
+    Args:
+        sizes: the model.
+        device: the device.
+        batch: sequences that step together.
+        chunk: tokens of a prompt that are read at once.
+        formats: of its weights and products.
+    """
+    peak = needed_bytes(sizes, batch, chunk)
+    why_not = None
+    for name in formats:
+        floor = FORMAT_FLOOR.get(name)
+        if device.compute_capability is not None and floor is not None and parse_capability(device.compute_capability) < floor:
+            why_not = f"{name} needs compute capability {floor[0]}.{floor[1]}, this GPU has {device.compute_capability}"
+    if peak > device.usable_bytes:
+        why_not = f"it needs {peak / 1e9:.2f} GB at batch {batch}, {device.usable_bytes / 1e9:.2f} are usable"
+    rows = sum(row.runtime == device.runtime for row in MEASUREMENTS)
+    return Outlook(
+        fits=why_not is None,
+        why_not=why_not,
+        at_rest=sizes.memory_at_rest(batch),
+        at_peak=peak,
+        largest_batch=largest_batch(sizes, device.usable_bytes, chunk),
+        prediction=predict(sizes, device, batch),
+        basis=f"{BASES[device.runtime]} ({rows} figures)",
+    )

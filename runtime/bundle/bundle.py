@@ -1,0 +1,166 @@
+"""The bundle: a self-contained folder with graphs, weights and a manifest, that is either whole or absent.
+
+    NAME.retnet/
+        manifest.json     what is in the folder; everything a host needs to run it (this module's dataclasses)
+        decode.onnx       one token per sequence
+        prefill.onnx      a chunk of tokens per sequence, same state
+        weights.bin       external data of the graphs, stored once
+        tokenizer.json    when the checkpoint has one
+
+A bundle is written into a temporary sibling and renamed into place. It is read with the size and hash of every file
+checked; no name in a manifest may leave the folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from retnet_export.runtime.bundle.external_data import external_locations
+from retnet_export.runtime.bundle.files import restore_old, sha256_of, write_atomically
+from retnet_export.runtime.bundle.manifest import FORMAT, FORMAT_VERSION, FileRecord, Manifest
+from retnet_export.runtime.bundle.schema import decode, encode
+from retnet_export.runtime.bundle.validation import check_manifest
+from retnet_export.runtime.errors import UserError
+
+MANIFEST = "manifest.json"
+LARGEST_MANIFEST = 16 << 20
+"""Bytes; a real one has some ten thousand."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk whose manifest and files have been checked."""
+
+    path: Path
+    manifest: Manifest
+
+    def file(self, name: str) -> Path:
+        """The path of one of the files that the manifest lists."""
+        return self.path / name
+
+    def with_manifest(self, **changes: object) -> Bundle:
+        """Rewrite the manifest with some fields replaced; atomically, the other files stay as they are."""
+        manifest = replace(self.manifest, **changes)  # type: ignore[arg-type]
+        write_manifest(self.path, manifest)
+        return Bundle(self.path, manifest)
+
+
+def open_bundle(path: str | Path, *, check_hashes: bool = True, progress: Callable[[int], None] | None = None) -> Bundle:
+    """Read a bundle and check it.
+
+    Args:
+        path: the folder.
+        check_hashes: compare the SHA-256 of every file (about a second per gigabyte); sizes are always compared.
+        progress: called with the number of bytes hashed since the last call.
+
+    Raises:
+        UserError: it is not a bundle, its manifest contradicts itself, or a file is missing, changed, truncated, or outside
+            the folder, by its name, by a link, or as the place of a graph's weights.
+    """
+    path = Path(path)
+    if not path.is_dir() and (old := restore_old(path)) is not None:
+        raise UserError(
+            f"{path}: no such bundle, but {old} is what was there: another command is replacing it, or was killed and left it "
+            "where it cannot be moved; wait, or move it back"
+        )
+    if not path.is_dir():
+        hint = "; it is a file, expected a folder that `retnet-export export` wrote" if path.exists() else "; is the path right?"
+        raise UserError(f"{path}: no such bundle{hint}")
+    manifest_path = path / MANIFEST
+    if not manifest_path.is_file():
+        raise UserError(f"{path}: not a bundle, it has no {MANIFEST}; make one with `retnet-export export CHECKPOINT -o {path}`")
+    manifest = _read_manifest(manifest_path)
+    for name, record in manifest.files.items():
+        _check_file(path, name, record, check_hashes, progress)
+    bundle = Bundle(path, manifest)
+    _check_external_data(bundle)
+    return bundle
+
+
+def _read_manifest(path: Path) -> Manifest:
+    try:
+        size = path.stat().st_size
+        if size > LARGEST_MANIFEST:
+            raise UserError(f"{path}: {size:,} bytes, a manifest has at most {LARGEST_MANIFEST:,}")
+        document = json.loads(path.read_bytes(), object_pairs_hook=_object, parse_constant=_refuse_constant)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); the bundle is damaged, export it again") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise UserError(f"{path}: not a retnet-export manifest: the field 'format' is not {FORMAT!r}")
+    if document.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: bundle format {document.get('format_version')!r}, this version of retnet-export reads {FORMAT_VERSION}; "
+            "export the checkpoint again with this version"
+        )
+    manifest = decode(Manifest, document, str(path))
+    try:
+        check_manifest(manifest, MANIFEST)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return manifest
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; Python would let the last of two equal keys win, another reader the first."""
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} twice in one object")
+    return document
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _check_file(root: Path, name: str, record: FileRecord, check_hash: bool, progress: Callable[[int], None] | None) -> None:
+    path = root / name
+    try:
+        if not path.is_file():
+            raise UserError(f"{path}: missing; the manifest lists it, so the bundle is incomplete: copy or export it again")
+        if not path.resolve().is_relative_to(root.resolve()):
+            raise UserError(f"{path}: a link that leaves the bundle; a bundle must hold its own files")
+        size = path.stat().st_size
+        if size != record.bytes:
+            raise UserError(
+                f"{path}: {size:,} bytes, the manifest says {record.bytes:,}; "
+                "the file is truncated or replaced: copy or export it again"
+            )
+        if check_hash and sha256_of(path, progress) != record.sha256:
+            raise UserError(
+                f"{path}: its SHA-256 is not the one in the manifest; the file is damaged or replaced: copy or export it again"
+            )
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _check_external_data(bundle: Bundle) -> None:
+    """The graphs' weights must be in files of the bundle, which have been checked."""
+    for graph in bundle.manifest.graphs.values():
+        path = bundle.file(graph.file)
+        try:
+            locations = external_locations(path.read_bytes())
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        if strange := sorted(locations - set(bundle.manifest.files)):
+            raise UserError(f"{path}: its weights are said to be in {strange[0]!r}, which is not among the bundle's files")
+
+
+def record_files(folder: Path, known: Mapping[str, FileRecord] | None = None) -> dict[str, FileRecord]:
+    """Size and hash of every file of a folder but its manifest; `known` records are taken as they are."""
+    known = known or {}
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return {
+        name: known[name] if name in known else FileRecord((folder / name).stat().st_size, sha256_of(folder / name))
+        for name in names
+    }
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json so that a reader sees the old one or the new one, never a part."""
+    write_atomically(folder / MANIFEST, (json.dumps(encode(manifest), indent=2) + "\n").encode())

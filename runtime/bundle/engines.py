@@ -1,0 +1,192 @@
+"""Compiled engines of a bundle: what they are called, what is recorded of them, and which of them runs here.
+
+    NAME.retnet/engines/
+        tensorrt-10.3.0-sm87.engine     decode and prefill as two profiles of one engine
+        tensorrt-10.3.0-sm87.json       what it was built from, with what, for what: an `EngineRecord`
+
+An engine belongs to one machine, so it is no part of the bundle's manifest: it can be deleted or made again at any time. The
+record is written last, so that an engine with a record is whole. At load the record is held against the bundle: an engine
+built from other graphs or weights is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from retnet_export.runtime.bundle.bundle import Bundle
+from retnet_export.runtime.bundle.files import sha256_of, write_atomically
+from retnet_export.runtime.bundle.manifest import FileRecord
+from retnet_export.runtime.bundle.schema import decode, encode
+from retnet_export.runtime.errors import UserError
+
+FOLDER = "engines"
+FORMAT_VERSION = 1
+Role = Literal["decode", "prefill"]
+TOP_LOGITS, TOP_TOKENS = "top_logits", "top_tokens"
+"""Outputs that compiling adds: the largest logits of each sequence and their tokens, so that a step copies these alone."""
+
+
+@dataclass(frozen=True)
+class EnginePart:
+    """What runs decode, or prefill.
+
+    Attributes:
+        role: which of the two.
+        graph: the graph it was parsed from; "prefill" serves both when they share an engine.
+        file: the engine, in the folder of engines.
+        profile: the number of its optimization profile in that engine.
+        max_tokens: the most tokens per sequence in one run.
+        activation_bytes: device memory it needs while it runs, beside weights, state and logits.
+    """
+
+    role: Role
+    graph: str
+    file: str
+    profile: int
+    max_tokens: int
+    activation_bytes: int
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """What is known of a compiled bundle.
+
+    Attributes:
+        target: "tensorrt" or "tensorrt-rtx".
+        version: of the product that built it, which must be the one that loads it.
+        compute_capabilities: the GPUs it was built for.
+        device: the GPU's name if one was at hand when it was built.
+        max_batch: the most sequences that step together.
+        candidates: how many of the largest logits a step picks on the device.
+        parts: decode and prefill.
+        weights_bytes: device memory of the weights.
+        sources: SHA-256 of each file of the bundle that it was built from.
+        files: the engines' own sizes and hashes.
+        build_seconds: how long that took.
+    """
+
+    format: Literal["retnet-export engine"]
+    format_version: int
+    target: Literal["tensorrt", "tensorrt-rtx"]
+    version: str
+    compute_capabilities: tuple[str, ...]
+    device: str | None
+    max_batch: int
+    candidates: int
+    parts: tuple[EnginePart, ...]
+    weights_bytes: int
+    sources: Mapping[str, str]
+    files: Mapping[str, FileRecord]
+    build_seconds: float
+
+    @property
+    def stem(self) -> str:
+        """The record's name without its ending."""
+        return engine_stem(self.target, self.version, self.compute_capabilities)
+
+    def part(self, role: Role) -> EnginePart:
+        return next(part for part in self.parts if part.role == role)
+
+
+def engine_stem(target: str, version: str, capabilities: tuple[str, ...]) -> str:
+    """How engines are named: tensorrt-rtx-1.7.1.116-sm86-sm89."""
+    return "-".join([target, version, *(f"sm{capability.replace('.', '')}" for capability in capabilities)])
+
+
+def sources_of(bundle: Bundle) -> dict[str, str]:
+    """SHA-256 of the bundle's graphs and weights, as its manifest has them."""
+    names = {graph.file for graph in bundle.manifest.graphs.values()} | {"weights.bin"}
+    return {name: record.sha256 for name, record in bundle.manifest.files.items() if name in names}
+
+
+def write_engines(bundle: Bundle, record: EngineRecord, engines: Mapping[str, memoryview]) -> None:
+    """Write engines and then their record into the bundle; nothing is left if that fails.
+
+    Args:
+        bundle: the bundle.
+        record: its `files` are those of `engines`.
+        engines: content by file name.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    folder = bundle.path / FOLDER
+    written: list[Path] = []
+    try:
+        folder.mkdir(exist_ok=True)
+        (folder / f"{record.stem}.json").unlink(missing_ok=True)
+        for name, content in engines.items():
+            written.append(folder / name)
+            write_atomically(folder / name, content)
+        write_atomically(folder / f"{record.stem}.json", (json.dumps(encode(record), indent=2) + "\n").encode())
+    except BaseException as error:
+        for path in written:
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # which only succeeds if it holds no other engine
+        if isinstance(error, OSError):
+            raise UserError(f"{folder}: cannot be written: {error.strerror}; no engine was kept") from error
+        raise
+
+
+def read_engines(bundle: Bundle) -> list[EngineRecord]:
+    """The records of all engines of a bundle, whether or not they run here.
+
+    Raises:
+        UserError: a record is damaged.
+    """
+    records = []
+    for path in sorted((bundle.path / FOLDER).glob("*.json")):
+        try:
+            document = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise UserError(f"{path}: not valid JSON ({error}); delete it and compile again") from error
+        record = decode(EngineRecord, document, str(path))
+        if record.format_version != FORMAT_VERSION:
+            raise UserError(f"{path}: engine format {record.format_version}, this version reads {FORMAT_VERSION}; compile again")
+        if {part.file for part in record.parts} != set(record.files) or any(Path(name).name != name for name in record.files):
+            raise UserError(f"{path}: its engines and their files do not match; compile again")
+        records.append(record)
+    return records
+
+
+def find_engine(bundle: Bundle, target: str, version: str, capability: str) -> EngineRecord:
+    """The engine of a bundle that this TensorRT can load on this GPU.
+
+    Raises:
+        UserError: there is none, or it was built from other graphs; the message says which there are.
+    """
+    records = read_engines(bundle)
+    command = f"retnet-export compile {bundle.path} --target {target}"
+    for record in records:
+        if record.target == target and record.version == version and capability in record.compute_capabilities:
+            if dict(record.sources) != sources_of(bundle):
+                raise UserError(
+                    f"{bundle.path / FOLDER / record.stem}: built from other graphs or weights than the bundle now holds; "
+                    f"compile again: {command}"
+                )
+            return record
+    found = ", ".join(record.stem for record in records) or "none"
+    raise UserError(
+        f"{bundle.path}: no engine for {target} {version} on compute capability {capability} (engines found: {found}); "
+        f"compile one: {command}"
+    )
+
+
+def map_engine(bundle: Bundle, record: EngineRecord, name: str, *, check_hash: bool = True) -> mmap.mmap:
+    """The content of an engine, mapped: on a device whose memory is shared, no second copy of the weights is held.
+
+    Raises:
+        UserError: it is missing or not the file that was recorded.
+    """
+    path, expected = bundle.path / FOLDER / name, record.files[name]
+    if not path.is_file() or path.stat().st_size != expected.bytes or (check_hash and sha256_of(path) != expected.sha256):
+        raise UserError(f"{path}: missing, or not the engine that its record describes; compile again")
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -1,0 +1,1 @@
+"""The machine: CUDA, what a Jetson reports, and what is missing here."""

@@ -1,0 +1,163 @@
+"""One continuation, apart from the graph: from logits to tokens and text, until something ends it.
+
+A session drives one of these, a batch drives several; both therefore end, stop and count alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retnet_export.runtime.backends.base import top_of
+from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.generate.sampling import Logits, Sampler, Sampling, Tokens, log_softmax
+from retnet_export.runtime.generate.text import StopStrings, Tokenizer
+
+Finish = Literal["length", "stop", "end of text"]
+"""Why a continuation ended: the token limit, a stop string or stop token, or a token that ends a text."""
+
+
+@dataclass(frozen=True)
+class Options(Sampling):
+    """How tokens are chosen, and when to stop.
+
+    Attributes:
+        max_new_tokens: the most tokens to generate.
+        stop: texts to end before; they may span tokens, and are not given.
+        stop_tokens: token ids to end before, beside those that end a text in this model.
+        logprobs: None for none; n for the log-probability of each chosen token and of the n most probable ones.
+    """
+
+    max_new_tokens: int = 128
+    stop: str | Sequence[str] = ()
+    stop_tokens: Sequence[int] = ()
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in (("max_new_tokens", self.max_new_tokens), ("logprobs", self.logprobs)):
+            if value is not None and value < 0:
+                raise UserError(f"generation: {name} is {value}, expected 0 or more")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Stop strings as a tuple, however they were given."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One generated token and the text it completed.
+
+    Attributes:
+        token: its id; None for text that was held back and is given at the end.
+        text: whole characters, maybe none; up to a stop string.
+        logprob: log-probability under the model itself (no bias, penalty, temperature or truncation), if asked for.
+        top: the most probable tokens with theirs, if asked for.
+    """
+
+    token: int | None
+    text: str
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Continuation:
+    """Chooses tokens for one sequence and turns them into text.
+
+    Args:
+        options: how, and until when.
+        read: int32 (V,), how often the sequence has read each token; looked at, not copied.
+        ends: tokens that end a text.
+        tokenizer: for text; None gives tokens alone.
+        context: tokens before the first one, which its text joins on to.
+
+    Attributes:
+        finish: why it ended; None while it has not.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        read: NDArray[np.int32],
+        ends: Sequence[int] = (),
+        tokenizer: Tokenizer | None = None,
+        context: Sequence[int] = (),
+    ) -> None:
+        if options.stops and tokenizer is None:
+            raise UserError("stop strings need text: this generation gives token ids only; use stop_tokens")
+        self.options = options
+        self.finish: Finish | None = "length" if options.max_new_tokens == 0 else None
+        self._sampler = Sampler(options, read)
+        self._ends, self._stop_tokens = frozenset(ends), frozenset(options.stop_tokens)
+        self._stream = None if tokenizer is None else tokenizer.stream(context)
+        self._stops = StopStrings(options.stops)
+        self._made = 0
+        self._logprobs: tuple[float | None, tuple[tuple[int, float], ...]] = (None, ())
+
+    @property
+    def needs(self) -> int:
+        """How many of the largest logits `choose_among` wants; 0 if it takes all of them, by `choose`."""
+        return 0 if self.options.logprobs is not None else self._sampler.needs
+
+    def choose(self, logits: Logits) -> int | None:
+        """The next token from all logits (V,); None if that ends the text."""
+        token = self._sampler.choose(logits)
+        if (count := self.options.logprobs) is not None:
+            own = log_softmax(logits)
+            tokens, values = top_of(own[None], count) if count else (np.zeros((1, 0), np.int64), np.zeros((1, 0), np.float32))
+            self._logprobs = float(own[token]), tuple(zip(tokens[0].tolist(), values[0].tolist(), strict=True))
+        return self._unless_end(token)
+
+    def choose_among(self, tokens: Tokens, logits: Logits) -> int | None:
+        """The next token from the `needs` largest logits; None if that ends the text."""
+        return self._unless_end(self._sampler.choose_among(tokens, logits))
+
+    def accept(self, token: int) -> Piece:
+        """The text that the chosen token gives; sets `finish` if it was the last."""
+        self._made += 1
+        text = "" if self._stream is None else self._stops.push(self._stream.push(token))
+        if self._stops.hit:
+            self.finish = "stop"
+        elif self._made >= self.options.max_new_tokens:
+            self.finish = "length"
+        return Piece(token, text, *self._logprobs)
+
+    def flush(self) -> str:
+        """Text held back, once it has ended."""
+        if self._stream is None or self._stops.hit:
+            return ""
+        text = self._stops.end(self._stream.flush())
+        self.finish = "stop" if self._stops.hit else self.finish
+        return text
+
+    def _unless_end(self, token: int) -> int | None:
+        if token in self._ends:
+            self.finish = "end of text"
+        elif token in self._stop_tokens:
+            self.finish = "stop"
+        else:
+            return token
+        return None
+
+
+class Generation:
+    """The pieces of a continuation as they come; lazy.
+
+    Attributes:
+        finish: why it ended; None while it has not, or if it was abandoned.
+    """
+
+    def __init__(self, continuation: Continuation, pieces: Iterator[Piece]) -> None:
+        self._continuation, self._pieces = continuation, pieces
+
+    def __iter__(self) -> Iterator[Piece]:
+        return self._pieces
+
+    @property
+    def finish(self) -> Finish | None:
+        return self._continuation.finish

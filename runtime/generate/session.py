@@ -1,0 +1,382 @@
+"""Sessions: one sequence (or a batch that steps together) in a model, and its state. Feed it, generate from it, put it aside."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retnet_export.runtime.backends.base import Stream, initial_state, top_of
+from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.generate.generation import Continuation, Generation, Options, Piece
+from retnet_export.runtime.generate.sampling import Logits, Tokens
+from retnet_export.runtime.generate.state import Snapshot, first_broken_layer, model_hash
+from retnet_export.runtime.generate.stats import Stats
+
+if TYPE_CHECKING:
+    from retnet_export.runtime.model import Model
+
+TAIL = 16
+"""Tokens a session remembers literally: enough for text to join on to, and of constant size."""
+
+
+class Session:
+    """A batch of sequences and their state.
+
+    Rule: one thread at a time. A call that meets another thread's call in progress is refused, never queued: interleaved
+    texts in one state would help nobody.
+
+    Args:
+        model: the model.
+        batch: sequences that step together; text goes in and comes out only if it is 1.
+        keep: the last so many snapshots are kept for `rewind`, one before each text that is fed.
+    """
+
+    def __init__(self, model: Model, batch: int = 1, *, keep: int = 0) -> None:
+        if batch < 1 or keep < 0:
+            raise UserError(f"session: batch is {batch}, expected at least 1; keep is {keep}, expected 0 or more")
+        manifest = model.bundle.manifest
+        self.model, self.batch = model, batch
+        try:
+            self._stream: Stream = model.backend.open_stream(batch)
+        except MemoryError as error:
+            raise UserError(
+                f"{model.bundle.path}: not enough memory for the state of {batch} sequences, "
+                f"{manifest.state_bytes / 1e6:.1f} MB each; use a smaller batch"
+            ) from error
+        self._vocab_size = manifest.model.vocab_size
+        self._chunk = manifest.graphs["prefill"].chunk_size
+        self._guard = threading.Lock()
+        self._kept: deque[Snapshot] = deque(maxlen=keep)
+        self._changes = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        self._positions = np.zeros(self.batch, np.int64)
+        self._read = np.zeros((self.batch, self._vocab_size), np.int32)
+        self._tails: list[deque[int]] = [deque(maxlen=TAIL) for _ in range(self.batch)]
+        self._restored: Logits | None = None
+        self._tops: dict[int, tuple[Tokens, Logits]] = {}
+        self._failed = False
+        self._changes += 1
+
+    @property
+    def position(self) -> int:
+        """Tokens read so far; by the first sequence, if they differ."""
+        return int(self._positions[0])
+
+    @property
+    def tail(self) -> tuple[int, ...]:
+        """The last tokens read by the first sequence, which text joins on to."""
+        return tuple(self._tails[0])
+
+    @property
+    def logits(self) -> Logits | None:
+        """Float32 (B, V) after the last token read, valid until the next step; None at the start."""
+        if self._restored is not None:
+            return self._restored
+        return self._stream.logits() if self._positions.any() else None
+
+    def reset(self) -> None:
+        """Back to the start of a sequence; kept snapshots are forgotten. Mends a session that failed."""
+        with self._alone():
+            start = initial_state(self.model.bundle.manifest.state)
+            for slot in range(self.batch):
+                self._stream.write_state(slot, start)
+            self._kept.clear()
+            self._forget()
+
+    def step(self, tokens: Sequence[int] | Tokens) -> Logits:
+        """Read one token per sequence, (B,); logits (B, V), valid until the next step.
+
+        Raises:
+            UserError: a token is not in the vocabulary, or an earlier step failed.
+        """
+        self.advance(tokens)
+        return self._stream.logits()
+
+    def advance(self, tokens: Sequence[int] | Tokens) -> None:
+        """The same, but the logits stay where they are: for those who then `choose`."""
+        array = self._checked(tokens)
+        if array.shape != (self.batch,):
+            raise UserError(f"expected one token for each of {self.batch} sequences, found shape {array.shape}")
+        with self._alone():
+            self._advance(array[:, None])
+
+    def prefill(self, tokens: Tokens, lengths: NDArray[np.int64]) -> Logits:
+        """Read up to a chunk of tokens per sequence at once; as many steps would do the same.
+
+        Args:
+            tokens: (B, C), C at most the bundle's chunk size.
+            lengths: (B,), how many of each row are real; a sequence of 0 keeps its state and has no logits.
+
+        Returns:
+            Logits (B, V) after each sequence's last real token, valid until the next step.
+
+        Raises:
+            UserError: shapes do not fit, a token is not in the vocabulary, or an earlier step failed.
+        """
+        if (
+            tokens.ndim != 2
+            or len(tokens) != self.batch
+            or not 1 <= tokens.shape[1] <= self._chunk
+            or lengths.shape != (self.batch,)
+        ):
+            raise UserError(
+                f"expected up to {self._chunk} tokens for each of {self.batch} sequences and as many lengths, "
+                f"found tokens {tokens.shape} and lengths {lengths.shape}"
+            )
+        if lengths.min() < 0 or lengths.max() > tokens.shape[1]:
+            raise UserError(f"lengths {lengths.tolist()} do not fit rows of {tokens.shape[1]} tokens")
+        self._checked(tokens[np.arange(tokens.shape[1]) < lengths[:, None]])
+        with self._alone():
+            self._advance(tokens, lengths)
+            return self._stream.logits()
+
+    def feed(
+        self, text: str | Sequence[int], stats: Stats | None = None, progress: Callable[[int, int], None] | None = None
+    ) -> int:
+        """Read a text, or token ids.
+
+        Args:
+            text: what to read.
+            stats: receives how long it took.
+            progress: called after each chunk with the tokens read so far and their total. What it raises ends the reading
+                there, and the session stands at that token.
+
+        Returns:
+            How many tokens that were.
+
+        Raises:
+            UserError: there is nothing to read, or it cannot be encoded.
+        """
+        if self.batch != 1:
+            raise UserError(f"feed reads one sequence, this session has {self.batch}; use step")
+        tokens = self._checked(self.encode(text) if isinstance(text, str) else text)
+        if not len(tokens):
+            raise UserError("the prompt is empty: give at least one character")
+        began = time.perf_counter()
+        if self._kept.maxlen:
+            self.mark()
+        with self._alone():
+            for first in range(0, len(tokens), self._chunk):
+                part = tokens[None, first : first + self._chunk]
+                self._advance(part, np.array([part.shape[1]]))
+                if progress is not None:
+                    progress(first + part.shape[1], len(tokens))
+        if stats is not None:
+            stats.add_prompt(len(tokens), time.perf_counter() - began)
+        return len(tokens)
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens that `feed` would read, with the one that begins a text if nothing was read yet."""
+        tokenizer = self.model.tokenizer
+        tokens = tokenizer.encode(text)
+        start = tokenizer.spec.bos_id
+        return [start, *tokens] if self.position == 0 and start is not None else tokens
+
+    def generate(self, options: Options | None = None, *, stats: Stats | None = None, **changes: Any) -> Iterator[str]:
+        """Text piece by piece, whole characters only; lazy, and can be closed at any piece.
+
+        Args:
+            options: how tokens are chosen and when to stop; `changes` are its fields by name.
+            stats: receives where the time went.
+            changes: `temperature=0.8`, `max_new_tokens=200`, ….
+
+        Raises:
+            UserError: nothing was read yet, or an option is out of its range.
+        """
+        return (piece.text for piece in self.pieces(options, stats=stats, **changes) if piece.text)
+
+    def generate_tokens(self, options: Options | None = None, *, stats: Stats | None = None, **changes: Any) -> Iterator[int]:
+        """The same as token ids, which needs no tokenizer."""
+        generation = self.pieces(options, stats=stats, with_text=False, **changes)
+        return (piece.token for piece in generation if piece.token is not None)
+
+    def pieces(
+        self, options: Options | None = None, *, stats: Stats | None = None, with_text: bool = True, **changes: Any
+    ) -> Generation:
+        """The same as `Piece`s, with token ids and log-probabilities; its `finish` says why it ended.
+
+        Each token is read into the state before its piece is given, so the session always stands where the text does.
+        """
+        if self.batch != 1:
+            raise UserError(f"generate continues one sequence, this session has {self.batch}; use Model.generate_many")
+        if self.logits is None:
+            raise UserError("nothing to continue: feed the session a prompt first")
+        continuation = self.continuation(replace(options or Options(), **changes), with_text)
+        return Generation(continuation, self._generate(continuation, stats))
+
+    def _generate(self, continuation: Continuation, stats: Stats | None) -> Iterator[Piece]:
+        changes = self._changes
+        while continuation.finish is None:
+            began = time.perf_counter()
+            with self._alone():
+                if self._changes != changes:
+                    raise UserError("the session was fed, restored or reset while it was generating; start a new generation")
+                token = self._choose(continuation, 0)
+                chosen = time.perf_counter()
+                if token is None:
+                    break
+                self._advance(np.array([[token]]))
+                changes = self._changes
+            stepped = time.perf_counter()
+            piece = continuation.accept(token)
+            if stats is not None:
+                stats.add_step(1e3 * (stepped - chosen), 1e3 * (chosen - began), 1e3 * (time.perf_counter() - began))
+            yield piece
+        if text := continuation.flush():
+            yield Piece(None, text)
+
+    def snapshot(self, slot: int = 0) -> Snapshot:
+        """A copy of one sequence: state, position and logits, independent of the backend."""
+        with self._alone():
+            self._check_whole()
+            logits = self.logits
+            return Snapshot(
+                model=model_hash(self.model.bundle.manifest),
+                state=self._stream.read_state(slot),
+                logits=None if logits is None or not self._positions[slot] else logits[slot].copy(),
+                read=self._read[slot].copy(),
+                tail=tuple(self._tails[slot]),
+            )
+
+    def restore(self, snapshot: Snapshot, slot: int = 0) -> None:
+        """Go on from a snapshot of this model, taken in any session on any backend. Mends a session that failed.
+
+        Raises:
+            UserError: it belongs to another model or to a bundle with another state type.
+        """
+        snapshot.check(self.model.bundle.manifest)
+        with self._alone():
+            if self.batch > 1:
+                self._check_whole()
+            logits = self.logits
+            self._restored = np.zeros((self.batch, self._vocab_size), np.float32) if logits is None else logits.copy()
+            if snapshot.logits is not None:
+                self._restored[slot] = snapshot.logits
+            self._stream.write_state(slot, snapshot.state)
+            self._positions[slot] = snapshot.position
+            self._read[slot] = snapshot.read
+            self._tails[slot] = deque(snapshot.tail, TAIL)
+            if not self._positions.any():
+                self._restored = None
+            self._failed = False
+            self._tops.clear()
+            self._changes += 1
+
+    def fork(self) -> Session:
+        """Another session at the same place; the two know nothing of each other. Costs a copy of the state."""
+        twin = Session(self.model, self.batch, keep=self._kept.maxlen or 0)
+        for slot in range(self.batch):
+            twin.restore(self.snapshot(slot), slot)
+        twin._kept.extend(self._kept)
+        return twin
+
+    def mark(self) -> None:
+        """Keep a snapshot of this place for `rewind`; `feed` does so itself before it reads."""
+        if not self._kept.maxlen:
+            raise UserError("this session keeps no snapshots: open it with keep=1 or more")
+        self._kept.append(self.snapshot())
+
+    def rewind(self, count: int = 1) -> None:
+        """Go back to the `count`-th last kept snapshot and forget it and the later ones.
+
+        Raises:
+            UserError: fewer are kept.
+        """
+        if not 1 <= count <= len(self._kept):
+            raise UserError(f"cannot rewind by {count}: {len(self._kept)} snapshots are kept, of at most {self._kept.maxlen}")
+        self.restore(self._kept[-count])
+        for _ in range(count):
+            self._kept.pop()
+
+    @property
+    def kept(self) -> int:
+        """How many snapshots `rewind` can go back."""
+        return len(self._kept)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._guard.acquire(blocking=False):
+            raise UserError(
+                "this session is in use by another thread; a session belongs to one thread at a time: "
+                "open one for each with model.session(), they share the weights"
+            )
+        try:
+            yield
+        finally:
+            self._guard.release()
+
+    def _check_whole(self) -> None:
+        if self._failed:
+            raise UserError("an earlier step of this session failed, so its state is unknown; call reset() or restore()")
+
+    def _advance(self, tokens: Tokens, lengths: NDArray[np.int64] | None = None) -> None:
+        """Read tokens (B, C), of each row the first `lengths` (B,); a step if they are None, then C is 1."""
+        self._check_whole()
+        self._failed = True
+        self._changes += 1
+        self._tops.clear()
+        if lengths is None:
+            self._stream.step(tokens[:, 0])
+        else:
+            self._stream.prefill(tokens, lengths)
+        for slot, row in enumerate(tokens):
+            real = row if lengths is None else row[: lengths[slot]]
+            np.add.at(self._read[slot], real, 1)
+            self._tails[slot].extend(real[-TAIL:].tolist())
+            self._positions[slot] += len(real)
+        self._restored = None
+        self._failed = False
+
+    def continuation(self, options: Options, with_text: bool, slot: int = 0) -> Continuation:
+        """What chooses for one sequence, from here on."""
+        tokenizer = self.model.tokenizer if with_text else None
+        return Continuation(options, self._read[slot], self.model.ends, tokenizer, tuple(self._tails[slot]))
+
+    def choose(self, continuation: Continuation, slot: int) -> int | None:
+        """Let a continuation choose a sequence's next token; None if that ends its text.
+
+        Raises:
+            UserError: the logits are not finite; the message names the step and the layer.
+        """
+        with self._alone():
+            return self._choose(continuation, slot)
+
+    def _choose(self, continuation: Continuation, slot: int) -> int | None:
+        self._check_whole()
+        if k := continuation.needs:
+            if k not in self._tops:
+                self._tops[k] = self._stream.top(k) if self._restored is None else top_of(self._restored, k)
+            tokens, logits = self._tops[k]
+            self._check_finite(logits[slot, 0], slot)
+            return continuation.choose_among(tokens[slot], logits[slot])
+        everything = self.logits
+        assert everything is not None
+        # NaN is passed on by max, and so are +inf and a row of nothing but -inf.
+        self._check_finite(everything[slot].max(), slot)
+        return continuation.choose(everything[slot])
+
+    def _check_finite(self, largest: np.floating[Any], slot: int) -> None:
+        if np.isfinite(largest):
+            return
+        where = first_broken_layer(self._stream.read_state(slot))
+        raise UserError(
+            f"the logits after step {self._positions[slot]} are not finite ({largest}), so nothing was sampled: {where}. "
+            "Reset the session, or restore it to before; if the bundle is fp16, export it with --precision fp32 or --state fp32"
+        )
+
+    def _checked(self, tokens: Sequence[int] | Tokens) -> Tokens:
+        array = np.asarray(tokens, np.int64)
+        outside = (array < 0) | (array >= self._vocab_size)
+        if outside.any():
+            raise UserError(f"token {int(array[outside][0])} is not in the vocabulary of {self._vocab_size}")
+        return array

@@ -1,0 +1,161 @@
+"""Text and tokens: encoding that refuses what it would lose, decoding as a stream of whole characters, stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from retnet_export.runtime.bundle.manifest import TokenizerSpec
+from retnet_export.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as _Tokenizer
+
+REPLACEMENT = "\ufffd"
+LONGEST_WAIT = 16
+"""Tokens that may wait for a character to be whole before they are taken for broken: four are enough for honest text."""
+
+
+class Tokenizer:
+    """A bundle's tokenizer.
+
+    Args:
+        path: tokenizer.json.
+        spec: which ids begin and end a text.
+
+    Raises:
+        UserError: the file is not a tokenizer.
+    """
+
+    def __init__(self, path: Path, spec: TokenizerSpec) -> None:
+        from tokenizers import Tokenizer as _Tokenizer
+
+        try:
+            self._tokenizer: _Tokenizer = _Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{path}: not a tokenizer that the package 'tokenizers' reads: {error}") from error
+        self.spec = spec
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens it knows."""
+        return self._tokenizer.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text.
+
+        Raises:
+            UserError: it holds a character that the tokenizer cannot represent.
+        """
+        try:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        except (TypeError, UnicodeEncodeError) as error:
+            raise UserError("the text is not valid Unicode (it holds half of a surrogate pair); was it read as UTF-8?") from error
+        unknown = getattr(self._tokenizer.model, "unk_token", None)
+        if unknown is not None and unknown in encoding.tokens:
+            start, end = encoding.offsets[encoding.tokens.index(unknown)]
+            raise UnknownCharacterError(text[start:end], start)
+        return list(encoding.ids)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of tokens; bytes that form no character become U+FFFD."""
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+    def stream(self, context: Sequence[int] = ()) -> TextStream:
+        """A decoder of tokens that come one at a time, after the tokens `context`, whose text it does not repeat."""
+        return TextStream(self, context)
+
+
+class UnknownCharacterError(UserError):
+    """A text holds a character that the tokenizer cannot represent: which, and where in the text."""
+
+    def __init__(self, character: str, position: int) -> None:
+        self.character, self.position = character, position
+        super().__init__(
+            f"the tokenizer does not know {character!r} (character {position} of the text) and has no byte fallback; remove it"
+        )
+
+
+class TextStream:
+    """Turns tokens into text as they come, never half a character.
+
+    Rule: the pieces, joined, are what the tokenizer makes of all tokens at once. A decoder may look at a token's neighbours
+    (spaces at the start of a text, bytes that form one character), so each token is decoded together with those before it that
+    formed the last whole text, and what the longer text adds is the piece. A text that ends in U+FFFD may be the start of a
+    character: it waits.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._settled: list[int] = []
+        self._waiting: list[int] = []
+        self._given = 0
+        self._before = ""
+        for token in context:
+            self.push(token)
+        if self._waiting:
+            # The context ends in U+FFFD. Should that be all it was going to be, it is the context's, not ours to give.
+            self._before = tokenizer.decode(self._settled + self._waiting)
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes, maybe none."""
+        self._waiting.append(token)
+        text = self._tokenizer.decode(self._settled + self._waiting)
+        whole = len(text.rstrip(REPLACEMENT))
+        if whole < len(text) and len(self._waiting) < LONGEST_WAIT:
+            piece, self._given = text[self._past(text) : whole], max(self._given, whole)
+            return piece
+        piece = text[self._past(text) :]
+        self._before = ""
+        # What was whole up to here is context for the next token; tokens without text (special ones) give none.
+        alone = len(self._tokenizer.decode(self._waiting))
+        if alone or len(self._settled) >= LONGEST_WAIT:
+            self._settled, self._given = self._waiting, alone
+        else:
+            self._settled, self._given = self._settled + self._waiting, len(text)
+        self._waiting = []
+        return piece
+
+    def flush(self) -> str:
+        """What is left when no more tokens come: an unfinished character, as U+FFFD."""
+        text = self._tokenizer.decode(self._settled + self._waiting)
+        piece, self._given = text[self._past(text) :], len(text)
+        return piece
+
+    def _past(self, text: str) -> int:
+        """How much of a text was given before, or is the context's."""
+        return max(self._given, len(self._before) if text.startswith(self._before) else 0)
+
+
+class StopStrings:
+    """Holds text back while it may be the beginning of a stop string, which may span tokens."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        if "" in stops:
+            raise UserError("a stop string is empty; leave --stop out to have none")
+        self._stops, self._held = tuple(stops), ""
+        self.hit = False
+
+    def push(self, text: str) -> str:
+        """The text that is certainly before any stop string."""
+        self._held += text
+        cuts = [cut for cut in (self._held.find(stop) for stop in self._stops) if cut >= 0]
+        if cuts:
+            self.hit = True
+            sure, self._held = self._held[: min(cuts)], ""
+            return sure
+        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        sure, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return sure
+
+    def end(self, text: str) -> str:
+        """The last text, and what was held back, up to a stop string."""
+        sure = self.push(text)
+        held, self._held = self._held, ""
+        return sure + held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)

@@ -1,0 +1,274 @@
+"""A session: put aside, forked, rewound, stopped at any token; one thread at a time; never sampling from nonsense."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.generate.generation import Options
+from retnet_export.runtime.generate.stats import Stats
+from retnet_export.runtime.model import Model
+
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
+GREEDY = Options(temperature=0.0, max_new_tokens=12)
+DRAWN = Options(temperature=1.5, max_new_tokens=12, seed=7)
+
+
+def fed(model: Model, tokens=PROMPT, **options):
+    session = model.session(**options)
+    session.feed(tokens)
+    return session
+
+
+def written(session, options=GREEDY) -> list[int]:
+    return list(session.generate_tokens(options))
+
+
+def test_a_restored_snapshot_goes_on_as_if_nothing_had_happened(model):
+    session = fed(model)
+    snapshot = session.snapshot()
+    first = written(session, DRAWN)
+    session.feed([1, 2, 3])
+    session.restore(snapshot)
+    assert session.position == len(PROMPT)
+    assert written(session, DRAWN) == first
+
+
+def test_a_fork_and_its_origin_know_nothing_of_each_other(model):
+    alone = written(fed(model))
+    session = fed(model)
+    fork = session.fork()
+    fork.feed([7, 7, 7])
+    assert written(session) == alone
+    assert fork.position == len(PROMPT) + 3
+    assert written(fork) == written(fed(model, [*PROMPT, 7, 7, 7]))
+
+
+def test_a_snapshot_is_not_changed_by_what_its_session_does_next(model):
+    session = fed(model)
+    snapshot = session.snapshot()
+    before = {name: array.copy() for name, array in snapshot.state.items()}
+    written(session)
+    assert all((snapshot.state[name] == array).all() for name, array in before.items())
+    assert snapshot.position == len(PROMPT)
+
+
+def test_rewind_goes_back_to_before_each_text_that_was_fed(model):
+    session = model.session(keep=2)
+    for tokens in ([1, 2], [3, 4], [5, 6]):
+        session.feed(tokens)
+    session.rewind()
+    assert session.position == 4
+    session.rewind()
+    assert session.position == 2
+    with pytest.raises(UserError, match="cannot rewind by 1: 0 snapshots are kept, of at most 2"):
+        session.rewind()
+    assert written(session) == written(fed(model, [1, 2]))
+
+
+def test_a_session_that_keeps_nothing_says_so(model):
+    with pytest.raises(UserError, match="keeps no snapshots: open it with keep=1"):
+        fed(model).mark()
+
+
+def test_positions_beyond_the_range_of_int32_are_restored_and_counted_on(model):
+    session = fed(model)
+    snapshot = session.snapshot()
+    far = 2**31 + 5
+    snapshot.state["position"][:] = far
+    session.restore(snapshot)
+    session.step([1])
+    assert session.position == far + 1
+    assert session.snapshot().position == far + 1
+
+
+def test_repetition_penalty_remembers_the_prompt_through_a_snapshot(model):
+    options = Options(temperature=0.0, repetition_penalty=50.0, max_new_tokens=20)
+    session = fed(model)
+    expected = written(session.fork(), options)
+    other = model.session()
+    other.restore(session.snapshot())
+    assert written(other, options) == expected
+    assert not set(expected) & set(PROMPT)
+    assert len(set(expected)) == len(expected)
+
+
+def test_generation_is_lazy_and_the_session_stands_where_it_was_closed(model):
+    session = fed(model)
+    tokens = session.generate_tokens(GREEDY)
+    taken = [next(tokens) for _ in range(3)]
+    tokens.close()
+    assert session.position == len(PROMPT) + 3
+    assert taken + written(session)[:4] == written(fed(model))[:7]
+
+
+def test_generation_stops_before_a_stop_token(model):
+    expected = written(fed(model))
+    assert written(fed(model), Options(temperature=0.0, stop_tokens=[expected[4]])) == expected[: expected.index(expected[4])]
+
+
+def test_log_probabilities_come_with_each_token(model):
+    pieces = list(fed(model).pieces(temperature=0.0, max_new_tokens=3, logprobs=2, with_text=False))
+    for piece in pieces:
+        (best, value), (_, second) = piece.top
+        assert best == piece.token
+        assert value == piece.logprob
+        assert second <= value < 0
+
+
+def test_the_same_seed_gives_the_same_tokens_whether_or_not_all_logits_are_read(model):
+    options = Options(temperature=1.2, top_k=6, seed=3, max_new_tokens=30)
+    all_read = Options(temperature=1.2, top_k=6, seed=3, max_new_tokens=30, logprobs=0)
+    assert written(fed(model), options) == written(fed(model), all_read)
+
+
+def test_nothing_to_continue_is_refused_at_once(model):
+    with pytest.raises(UserError, match="feed the session a prompt first"):
+        model.session().generate_tokens()
+
+
+def test_a_token_outside_the_vocabulary_is_refused_and_changes_nothing(model):
+    session = fed(model)
+    with pytest.raises(UserError, match="token 50 is not in the vocabulary of 50"):
+        session.feed([1, 50])
+    assert session.position == len(PROMPT)
+
+
+def test_an_empty_prompt_is_refused(model):
+    with pytest.raises(UserError, match="prompt is empty"):
+        model.session().feed([])
+
+
+def test_text_needs_a_tokenizer(model):
+    with pytest.raises(UserError, match="has no tokenizer"):
+        model.session().feed("text")
+    with pytest.raises(UserError, match="stop strings need text"):
+        fed(model).generate_tokens(stop="x")
+
+
+def test_changing_a_session_under_a_running_generation_is_refused(model):
+    session = fed(model)
+    tokens = session.generate_tokens(GREEDY)
+    next(tokens)
+    session.feed([1])
+    with pytest.raises(UserError, match="was fed, restored or reset while it was generating"):
+        next(tokens)
+
+
+class Paused:
+    """A stream whose next step waits, so that a second thread meets the first in the middle of it."""
+
+    def __init__(self, stream) -> None:
+        self._stream = stream
+        self.entered, self.leave = threading.Event(), threading.Event()
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def step(self, tokens) -> None:
+        self.entered.set()
+        assert self.leave.wait(10)
+        self._stream.step(tokens)
+
+
+def test_a_second_thread_on_one_session_is_refused_and_the_first_goes_on(model):
+    session = fed(model)
+    paused = session._stream = Paused(session._stream)
+    thread = threading.Thread(target=session.step, args=([1],))
+    thread.start()
+    assert paused.entered.wait(10)
+    for action in (lambda: session.step([2]), session.snapshot, lambda: session.feed([1]), session.reset):
+        with pytest.raises(UserError, match="in use by another thread"):
+            action()
+    paused.leave.set()
+    thread.join(10)
+    assert session.position == len(PROMPT) + 1
+
+
+def test_two_sessions_of_one_model_work_in_two_threads(model):
+    prompts = ([1, 2, 3], [9, 8, 7, 6, 5])
+    options = Options(temperature=1.0, seed=5, max_new_tokens=150)
+    expected = [written(fed(model, prompt), options) for prompt in prompts]
+    results: list[list[int]] = [[], []]
+
+    def work(index: int) -> None:
+        results[index] = written(fed(model, prompts[index]), options)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == expected
+
+
+class Broken:
+    """A stream whose device fails once."""
+
+    def __init__(self, stream) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def step(self, tokens) -> None:
+        raise RuntimeError("device lost")
+
+
+def test_a_session_that_failed_in_a_step_says_so_until_it_is_restored(model):
+    session = fed(model)
+    snapshot = session.snapshot()
+    stream, session._stream = session._stream, Broken(session._stream)
+    with pytest.raises(RuntimeError, match="device lost"):
+        session.step([1])
+    session._stream = stream
+    for action in (lambda: session.step([1]), session.snapshot, lambda: next(session.generate_tokens())):
+        with pytest.raises(UserError, match="earlier step of this session failed"):
+            action()
+    session.restore(snapshot)
+    assert written(session) == written(fed(model))
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 1.0}, {"top_k": 3}], ids=str)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_not_finite_are_reported_with_step_and_layer_and_never_sampled(model, options, value):
+    session = fed(model)
+    snapshot = session.snapshot()
+    healthy = session.fork().snapshot()
+    snapshot.state["state.1"][0, 2, 3, 4] = value
+    session.restore(snapshot)
+    session.step([1])
+    with pytest.raises(UserError, match=f"after step {len(PROMPT) + 1} are not finite .* is 'state.1', of layer 1"):
+        next(session.generate_tokens(**options))
+    session.restore(healthy)
+    assert written(session) == written(fed(model))
+
+
+def test_faults_behind_the_last_layer_are_told_from_those_in_a_state(model):
+    session = fed(model)
+    session._stream.logits()[:] = np.nan
+    with pytest.raises(UserError, match="every layer's state is finite, so it arose after the last one"):
+        next(session.generate_tokens())
+
+
+def test_a_batch_too_large_for_memory_is_refused_with_its_size(model):
+    with pytest.raises(UserError, match="not enough memory for the state of 100000000000 sequences"):
+        model.session(10**11)
+
+
+def test_stats_tell_where_the_time_went(model):
+    stats = Stats()
+    session = model.session()
+    session.feed(PROMPT, stats)
+    list(session.generate_tokens(GREEDY, stats=stats))
+    figures = stats.summary(model.bundle.manifest.state_bytes)
+    assert figures["prompt_tokens"] == len(PROMPT)
+    assert figures["new_tokens"] == 12
+    assert figures["state_bytes"] == session.snapshot().bytes
+    assert 0 < figures["token_ms_p50"] <= figures["token_ms_p95"] <= figures["token_ms_p99"]
+    assert figures["time_to_first_token_ms"] >= 1e3 * stats.prompt_seconds
+    assert figures["peak_memory_bytes"] > 1e6
+    assert all(value is None for name, value in Stats().summary(1).items() if name.endswith(("_ms", "p50", "per_second")))
