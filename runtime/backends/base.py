@@ -7,7 +7,7 @@ stays where the backend keeps it, and so do the logits: each crosses to the host
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +58,17 @@ class Stream(Protocol):
 
     def write_state(self, slot: int, state: State) -> None:
         """Replace one slot's state; shapes and dtypes are those of `read_state`."""
+
+
+@runtime_checkable
+class Narrowing(Protocol):
+    """A stream whose steps cost what the slots in use cost."""
+
+    def narrow(self, slots: int) -> None:
+        """From now on `step` and `prefill` take the first so many slots, (slots,) and (slots, C), and `top` gives theirs.
+
+        The other slots are given up: what they hold is undefined until it is written.
+        """
 
 
 class Backend(Protocol):

@@ -17,14 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet_export.runtime.backends.base import State, initial_state, top_of
+from retnet_export.runtime.backends.base import NUMPY_DTYPES, State, top_of
 from retnet_export.runtime.bundle.bundle import Bundle
-from retnet_export.runtime.bundle.manifest import Manifest, TensorSpec
+from retnet_export.runtime.bundle.manifest import Manifest, StateSpec, TensorSpec
 from retnet_export.runtime.errors import MissingExtraError, UserError
 
 if TYPE_CHECKING:
@@ -103,6 +103,9 @@ class OnnxRuntimeBackend:
         return OnnxRuntimeStream(self._decode, self._prefill, manifest, batch)
 
 
+_Bindings: TypeAlias = "tuple[onnxruntime.IOBinding, ...]"
+
+
 class OnnxRuntimeStream:
     """Buffers and bindings of one batch of sequences."""
 
@@ -120,27 +123,38 @@ class OnnxRuntimeStream:
         self._tokens = np.zeros((batch, 1), np.int64)
         self._one_token = np.ones(batch, np.int64)
         self._logits = np.zeros((batch, manifest.model.vocab_size), np.float32)
-        initial = initial_state(manifest.state)
-        self._buffers = tuple({name: np.repeat(value, batch, 0) for name, value in initial.items()} for _ in range(2))
-        self._prefill_bindings = tuple(self._bind_state(prefill, self._buffers[side], self._buffers[1 - side]) for side in range(2))
+        self._buffers = tuple({spec.input: _filled(spec, batch) for spec in manifest.state} for _ in range(2))
         self._in_place = decode is not prefill
         self._position_after = np.zeros(batch, np.int64)
-        self._decode_bindings = (
-            tuple(self._bind_state(decode, before, {**before, "position": self._position_after}) for before in self._buffers)
-            if self._in_place
-            else tuple(self._bind_state(prefill, self._buffers[side], self._buffers[1 - side]) for side in range(2))
-        )
-        for binding in self._decode_bindings:
-            _bind_input(binding, "tokens", self._tokens)
-            if decode is prefill:
-                _bind_input(binding, "length", self._one_token)
         self._side = 0
+        self._bindings: dict[int, tuple[_Bindings, _Bindings]] = {}
+        self.narrow(batch)
+
+    def narrow(self, slots: int) -> None:
+        self._slots = slots
+        if slots not in self._bindings:
+            self._bindings[slots] = self._bind(slots)
+        self._decode_bindings, self._prefill_bindings = self._bindings[slots]
+
+    def _bind(self, slots: int) -> tuple[_Bindings, _Bindings]:
+        """Bindings of decode and prefill over the first so many slots, for either side."""
+        first, second = ({name: buffer[:slots] for name, buffer in buffers.items()} for buffers in self._buffers)
+        swapping = [(first, second), (second, first)]
+        prefill = tuple(self._bind_state(self._prefill, before, after) for before, after in swapping)
+        if self._in_place:
+            swapping = [(before, {**before, "position": self._position_after[:slots]}) for before in (first, second)]
+        decode = tuple(self._bind_state(self._decode, before, after) for before, after in swapping)
+        for binding in decode:
+            _bind_input(binding, "tokens", self._tokens[:slots])
+            if not self._in_place:
+                _bind_input(binding, "length", self._one_token[:slots])
+        return decode, prefill
 
     def step(self, tokens: NDArray[np.int64]) -> None:
-        self._tokens[:, 0] = tokens
+        self._tokens[: self._slots, 0] = tokens
         self._decode.run_with_iobinding(self._decode_bindings[self._side])
         if self._in_place:
-            self._buffers[self._side]["position"][:] = self._position_after
+            self._buffers[self._side]["position"][: self._slots] = self._position_after[: self._slots]
         else:
             self._side = 1 - self._side
 
@@ -157,7 +171,7 @@ class OnnxRuntimeStream:
         return self._logits
 
     def top(self, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        return top_of(self._logits, k)
+        return top_of(self._logits[: self._slots], k)
 
     def read_state(self, slot: int) -> State:
         return {name: buffer[slot : slot + 1].copy() for name, buffer in self._buffers[self._side].items()}
@@ -171,13 +185,19 @@ class OnnxRuntimeStream:
         for name, array in before.items():
             _bind_input(binding, name, self._as_in_graph(name, array))
         outputs = {spec.output: self._as_in_graph(spec.input, after[spec.input]) for spec in self._specs}
-        for name, array in {"logits": self._logits, **outputs}.items():
+        for name, array in {"logits": self._logits[: len(before["position"])], **outputs}.items():
             binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         return binding
 
     def _as_in_graph(self, name: str, array: NDArray[np.generic]) -> NDArray[np.generic]:
         """A state buffer (B, …) in the graphs' shape, over the same memory."""
-        return array.reshape(self.batch, *self._graph_shapes[name])
+        return array.reshape(len(array), *self._graph_shapes[name])
+
+
+def _filled(spec: StateSpec, batch: int) -> NDArray[np.generic]:
+    """A buffer at the initial state; zeros take no memory before a slot is used."""
+    shape, dtype = (batch, *spec.shape[1:]), NUMPY_DTYPES[spec.dtype]
+    return np.zeros(shape, dtype) if spec.initial == 0 else np.full(shape, spec.initial, dtype)
 
 
 def _bind_input(binding: onnxruntime.IOBinding, name: str, array: NDArray[np.generic]) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet_export.runtime.backends.base import Stream, initial_state, top_of
+from retnet_export.runtime.backends.base import Narrowing, Stream, initial_state, top_of
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.generate.generation import Continuation, Generation, Options, Piece
 from retnet_export.runtime.generate.sampling import Logits, Tokens
@@ -60,7 +60,8 @@ class Session:
 
     def _forget(self) -> None:
         self._positions = np.zeros(self.batch, np.int64)
-        self._read = np.zeros((self.batch, self._vocab_size), np.int32)
+        # Arrays of their own, which a continuation looks at and which go along when its sequence moves to another slot.
+        self._read = [np.zeros(self._vocab_size, np.int32) for _ in range(self.batch)]
         self._tails: list[deque[int]] = [deque(maxlen=TAIL) for _ in range(self.batch)]
         self._restored: Logits | None = None
         self._tops: dict[int, tuple[Tokens, Logits]] = {}
@@ -99,13 +100,20 @@ class Session:
         Raises:
             UserError: a token is not in the vocabulary, or an earlier step failed.
         """
+        if len(tokens) != self.batch:
+            raise UserError(f"expected one token for each of {self.batch} sequences, found {len(tokens)}")
         self.advance(tokens)
         return self._stream.logits()
 
     def advance(self, tokens: Sequence[int] | Tokens) -> None:
-        """The same, but the logits stay where they are: for those who then `choose`."""
+        """The same, but the logits stay where they are: for those who then `choose`.
+
+        Args:
+            tokens: (n,), n at most B: the first n sequences step, which costs less where the backend can. What the others
+                held is given up: `restore` them before they step again.
+        """
         array = self._checked(tokens)
-        if array.shape != (self.batch,):
+        if array.ndim != 1 or not 1 <= len(array) <= self.batch:
             raise UserError(f"expected one token for each of {self.batch} sequences, found shape {array.shape}")
         with self._alone():
             self._advance(array[:, None])
@@ -114,7 +122,7 @@ class Session:
         """Read up to a chunk of tokens per sequence at once; as many steps would do the same.
 
         Args:
-            tokens: (B, C), C at most the bundle's chunk size.
+            tokens: (B, C), C at most the bundle's chunk size; fewer rows are for the first sequences, as in `advance`.
             lengths: (B,), how many of each row are real; a sequence of 0 keeps its state and has no logits.
 
         Returns:
@@ -125,9 +133,9 @@ class Session:
         """
         if (
             tokens.ndim != 2
-            or len(tokens) != self.batch
+            or not 1 <= len(tokens) <= self.batch
             or not 1 <= tokens.shape[1] <= self._chunk
-            or lengths.shape != (self.batch,)
+            or lengths.shape != (len(tokens),)
         ):
             raise UserError(
                 f"expected up to {self._chunk} tokens for each of {self.batch} sequences and as many lengths, "
@@ -264,7 +272,7 @@ class Session:
                 self._restored[slot] = snapshot.logits
             self._stream.write_state(slot, snapshot.state)
             self._positions[slot] = snapshot.position
-            self._read[slot] = snapshot.read
+            self._read[slot] = snapshot.read.copy()
             self._tails[slot] = deque(snapshot.tail, TAIL)
             if not self._positions.any():
                 self._restored = None
@@ -325,10 +333,11 @@ class Session:
         self._failed = True
         self._changes += 1
         self._tops.clear()
+        wide = self._widened(tokens)
         if lengths is None:
-            self._stream.step(tokens[:, 0])
+            self._stream.step(wide[:, 0])
         else:
-            self._stream.prefill(tokens, lengths)
+            self._stream.prefill(wide, np.pad(lengths, (0, len(wide) - len(lengths))))
         for slot, row in enumerate(tokens):
             real = row if lengths is None else row[: lengths[slot]]
             np.add.at(self._read[slot], real, 1)
@@ -336,6 +345,23 @@ class Session:
             self._positions[slot] += len(real)
         self._restored = None
         self._failed = False
+
+    def _widened(self, tokens: Tokens) -> Tokens:
+        """Tokens (n, C) of the first n sequences as the stream wants them: as they are if it can leave the others out."""
+        if isinstance(self._stream, Narrowing):
+            self._stream.narrow(len(tokens))
+            return tokens
+        return np.pad(tokens, ((0, self.batch - len(tokens)), (0, 0)))
+
+    def move(self, source: int, target: int) -> None:
+        """Let one sequence go on in another slot, with its continuation. Its logits stay behind: advance before you choose."""
+        with self._alone():
+            self._check_whole()
+            self._stream.write_state(target, self._stream.read_state(source))
+            self._positions[target] = self._positions[source]
+            self._read[target], self._read[source] = self._read[source], np.zeros(self._vocab_size, np.int32)
+            self._tails[target] = deque(self._tails[source], TAIL)
+            self._changes += 1
 
     def continuation(self, options: Options, with_text: bool, slot: int = 0) -> Continuation:
         """What chooses for one sequence, from here on."""

@@ -272,3 +272,39 @@ def test_stats_tell_where_the_time_went(model):
     assert figures["time_to_first_token_ms"] >= 1e3 * stats.prompt_seconds
     assert figures["peak_memory_bytes"] > 1e6
     assert all(value is None for name, value in Stats().summary(1).items() if name.endswith(("_ms", "p50", "per_second")))
+
+
+def test_the_first_sequences_of_a_batch_step_alone_and_another_may_move_into_a_gap(model):
+    """The middle one of three leaves: the third takes its place, and goes on as a session of its own does."""
+    texts, session = ([3, 1, 4], [1, 5], [9, 2, 6, 5]), model.session(3)
+    alone = []
+    for slot, text in enumerate(texts):
+        alone.append(model.session())
+        alone[slot].feed(text)
+        session.restore(alone[slot].snapshot(), slot)
+    session.advance([7, 8, 9])
+    session.move(2, 1)
+    session.advance([10, 11])
+    logits = session.prefill(np.array([[12, 13], [14, 0]]), np.array([2, 1]))
+    for slot, (one, fed) in enumerate([(alone[0], [7, 10, 12, 13]), (alone[2], [9, 11, 14])]):
+        one.feed(fed)
+        np.testing.assert_allclose(logits[slot], one.logits[0], atol=1e-5)
+        np.testing.assert_array_equal(session.snapshot(slot).read, one.snapshot().read)
+        assert session.snapshot(slot).tail == one.tail
+
+
+def test_a_continuation_follows_its_sequence_to_another_slot(model):
+    session, one = model.session(2), model.session()
+    one.feed([3, 1, 4])
+    options = Options(temperature=0.0, repetition_penalty=3.0, max_new_tokens=12)
+    expected = list(one.fork().generate_tokens(options))
+    session.restore(one.snapshot(), 1)
+    continuation, made = session.continuation(options, False, 1), []
+    for slot in [1, 1, 1, *[0] * 9]:
+        if len(made) == 3:
+            session.move(1, 0)
+            session.advance([made[-1]])
+        elif made:
+            session.advance([0, made[-1]] if slot else [made[-1]])
+        made.append(session.choose(continuation, slot))
+    assert made == expected
