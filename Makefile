@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A CPU build of torch is enough here, and far smaller: set TORCH=torch where you want the default build.
 TORCH ?= torch==2.13.0
 
-.PHONY: help demo test test-gpu test-oldest check check-tensorrt bench-decode bench-compare bench-export bench-gpu bench-prefill bench-forever bench-quantization bench-state clean
+.PHONY: help demo test test-gpu test-oldest test-aarch64 check-wheels check check-tensorrt bench-decode bench-compare bench-export bench-gpu bench-prefill bench-forever bench-quantization bench-state clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -52,6 +52,15 @@ bench-compare: $(VENV)/.installed  ## the comparison of docs/comparison.md, abou
 test-oldest: $(VENV)/.installed  ## the runtime's tests on the oldest ONNX Runtime that we name; quantized weights are slow there
 	$(BIN)/pip install --quiet --no-deps --upgrade --target .cache/onnxruntime-1.20 onnxruntime==1.20.1
 	PYTHONPATH=.cache/onnxruntime-1.20 $(BIN)/pytest -n auto tests/graph tests/runtime tests/quantize/test_pipeline.py
+
+ONNXRUNTIMES ?= 1.23.2 1.32.0
+AARCH64 := $(CURDIR)/.cache/aarch64
+test-aarch64: $(VENV)/.installed  ## the runtime on an emulated aarch64 processor (needs qemu-user and apt); about two minutes
+	for version in $(ONNXRUNTIMES); do $(BIN)/python scripts/aarch64.py --onnxruntime $$version make $(AARCH64) || exit 1; done
+	RETNET_EXPORT_AARCH64=$(AARCH64) RETNET_EXPORT_AARCH64_ONNXRUNTIME=$(shell echo $(ONNXRUNTIMES) | tr ' ' ,) $(BIN)/pytest -n 2 tests/aarch64
+
+check-wheels: $(VENV)/.installed  ## whether JetPack 6 and 7 can install every extra of the runtime from wheels
+	$(BIN)/python scripts/check_wheels.py
 
 check-tensorrt: $(VENV)/.installed  ## our calls of TensorRT against its type stubs
 	$(BIN)/pip install --quiet --no-deps tensorrt-stubs==10.13.0.35.1

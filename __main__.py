@@ -1,0 +1,5 @@
+"""`python -m retnet_export` is `retnet-export`."""
+
+from retnet_export.cli import app
+
+app()

@@ -1,0 +1,121 @@
+"""The runtime on an emulated aarch64 processor gives what it gives here, and saved states move between the two.
+
+`make test-aarch64` builds the machine (scripts/aarch64.py) and names it in RETNET_EXPORT_AARCH64.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from retnet_export.runtime import Snapshot, load
+
+ROOT = Path(__file__).parents[2]
+MACHINE = os.environ.get("RETNET_EXPORT_AARCH64")
+VERSIONS = os.environ.get("RETNET_EXPORT_AARCH64_ONNXRUNTIME", "1.23.2").split(",")
+PROMPT, NEW_TOKENS = "HAMLET.\nWhat, my lord?\n", 24
+
+pytestmark = pytest.mark.skipif(MACHINE is None, reason="no emulated aarch64 machine: make test-aarch64 builds one")
+
+THERE = """
+import json, platform, sys
+import onnxruntime
+from retnet_export.runtime import Snapshot, load
+
+prompt, count, *folders = sys.argv[1:]
+result = {"machine": platform.machine(), "onnxruntime": onnxruntime.__version__}
+for folder in folders:
+    model = load(folder, "onnxruntime", threads=1)
+    session = model.session()
+    session.feed(prompt)
+    session.snapshot().save(folder + ".there.state")
+    tokens = list(session.generate_tokens(temperature=0.0, max_new_tokens=int(count)))
+    session.restore(Snapshot.load(folder + ".here.state"))
+    moved = list(session.generate_tokens(temperature=0.0, max_new_tokens=int(count)))
+    result[folder] = {"tokens": tokens, "moved": moved}
+print(json.dumps(result))
+"""
+
+
+def emulated(version: str, *arguments: str | Path) -> list[str]:
+    specification = importlib.util.spec_from_file_location("aarch64", ROOT / "scripts/aarch64.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module.command(Path(MACHINE), version, *arguments)
+
+
+def run(command: list[str], **options: object) -> subprocess.CompletedProcess:
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
+def cli(version: str, *arguments: str | Path) -> subprocess.CompletedProcess:
+    return run(emulated(version, "-m", "retnet_export", *arguments))
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    """The bundled model in three formats, each with a state saved here after the prompt and the greedy tokens that follow it."""
+    from retnet_export.export.checkpoints import open_checkpoint
+    from retnet_export.export.pipeline import export_bundle
+    from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
+
+    folder = tmp_path_factory.mktemp("aarch64")
+    bundle = export_bundle(open_checkpoint(ROOT / "examples/classics"), folder / "fp32.retnet")
+    made = {"fp32": bundle.path}
+    for weights in ("int8", "int4"):
+        made[weights] = quantize_bundle(bundle, folder / f"{weights}.retnet", QuantizeOptions(weights=weights)).path
+    greedy = {}
+    for name, path in made.items():
+        session = load(path, "onnxruntime").session()
+        session.feed(PROMPT)
+        session.snapshot().save(f"{path}.here.state")
+        greedy[name] = list(session.generate_tokens(temperature=0.0, max_new_tokens=NEW_TOKENS))
+    return made, greedy
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_each_format_gives_the_tokens_it_gives_here_and_states_move_both_ways(bundles, version):
+    made, greedy = bundles
+    result = run(emulated(version, "-c", THERE, PROMPT, str(NEW_TOKENS), *made.values()))
+    assert result.returncode == 0, result.stderr[-2000:]
+    there = json.loads(result.stdout.splitlines()[-1])
+    assert (there["machine"], there["onnxruntime"]) == ("aarch64", version)
+    for name, path in made.items():
+        assert there[str(path)] == {"tokens": greedy[name], "moved": greedy[name]}, name
+        session = load(path, "onnxruntime").session()
+        session.restore(Snapshot.load(f"{path}.there.state"))
+        assert list(session.generate_tokens(temperature=0.0, max_new_tokens=NEW_TOKENS)) == greedy[name], name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [(("doctor",), "onnxruntime"), (("inspect", "{int4}"), "int4"), (("plan", "{int4}", "--device", "orin-nano-8gb"), "tokens")],
+    ids=["doctor", "inspect", "plan"],
+)
+def test_a_command_answers(bundles, arguments, expected):
+    made, _ = bundles
+    result = cli(VERSIONS[0], *(argument.format(**made) for argument in arguments))
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert expected in result.stdout
+
+
+def test_the_report_from_the_field_runs_to_its_end_and_says_what_it_could_not_run(bundles, tmp_path):
+    made, _ = bundles
+    command = tmp_path / "bin/retnet-export"
+    command.parent.mkdir()
+    command.write_text("#!/bin/sh\nexec " + " ".join(emulated(VERSIONS[0], "-m", "retnet_export")) + ' "$@"\n')
+    command.chmod(0o755)
+    path = f"{command.parent}{os.pathsep}{os.environ['PATH']}"
+    report = tmp_path / "report.txt"
+    result = run(["bash", str(ROOT / "scripts/jetson-check.sh"), str(made["int4"]), str(report)], env={**os.environ, "PATH": path})
+    text = report.read_text()
+    assert result.returncode == 1  # no GPU: its steps fail, and are counted
+    assert "generate, ONNX Runtime on the CPU" in text
+    assert text.count("[ok]") >= 3
+    assert "compile" in text
+    assert "steps failed" in text.splitlines()[-1]
