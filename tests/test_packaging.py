@@ -35,8 +35,8 @@ def test_every_folder_with_python_files_is_a_package():
             assert (folder / "__init__.py").is_file(), f"{folder} would be missing from the wheel"
 
 
-def test_only_two_python_files_are_at_the_root():
-    assert {path.name for path in ROOT.glob("*.py")} == {"__init__.py", "cli.py"}
+def test_only_the_entry_points_are_at_the_root():
+    assert {path.name for path in ROOT.glob("*.py")} == {"__init__.py", "__main__.py", "cli.py"}
 
 
 def test_the_root_is_not_importable_as_bare_modules():
