@@ -1,23 +1,19 @@
 """Many prompts through a batch of fixed size: each stops on its own, and its slot takes the next prompt at once.
 
-Rule: a prompt's text does not depend on its neighbours. Slots share nothing but the step; a prompt is read by a session of
-one, as it would be alone, and its state copied into the free slot; each has a sampler and a seed of its own. A slot without
-work steps on with token 0, and what it makes is overwritten by the next prompt.
+Rule: a prompt's text does not depend on its neighbours, and completions come in the order of their prompts. The engine does
+the rest.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from retnet_export.runtime.errors import UserError
-from retnet_export.runtime.generate.generation import Continuation, Finish, Options, Piece
-from retnet_export.runtime.generate.session import Session
+from retnet_export.runtime.generate.engine import Ended, Engine, Failed, Job, Made
+from retnet_export.runtime.generate.generation import Finish, Options, Piece
 from retnet_export.runtime.generate.state import Snapshot
 from retnet_export.runtime.generate.stats import Stats
 
@@ -124,83 +120,36 @@ def _run(
     if not first:
         return
     waiting = chain(first, prompts)
-    reader, session = model.session(), model.session(len(first))
-    after = after or reader.snapshot()
-    jobs: list[_Job | None] = [None] * session.batch
+    engine, beginning = Engine(model, len(first), stats=stats), model.session()
+    if after is not None:
+        beginning.restore(after)
+    running: dict[Job, Completion] = {}
     while True:
-        tokens = np.zeros(session.batch, np.int64)
-        sampling_ms, made = 0.0, 0
-        for slot in range(session.batch):
-            # A prompt may end with its first token: go on until this slot has a token to read, or no prompt is left.
-            while (job := jobs[slot] or _start(reader, after, session, slot, waiting, options, stats)) is not None:
-                began = time.perf_counter()
-                token = job.next_token(session, slot)
-                sampling_ms += 1e3 * (time.perf_counter() - began)
-                jobs[slot] = None if job.ended else job
-                made += token is not None
-                if token is not None and not job.ended:
-                    tokens[slot] = token
-                    break
-                yield job.completion
-        if not any(jobs):
-            stats.new_tokens += made
+        while engine.free > 0 and (following := next(waiting, None)) is not None:
+            index, prompt = following
+            text, own = (prompt.text, prompt.options) if isinstance(prompt, Prompt) else (prompt, _counted(options, index))
+            try:
+                tokens = beginning.encode(text) if isinstance(text, str) else text
+                job = Job(tokens, [own], after, with_text=model.bundle.manifest.tokenizer is not None)
+                engine.add(job)
+            except UserError as error:
+                raise UserError(f"prompt {index}: {error}") from error
+            running[job] = Completion(index, text, own.seed)
+        if not engine.busy:
             return
-        began = time.perf_counter()
-        session.advance(tokens)
-        graph_ms = 1e3 * (time.perf_counter() - began)
-        stats.add_step(graph_ms, sampling_ms, graph_ms + sampling_ms, made)
+        for event in engine.turn():
+            completion = running[event.job]
+            if isinstance(event, Made):
+                completion.add(event.piece)
+            elif isinstance(event, Ended):
+                completion.finish = event.finish
+                yield running.pop(event.job)
+            elif isinstance(event, Failed):
+                if isinstance(event.error, UserError):
+                    raise UserError(f"prompt {completion.index}: {event.error}") from event.error
+                raise event.error
 
 
-@dataclass
-class _Job:
-    """A prompt in a slot."""
-
-    completion: Completion
-    continuation: Continuation
-
-    @property
-    def ended(self) -> bool:
-        return self.continuation.finish is not None
-
-    def next_token(self, session: Session, slot: int) -> int | None:
-        """Choose a token and keep its text; None if it ended without one."""
-        continuation, completion = self.continuation, self.completion
-        try:
-            token = None if self.ended else session.choose(continuation, slot)
-        except UserError as error:
-            raise UserError(f"prompt {completion.index}: {error}") from error
-        if token is not None:
-            completion.add(continuation.accept(token))
-        if self.ended:
-            if text := continuation.flush():
-                completion.add(Piece(None, text))
-            completion.finish = continuation.finish
-        return token
-
-
-def _start(
-    reader: Session,
-    after: Snapshot,
-    session: Session,
-    slot: int,
-    waiting: Iterator[tuple[int, str | Sequence[int] | Prompt]],
-    options: Options,
-    stats: Stats,
-) -> _Job | None:
-    """Read the next prompt and put its state into a slot; None if there is none."""
-    following = next(waiting, None)
-    if following is None:
-        return None
-    index, prompt = following
-    if isinstance(prompt, Prompt):
-        text, own = prompt.text, prompt.options
-    else:
-        text, own = prompt, options if options.seed is None else replace(options, seed=options.seed + index)
-    try:
-        reader.restore(after)
-        reader.feed(text, stats)
-        session.restore(reader.snapshot(), slot)
-        continuation = session.continuation(own, reader.model.bundle.manifest.tokenizer is not None, slot)
-    except UserError as error:
-        raise UserError(f"prompt {index}: {error}") from error
-    return _Job(Completion(index, text, own.seed), continuation)
+def _counted(options: Options, index: int) -> Options:
+    """Options of a prompt that brings none of its own: seeds count up."""
+    return options if options.seed is None else replace(options, seed=options.seed + index)

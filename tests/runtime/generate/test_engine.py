@@ -1,0 +1,145 @@
+"""Jobs join and leave a running batch; prompts are read in between; one job's end, fault or long prompt is its own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.generate.engine import Ended, Engine, Failed, Job, Made, Read
+from retnet_export.runtime.generate.generation import Options
+
+
+def alone(model, prompt, options) -> list[int]:
+    session = model.session()
+    session.feed(prompt)
+    return list(session.generate_tokens(options))
+
+
+def job(prompt, *options: Options, **about) -> Job:
+    return Job(prompt, options, with_text=False, **about)
+
+
+def run(engine) -> list:
+    events = []
+    while engine.busy:
+        events += engine.turn()
+    return events
+
+
+def tokens(events, job, index=0) -> list[int]:
+    return [event.piece.token for event in events if isinstance(event, Made) and (event.job, event.index) == (job, index)]
+
+
+def test_jobs_that_come_and_go_give_what_each_gives_alone(model):
+    generator = np.random.default_rng(3)
+    jobs = [
+        job(
+            generator.integers(0, 50, generator.integers(1, 40)).tolist(),
+            Options(temperature=1.2, top_k=12, repetition_penalty=1.3, seed=seed, max_new_tokens=int(generator.integers(0, 25))),
+        )
+        for seed in range(40)
+    ]
+    engine, events = Engine(model, 5, read_tokens=6), []
+    for each in jobs:
+        engine.add(each)
+        for _ in range(int(generator.integers(0, 4))):
+            events += engine.turn()
+    events += run(engine)
+    for each in jobs:
+        assert tokens(events, each) == alone(model, each.tokens, each.options[0])
+        assert [event.finish for event in events if isinstance(event, Ended) and event.job is each] == ["length"]
+
+
+def test_while_a_long_prompt_is_read_the_others_tokens_keep_coming(model):
+    engine = Engine(model, 3, read_tokens=4)
+    first, long, short = (job([1] * count, Options(temperature=0.0, max_new_tokens=40)) for count in (3, 100, 3))
+    engine.add(first)
+    engine.turn()
+    for each in (long, short):
+        engine.add(each)
+    order = []
+    while not any(isinstance(event, Read) and event.job is long for event in order):
+        events = engine.turn()
+        assert len(tokens(events, first)) == 1
+        order += events
+        if len(tokens(order, first)) == 39:
+            break
+    assert next(event for event in order if isinstance(event, Read)).job is short
+
+
+def test_several_continuations_read_their_prompt_once(model):
+    engine = Engine(model, 2)
+    options = [Options(temperature=1.5, seed=seed, max_new_tokens=6) for seed in range(5)]
+    several = job([4, 8, 15, 16, 23, 42], *options)
+    engine.add(several)
+    events = run(engine)
+    assert engine.stats.prompt_tokens == 6
+    for index, each in enumerate(options):
+        assert tokens(events, several, index) == alone(model, several.tokens, each)
+
+
+def test_a_cancelled_job_is_gone_at_the_next_turn_and_the_others_stay_as_they_are(model):
+    engine = Engine(model, 3, read_tokens=8)
+    options = Options(temperature=0.0, max_new_tokens=20)
+    jobs = [job([seed, seed + 1], options) for seed in range(3)]
+    waiting, reading = job([9], options), job([7] * 30, options)
+    for each in (*jobs[:2], reading, jobs[2], waiting):
+        engine.add(each)
+    events = [*engine.turn(), *engine.turn()]
+    assert (engine.generating, engine.reading, engine.waiting) == (2, 1, 2)
+    for each in (jobs[0], reading, waiting):
+        each.cancelled = True
+    events += engine.turn()
+    assert (engine.reading, engine.waiting) == (0, 0)
+    made = len(tokens(events, jobs[0]))
+    events += run(engine)
+    assert len(tokens(events, jobs[0])) == made < 20
+    assert not tokens(events, reading) + tokens(events, waiting)
+    for each in jobs[1:]:
+        assert tokens(events, each) == alone(model, each.tokens, options)
+
+
+def test_a_job_at_fault_fails_alone(model):
+    banned = Options(temperature=0.0, logit_bias=dict.fromkeys(range(50), -np.inf), max_new_tokens=5)
+    engine, options = Engine(model, 3), Options(temperature=0.0, max_new_tokens=5)
+    good, bad, also_good = job([1], options), job([2], options, banned), job([3], options)
+    for each in (good, bad, also_good):
+        engine.add(each)
+    events = run(engine)
+    (failure,) = (event for event in events if isinstance(event, Failed))
+    assert failure.job is bad
+    assert "bans every token" in str(failure.error)
+    for each in (good, also_good):
+        assert tokens(events, each) == alone(model, each.tokens, options)
+
+
+@pytest.mark.parametrize("at", ["step", "prefill"])
+def test_a_backend_that_fails_costs_those_it_failed_for_and_the_engine_goes_on(model, monkeypatch, at):
+    engine, options = Engine(model, 2), Options(temperature=0.0, max_new_tokens=5)
+    engine.add(lost := job([1], options))
+    session = engine._generator if at == "step" else engine._reader
+
+    def broken(*arguments):
+        raise RuntimeError("out of luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session._stream, at, broken)
+        events = run(engine)
+    assert [type(event.error) for event in events if isinstance(event, Failed)] == [RuntimeError]
+    engine.add(fine := job([1], options))
+    assert tokens(run(engine), fine) == alone(model, [1], options)
+    assert lost not in engine._jobs()
+
+
+def test_what_cannot_be_done_is_refused_before_it_waits(model):
+    engine = Engine(model, 1)
+    for bad, message in [
+        (job([], Options()), "the prompt is empty"),
+        (job([0, 50], Options()), "token 50 is not in the vocabulary of 50"),
+        (job([1], Options(logit_bias={77: 1.0})), "logit_bias names token 77"),
+        (job([1], Options(stop="x")), "stop strings need text"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            engine.add(bad)
+    assert not engine.busy
