@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A CPU build of torch is enough here, and far smaller: set TORCH=torch where you want the default build.
 TORCH ?= torch==2.13.0
 
-.PHONY: help demo test test-gpu test-oldest test-aarch64 check-wheels check check-tensorrt bench-decode bench-compare bench-export bench-gpu bench-prefill bench-forever bench-quantization bench-state clean
+.PHONY: help demo test test-gpu test-oldest test-jetpack6 test-aarch64 check-wheels check check-tensorrt bench-decode bench-compare bench-export bench-gpu bench-prefill bench-forever bench-quantization bench-state clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -52,6 +52,12 @@ bench-compare: $(VENV)/.installed  ## the comparison of docs/comparison.md, abou
 test-oldest: $(VENV)/.installed  ## the runtime's tests on the oldest ONNX Runtime that we name; quantized weights are slow there
 	$(BIN)/pip install --quiet --no-deps --upgrade --target .cache/onnxruntime-1.20 onnxruntime==1.20.1
 	PYTHONPATH=.cache/onnxruntime-1.20 $(BIN)/pytest -n auto tests/graph tests/runtime tests/quantize/test_pipeline.py
+
+test-jetpack6: $(VENV)/.installed  ## the runtime's tests with the packages that JetPack 6's Python 3.10 gets, and a check of syntax and library calls for 3.10
+	$(BIN)/pip install --quiet --no-deps --upgrade --target .cache/jetpack6 onnxruntime==1.23.2 numpy==2.2.6
+	$(BIN)/pip install --quiet vermin
+	$(BIN)/vermin --quiet --target=3.10- --no-tips cli.py __main__.py commands runtime plan
+	PYTHONPATH=.cache/jetpack6 $(BIN)/pytest -n auto tests/runtime tests/plan tests/commands/test_sessions.py
 
 # 1.23.2 is what JetPack 6 gets; qemu 7.2 ends in a segmentation fault with 1.28 and later.
 ONNXRUNTIMES ?= 1.23.2 1.26.0
