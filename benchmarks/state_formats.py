@@ -307,7 +307,7 @@ class StateBackend:
         config: the architecture.
         form: how the graphs store the state.
         decode: the rewritten decode graph.
-        prefill: a rewritten prefill graph with logits after every token, or None.
+        prefill: a rewritten prefill graph, or None.
         threads: threads an operator.
     """
 
@@ -363,7 +363,9 @@ class StateStream:
         logits: NDArray[np.float32] = np.empty((1, len(tokens), self._config.vocab_size), np.float32)
         row, length = np.ascontiguousarray(tokens[None]), np.array([len(tokens)])
         binding = self._bind(self._prefill, row, logits, self._after)
-        binding.bind_input("length", "cpu", 0, np.int64, length.shape, length.ctypes.data)
+        rows = np.arange(len(tokens))[None]
+        for name, array in (("length", length), ("rows", rows)):
+            binding.bind_input(name, "cpu", 0, np.int64, array.shape, array.ctypes.data)
         self._prefill.run_with_iobinding(binding)
         self._position[:] = self._position_after
         for name, (_, array) in self._state.items():
@@ -372,6 +374,10 @@ class StateStream:
 
     def prefill(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
         self._logits[:] = self.read(tokens[0, : lengths[0]])[-1:]
+
+    def score(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        logits: NDArray[np.float32] = self.read(tokens[0, : lengths[0]])[rows[0]][None]
+        return logits
 
     def logits(self) -> NDArray[np.float32]:
         return self._logits

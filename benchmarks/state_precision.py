@@ -52,9 +52,7 @@ from state_formats import (
 from retnet_export.export.checkpoints import open_checkpoint
 from retnet_export.export.checkpoints.base import Checkpoint
 from retnet_export.export.pipeline import export_bundle
-from retnet_export.graph.prefill import build_prefill
 from retnet_export.graph.weights import random_weights
-from retnet_export.graph.weights_file import WeightsFile
 from retnet_export.quantize.evaluation import evaluate_all
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.runtime.backends.base import Stream
@@ -104,7 +102,7 @@ def rewritten(
         bundle: a float bundle.
         form: the format.
         number: of the file.
-        every_logit: prefill with logits after every token.
+        every_logit: the prefill graph, if it is to be read with.
         threads: threads an operator.
         slower: makes every head remember 2^slower times as long (decode only).
     """
@@ -139,9 +137,7 @@ def judge(
     bundle = export_bundle(checkpoint, folder / "classics.retnet")
     config, every_logit = bundle.manifest.model, None
     if prefill:
-        every_logit = bundle.path / "every.onnx"
-        with WeightsFile(bundle.path / "every.bin") as file:
-            ir.save(build_prefill(config, checkpoint.read, file, "float32", all_logits=True), every_logit)
+        every_logit = bundle.file("prefill.onnx")
     models = {
         name: Model(bundle, rewritten(bundle, form, number, every_logit, slower=slower))
         for number, (name, form) in enumerate(forms.items())

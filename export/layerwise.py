@@ -65,6 +65,7 @@ def logits_by_layer(
     position = 0
     for chunk in chunks:
         feed: dict[str, Array] = {"tokens": chunk[None], "position": np.array([position]), "length": np.array([len(chunk)])}
+        feed["rows"] = np.array([[len(chunk) - 1]])
         feeds.append(feed)
         position += len(chunk)
     state = initial_state(manifest.state)
@@ -79,7 +80,7 @@ def logits_by_layer(
         for feed in feeds:
             results = session.run(wanted, {key: value for key, value in (feed | carried).items() if key in taken})
             if piece == layers:
-                rows.append(results[0])
+                rows.append(results[0].reshape(1, -1))
             else:
                 feed[streams[piece]], carried = results[0], dict(zip(names, results[1:], strict=True))
                 for done in before:

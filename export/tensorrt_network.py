@@ -70,7 +70,11 @@ def parser_message(path: Path, parser: trt.OnnxParser, target: str, version: str
 
 
 def optimization_profile(builder: trt.Builder, graph: GraphSpec, profile: Profile, max_batch: int) -> trt.IOptimizationProfile:
-    """Sizes left open in the graph are the batch, on the first axis, and the tokens, on the second."""
+    """Sizes left open in the graph are the batch, on the first axis, and the tokens or the rows of `rows`, on the second.
+
+    A step and a chunk of a prompt want logits of one row; `Stream.score` up to as many as the chunk has tokens. As with the tokens,
+    one row alone in a profile would make TensorRT lay the head out a second time.
+    """
     result = builder.create_optimization_profile()
     typical_batch = max_batch if profile.role == "decode" else 1
 
@@ -78,11 +82,11 @@ def optimization_profile(builder: trt.Builder, graph: GraphSpec, profile: Profil
         return tuple(size if size != -1 else batch if axis == 0 else tokens for axis, size in enumerate(sizes))
 
     for spec in graph.inputs:
+        typical, most = profile.typical_tokens, profile.max_tokens
+        if spec.name == "rows":
+            typical = 1
         result.set_shape(
-            spec.name,
-            shape(spec.shape, 1, 1),
-            shape(spec.shape, typical_batch, profile.typical_tokens),
-            shape(spec.shape, max_batch, profile.max_tokens),
+            spec.name, shape(spec.shape, 1, 1), shape(spec.shape, typical_batch, typical), shape(spec.shape, max_batch, most)
         )
     return result
 
@@ -90,7 +94,7 @@ def optimization_profile(builder: trt.Builder, graph: GraphSpec, profile: Profil
 def add_candidates(module: Any, network: trt.INetworkDefinition, count: int) -> None:
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
     logits = next(tensor for tensor in outputs if tensor.name == "logits")
-    layer = network.add_topk(logits, module.TopKOperation.MAX, count, 1 << 1)  # axis 1 of (B, V)
+    layer = network.add_topk(logits, module.TopKOperation.MAX, count, 1 << (len(logits.shape) - 1))  # (B, V), or (B, R, V)
     layer.name = "candidates"
     for index, name in enumerate((TOP_LOGITS, TOP_TOKENS)):
         tensor = layer.get_output(index)

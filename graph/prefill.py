@@ -1,12 +1,16 @@
-"""`prefill.onnx`: up to a chunk of tokens per sequence in, the logits after the last one out; state in and out as in decode.
+"""`prefill.onnx`: up to a chunk of tokens per sequence in, logits after the tokens asked for out; state in and out as in decode.
 
 The chunkwise form (equation 7) with the state between chunks explicit. For a sequence of n real tokens in a chunk of C:
 
     S' = γⁿ S + (K ⊙ ζ)ᵀ V        ζ_m = γ^(n-1-m) for m < n, 0 for padding
     O  = (Q Kᵀ ⊙ D) V + (Q ⊙ ξ) S   D_jm = γ^(j-m) for j ≥ m, 0 otherwise;  ξ_j = γ^(j+1)
 
-Padding stands after the real tokens, so D hides it from them and ζ from the state; its token ids are replaced before they
-are looked up. So nothing that a host leaves there can show, and a sequence of no tokens keeps its state bit by bit.
+What stands after the real tokens D hides from them, and ζ from the state; token ids outside the vocabulary are replaced before
+they are looked up. So padding cannot show, and a sequence of no tokens keeps its state bit by bit.
+
+Logits are computed for the tokens that `rows` names, (B, R), and no others: the rest is dropped before the final norm and the
+head. A row may lie after the real tokens: such a token is a draft. It sees every token of the chunk before it, drafts included, as
+a real token there would, and the state does not see it. So a host may look at what follows a guess and have nothing to undo.
 
 Sketch of a layer, B sequences of C tokens:
 
@@ -39,8 +43,6 @@ def build_prefill(
     compute: str,
     state_dtype: str = "float32",
     batch: int | None = None,
-    *,
-    all_logits: bool = False,
 ) -> ir.Model:
     """Write the graph that reads several tokens at once.
 
@@ -51,8 +53,6 @@ def build_prefill(
         compute: "float32", "float16" or "bfloat16".
         state_dtype: "float32" or "float16"; all of retention between projections and head norm is float32.
         batch: a fixed batch, or None for any.
-        all_logits: give logits after every token, (B, C, V), instead of after the last real one, (B, V): for evaluation.
-            Those of padding are undefined.
     """
     b = GraphBuilder("prefill", OPSET)
     w = Writer(b, config, read, file, compute, lead=(0, 0))
@@ -62,6 +62,7 @@ def build_prefill(
     tokens = b.input("tokens", ir.DataType.INT64, (size, "chunk"))
     position = b.input("position", ir.DataType.INT64, (size,))
     length = b.input("length", ir.DataType.INT64, (size,))
+    rows = b.input("rows", ir.DataType.INT64, (size, "rows"))
     states = [b.input(f"state.{index}", state_type, state_shape) for index in range(config.num_layers)]
 
     after = b.op("Add", position, length, name="position_after")
@@ -97,21 +98,11 @@ def build_prefill(
         state_after.append(new)
         return join_heads(w, head_norm(w, o, read_count), p.gate)
 
-    token = b.op("Where", real, tokens, _integer(b, 0), name="real_tokens")
+    token = b.op("Min", tokens, _integer(b, config.vocab_size - 1), name="tokens_below_end")
+    token = b.op("Max", token, _integer(b, 0), name="tokens_in_vocabulary")
     x = layers(w, embed(w, token), retain)
-    if all_logits:
-        flat = logits(w, b.op("Reshape", x, b.shape(-1, config.hidden_size), name="every_token"))
-        by_token = b.op(
-            "Concat", b.op("Shape", tokens, name="chunk_shape"), b.shape(config.vocab_size), name="logits_shape", axis=0
-        )
-        b.output(
-            b.op("Reshape", flat, by_token, name="logits_by_token"), "logits", ir.DataType.FLOAT, (size, "chunk", config.vocab_size)
-        )
-    else:
-        last = b.op("Sub", length_column, _integer(b, 1), name="last_index")
-        last = b.op("Max", last, _integer(b, 0), name="last_index_or_first")  # length 0
-        out = logits(w, b.op("GatherND", x, last, name="last_token", batch_dims=1))
-        b.output(out, "logits", ir.DataType.FLOAT, (size, config.vocab_size))
+    x = b.op("GatherND", x, b.op("Unsqueeze", rows, b.axes(-1), name="rows_column"), name="rows_wanted", batch_dims=1)  # (B, R, D)
+    b.output(logits(w, x), "logits", ir.DataType.FLOAT, (size, "rows", config.vocab_size))
     b.output(after, "position_out", ir.DataType.INT64, (size,))
     for layer, value in enumerate(state_after):
         b.output(value, f"state.{layer}_out", state_type, state_shape)

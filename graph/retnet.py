@@ -98,14 +98,21 @@ def layers(w: Writer, x: Value, retain: Callable[[int, Value], Value]) -> Value:
 
 
 def logits(w: Writer, x: Value) -> Value:
-    """x (rows, D) -> float32 (rows, V). A tied head is the embedding itself, stored once, (V, D)."""
+    """x (lead…, D) -> float32 (lead…, V). A tied head is the embedding itself, stored once, (V, D)."""
     b, config = w.b, w.config
     if config.final_norm:
         x = norm(w, x, "norm", config.norm, config.norm_eps)
     if not config.tied_embeddings:
         return w.linear(x, "head")
     table = b.initializer(w.file.tensor("embedding.weight", lambda: w.read("embedding.weight")))
-    return w.cast_up(b.op("Gemm", w.cast_down(x, "head"), table, name="head", transB=1), "head")
+    many = len(w.lead) > 1  # a Gemm takes matrices
+    rows = b.op("Reshape", x, b.shape(-1, config.hidden_size), name="head.rows") if many else x
+    y = w.cast_up(b.op("Gemm", w.cast_down(rows, "head"), table, name="head", transB=1), "head")
+    if not many:
+        return y
+    lead = b.op("Shape", x, name="head.lead", start=0, end=len(w.lead))
+    shape = b.op("Concat", lead, b.shape(config.vocab_size), name="head.shape", axis=0)
+    return b.op("Reshape", y, shape, name="head.of_rows")
 
 
 def graph_spec(model: ir.Model, file: str, chunk_size: int) -> GraphSpec:

@@ -233,7 +233,7 @@ def _name(node: ir.Node) -> str:
 
 
 def _rank(value: ir.Value) -> int:
-    """How many axes the token ids have where the embedding reads them: decode squeezes them, prefill masks its padding."""
+    """How many axes the token ids have where the embedding reads them: decode squeezes them, prefill clips them."""
     if value.shape is not None:
         return len(value.shape)
     producer = value.producer()
@@ -243,8 +243,8 @@ def _rank(value: ir.Value) -> int:
         assert axes is not None
         assert axes.const_value is not None
         return _rank(tokens) - int(axes.const_value.size)
-    if producer is not None and producer.op_type == "Where" and producer.inputs[1] is not None:
-        return _rank(producer.inputs[1])
+    if producer is not None and producer.op_type in ("Min", "Max") and producer.inputs[0] is not None:
+        return _rank(producer.inputs[0])
     raise ValueError(f"{value.name}: cannot tell the rank of the embedding's input")
 
 

@@ -139,7 +139,7 @@ class INetworkDefinition(Strict):
     def add_topk(self, input, op, k, axes):
         if op is not TopKOperation.MAX or axes != 1 << (len(input.shape) - 1) or not 1 <= k <= min(3840, input.shape[-1]):
             raise Misuse(f"TopK of {k} over axes {axes:#b} of {input.name} {input.shape}")
-        shape = (input.shape[0], k)
+        shape = (*input.shape[:-1], k)
         self._top = (input.name, k, ITensor("", input.dtype, shape), ITensor("", DataType.INT32, shape))
         return ITopKLayer(self._top[2:])
 
@@ -390,7 +390,9 @@ class IExecutionContext(Strict):
             for name, dtype, shape in content[kind]:
                 if name not in self._addresses:
                     raise Misuse(f"enqueue before {name} has an address")
-                full = self._shapes[name] if kind == "inputs" else tuple(batch if size == -1 else size for size in shape)
+                open_sizes = (batch, free.get(("rows", 1)))  # of outputs; no other axis of theirs is free
+                full = tuple(open_sizes[axis] if size == -1 else size for axis, size in enumerate(shape))
+                full = self._shapes[name] if kind == "inputs" else full
                 size = math.prod(full) * np.dtype(NUMPY_TYPES[dtype]).itemsize
                 cuda.check_device(self._addresses[name], size)
                 spans[name] = (kind, self._addresses[name], size, full, NUMPY_TYPES[dtype])
@@ -420,7 +422,7 @@ class IExecutionContext(Strict):
         if content["top"] is not None:
             source, k, top_values, top_indices = content["top"]
             # Ties the other way round from ours: the real one promises no order among them.
-            order = np.argsort(results[source][:, ::-1], axis=-1, kind="stable")[:, ::-1][:, :k]
+            order = np.argsort(results[source][..., ::-1], axis=-1, kind="stable")[..., ::-1][..., :k]
             order = results[source].shape[-1] - 1 - order
             results[top_values] = np.take_along_axis(results[source], order, -1)
             results[top_indices] = order.astype(np.int32)

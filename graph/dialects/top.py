@@ -1,10 +1,11 @@
 """The largest logits as outputs of the graph, so that choosing a token moves a few bytes and not the vocabulary.
 
-Rule: outputs `top_logits` and `top_tokens`, (B, k), largest first; `logits` stays an output. If any logit of a row is not finite,
-all its `top_logits` are NaN: what TopK does with a NaN differs from kernel to kernel, and one that it left out would go unseen.
+Rule: outputs `top_logits` and `top_tokens`, (B, k), in prefill (B, R, k), largest first; `logits` stays an output. If any logit of
+a row is not finite, all its `top_logits` are NaN: what TopK does with a NaN differs from kernel to kernel, and one that it left out
+would go unseen.
 
-    logits (B, V) ─┬─ TopK ──────────────── values ─ Add ─ top_logits (B, k)
-                   └─ ReduceSum ─ ·0 (B, 1) ──────────┘
+    logits (…, V) ─┬─ TopK ──────────────── values ─ Add ─ top_logits (…, k)
+                   └─ ReduceSum ─ ·0 (…, 1) ──────────┘
 """
 
 from __future__ import annotations
@@ -27,9 +28,7 @@ class TopLogitsPass(ir.passes.InPlacePass):
         producer = logits.producer()
         assert producer is not None
         assert logits.shape is not None
-        if len(logits.shape) != 2:  # logits after every token are for evaluation
-            return ir.passes.PassResult(model, False)
-        batch, vocab_size = logits.shape
+        *lead, vocab_size = logits.shape
         count = min(TOP, int(vocab_size))  # type: ignore[arg-type]
         w = Writer(graph, producer, "top")
         k = w.initializer(np.array([count], np.int64), "top_count")
@@ -41,6 +40,6 @@ class TopLogitsPass(ir.passes.InPlacePass):
         nothing = w.op("Mul", total, zero, name="zero_if_finite", dtype=ir.DataType.FLOAT)
         values = w.op("Add", largest, nothing, name="logits", dtype=ir.DataType.FLOAT)
         for value, name in ((values, "top_logits"), (tokens, "top_tokens")):
-            value.name, value.shape = name, ir.Shape([batch, count])
+            value.name, value.shape = name, ir.Shape([*lead, count])
             graph.outputs.append(value)
         return ir.passes.PassResult(model, True)

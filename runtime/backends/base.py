@@ -44,6 +44,21 @@ class Stream(Protocol):
                 of length 0 keeps its state, and its logits are undefined.
         """
 
+    def score(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Read several tokens per slot as `prefill` does, and give the logits after any of them.
+
+        A row at or after a slot's length is that of a draft: it sees all tokens of the chunk before it, and neither state nor
+        position takes it in. After this `logits` and `top` are undefined until the next step or prefill.
+
+        Args:
+            tokens: (B, C), C at most the prefill graph's chunk size: tokens to take in, then drafts, then padding.
+            lengths: (B,), how many of a slot's C tokens the state takes in, 0 to C.
+            rows: (B, R), of which of the C tokens the logits are wanted, each 0 to C - 1; R at most C.
+
+        Returns:
+            float32 (B, R, V), the caller's own; a row of padding is undefined.
+        """
+
     def logits(self) -> NDArray[np.float32]:
         """Logits (B, V) after each slot's last token; valid until the next step."""
 
@@ -65,7 +80,7 @@ class Narrowing(Protocol):
     """A stream whose steps cost what the slots in use cost."""
 
     def narrow(self, slots: int) -> None:
-        """From now on `step` and `prefill` take the first so many slots, (slots,) and (slots, C), and `top` gives theirs.
+        """From now on `step`, `prefill` and `score` take the first so many slots, (slots,) and (slots, C), and `top` gives theirs.
 
         The other slots are given up: what they hold is undefined until it is written.
         """
@@ -80,6 +95,12 @@ class Backend(Protocol):
 
     def open_stream(self, batch: int) -> Stream:
         """Allocate buffers for `batch` sequences, at the initial state."""
+
+
+def last_rows(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The rows (B, 1) of each slot's last real token, lengths (B,); of a slot of no tokens the first, which is undefined."""
+    rows: NDArray[np.int64] = np.maximum(lengths - 1, 0)[:, None]
+    return rows
 
 
 def initial_state(specs: Sequence[StateSpec]) -> State:

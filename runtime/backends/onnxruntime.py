@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet_export.runtime.backends.base import NUMPY_DTYPES, State, top_of
+from retnet_export.runtime.backends.base import NUMPY_DTYPES, State, last_rows, top_of
 from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.bundle.manifest import Manifest, StateSpec, TensorSpec
 from retnet_export.runtime.errors import MissingExtraError, UserError
@@ -121,7 +121,7 @@ class OnnxRuntimeStream:
         # Of one sequence, as the graphs take it: the same bytes as the manifest's state, in the CPU's dialect cut into pieces.
         self._graph_shapes = {spec.name: spec.shape[1:] for spec in manifest.graphs["decode"].inputs}
         self._tokens = np.zeros((batch, 1), np.int64)
-        self._one_token = np.ones(batch, np.int64)
+        self._one_token, self._first_row = np.ones(batch, np.int64), np.zeros((batch, 1), np.int64)
         self._logits = np.zeros((batch, manifest.model.vocab_size), np.float32)
         self._buffers = tuple({spec.input: _filled(spec, batch) for spec in manifest.state} for _ in range(2))
         self._in_place = decode is not prefill
@@ -148,6 +148,7 @@ class OnnxRuntimeStream:
             _bind_input(binding, "tokens", self._tokens[:slots])
             if not self._in_place:
                 _bind_input(binding, "length", self._one_token[:slots])
+                _bind_input(binding, "rows", self._first_row[:slots])
         return decode, prefill
 
     def step(self, tokens: NDArray[np.int64]) -> None:
@@ -160,10 +161,23 @@ class OnnxRuntimeStream:
 
     def prefill(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
         # Columns that are padding in every slot are not computed at all.
-        tokens, lengths = np.ascontiguousarray(tokens[:, : max(lengths.max(), 1)]), np.ascontiguousarray(lengths)
+        self._read(tokens[:, : max(lengths.max(), 1)], lengths, last_rows(lengths), self._logits[: self._slots, None])
+
+    def score(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        logits = np.empty((*rows.shape, self._logits.shape[1]), np.float32)
+        self._read(tokens, lengths, rows, logits)
+        return logits
+
+    def _read(
+        self, tokens: NDArray[np.int64], lengths: NDArray[np.int64], rows: NDArray[np.int64], logits: NDArray[np.float32]
+    ) -> None:
+        """Run the prefill graph; logits of `rows` (B, R) go to `logits` (B, R, V)."""
         binding = self._prefill_bindings[self._side]
-        _bind_input(binding, "tokens", tokens)
-        _bind_input(binding, "length", lengths)
+        inputs = {"tokens": tokens, "length": lengths, "rows": rows}
+        held = {name: np.ascontiguousarray(array) for name, array in inputs.items()}  # until the run is over
+        for name, array in held.items():
+            _bind_input(binding, name, array)
+        binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
         self._prefill.run_with_iobinding(binding)
         self._side = 1 - self._side
 
@@ -185,7 +199,10 @@ class OnnxRuntimeStream:
         for name, array in before.items():
             _bind_input(binding, name, self._as_in_graph(name, array))
         outputs = {spec.output: self._as_in_graph(spec.input, after[spec.input]) for spec in self._specs}
-        for name, array in {"logits": self._logits[: len(before["position"])], **outputs}.items():
+        logits = self._logits[: len(before["position"])]
+        if session is self._prefill:
+            logits = logits[:, None]  # of one row
+        for name, array in {"logits": logits, **outputs}.items():
             binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         return binding
 

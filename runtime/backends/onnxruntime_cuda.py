@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet_export.runtime.backends.base import NUMPY_DTYPES, State, top_of
+from retnet_export.runtime.backends.base import NUMPY_DTYPES, State, last_rows, top_of
 from retnet_export.runtime.backends.device_weights import DeviceWeights
 from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.bundle.manifest import GraphSpec, StateSpec
@@ -185,7 +185,7 @@ class OnnxRuntimeCudaStream:
         self._hosts = {name: cuda.pinned(self._shapes[name], self._dtypes[name]) for name in self._results}
         self._current: set[str] = set()  # results that the last run gave
         self._fetched: set[str] = set()  # those of them that are on the host
-        self._bindings = tuple(self._bind(session, side) for side in range(2))
+        self._bindings = tuple(self._bind(session, side, self._results) for side in range(2))
         for binding in self._bindings:
             binding.bind_input("tokens", "cuda", 0, np.int64, (batch, 1), self._tokens.address)
         self._options = tuple(self._run_options(graph_id) for graph_id in graph_ids or (None, None))
@@ -204,12 +204,30 @@ class OnnxRuntimeCudaStream:
         self._advance(self._results)
 
     def prefill(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
+        self._read(tokens[:, : max(lengths.max(), 1)], lengths, last_rows(lengths), self._results)
+
+    def score(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        results = {name: cuda.DeviceBuffer(self._bytes(name) * rows.shape[1]) for name in self._results}
+        self._read(tokens, lengths, rows, results)
+        self._current.clear()  # which are of one row a slot
+        logits = np.empty((*rows.shape, self._shapes["logits"][1]), np.float32)
+        self._stream.copy_to_host(logits, results["logits"])
+        self._stream.synchronize()
+        return logits
+
+    def _read(
+        self,
+        tokens: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        results: Mapping[str, cuda.DeviceBuffer],
+    ) -> None:
+        """Run the prefill graph; `results` have room for what it gives of `rows` (B, R)."""
         session = self._backend.prefill_session()
         assert session is not None
-        tokens, lengths = np.ascontiguousarray(tokens[:, : max(lengths.max(), 1)]), np.ascontiguousarray(lengths)
-        binding = self._bind(session, self._side)
-        for name, array in (("tokens", tokens), ("length", lengths)):
-            binding.bind_cpu_input(name, array)
+        binding = self._bind(session, self._side, results, rows.shape[1:])
+        for name, array in (("tokens", tokens), ("length", lengths), ("rows", rows)):
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
         self._run(session, binding, self._run_options(None))
         self._advance(output.name for output in session.get_outputs())
         self._stream.synchronize()  # the host arrays go with this call
@@ -285,16 +303,23 @@ class OnnxRuntimeCudaStream:
     def _bytes(self, output: str) -> int:
         return int(np.prod(self._shapes[output])) * self._dtypes[output].itemsize
 
-    def _bind(self, session: onnxruntime.InferenceSession, side: int) -> onnxruntime.IOBinding:
-        """State from one set of buffers to the other, and results into theirs."""
+    def _bind(
+        self,
+        session: onnxruntime.InferenceSession,
+        side: int,
+        results: Mapping[str, cuda.DeviceBuffer],
+        rows: tuple[int, ...] = (),
+    ) -> onnxruntime.IOBinding:
+        """State from one set of buffers to the other, and results, of one row a slot or of (R,) rows, into theirs."""
         binding = session.io_binding()
         before, after = self._sides[side], self._sides[1 - side]
         for spec in self._specs:
             shape, dtype = self._shapes[spec.output], self._dtypes[spec.output]
             binding.bind_input(spec.input, "cuda", 0, dtype, shape, before[spec.input].address)
             binding.bind_output(spec.output, "cuda", 0, dtype, shape, after[spec.input].address)
-        for name in (output.name for output in session.get_outputs() if output.name in self._results):
-            binding.bind_output(name, "cuda", 0, self._dtypes[name], self._shapes[name], self._results[name].address)
+        for name in (output.name for output in session.get_outputs() if output.name in results):
+            batch, *rest = self._shapes[name]
+            binding.bind_output(name, "cuda", 0, self._dtypes[name], (batch, *rows, *rest), results[name].address)
         return binding
 
     def _run_options(self, graph_id: int | None) -> onnxruntime.RunOptions:

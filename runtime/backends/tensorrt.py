@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet_export.runtime.backends.base import NUMPY_DTYPES, State, initial_state, top_of
+from retnet_export.runtime.backends.base import NUMPY_DTYPES, State, initial_state, last_rows, top_of
 from retnet_export.runtime.backends.tensorrt_api import load_module, make_logger
 from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.bundle.engines import TOP_LOGITS, TOP_TOKENS, EnginePart, EngineRecord, Role, find_engine, map_engine
@@ -104,6 +104,9 @@ class TensorRtStream:
         self._host_logits: NDArray[np.float32] | None = None
         self._logits_current = False
         self._top_logits, self._top_tokens = (cuda.DeviceBuffer(4 * batch * candidates) for _ in range(2))
+        self._results = {"logits": self._logits}
+        if candidates:
+            self._results |= {TOP_LOGITS: self._top_logits, TOP_TOKENS: self._top_tokens}
         self._host_top_logits = cuda.pinned((batch, candidates), np.float32)
         self._host_top_tokens = cuda.pinned((batch, candidates), np.int32)
 
@@ -124,18 +127,40 @@ class TensorRtStream:
         if graph is not None:
             self._stream.launch(graph)
         else:
-            self._enqueue(self._decode, 1, side)
+            self._step(side)
             self._warm[side] = True
         self._advanced()
 
     def prefill(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
+        # Columns that are padding in every slot are not computed at all.
+        self._read(tokens[:, : max(int(lengths.max()), 1)], lengths, last_rows(lengths), self._results)
+        self._fetch_candidates()
+
+    def score(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        count, vocab_size = rows.size, self._backend.manifest.model.vocab_size
+        results = {
+            name: cuda.DeviceBuffer(4 * count * (vocab_size if name == "logits" else self._backend.record.candidates))
+            for name in self._results
+        }
+        self._read(tokens, lengths, rows, results)
+        logits = np.empty((*rows.shape, vocab_size), np.float32)
+        self._stream.copy_to_host(logits, results["logits"])
+        self._wait()
+        return logits
+
+    def _read(
+        self,
+        tokens: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        results: Mapping[str, cuda.DeviceBuffer],
+    ) -> None:
+        """Run prefill; `results` have room for what it gives of `rows` (B, R)."""
         self._wait()
         if self._prefill is None:
             self._prefill = _Inputs(self._backend, "prefill", self.batch)
-        # Columns that are padding in every slot are not computed at all.
-        count = max(int(lengths.max()), 1)
-        self._prefill.set_tokens(tokens[:, :count], lengths)
-        self._enqueue(self._prefill, count, self._side)
+        self._prefill.set_tokens(tokens, lengths, rows)
+        self._enqueue(self._prefill, self._side, results)
         self._advanced()
 
     def logits(self) -> NDArray[np.float32]:
@@ -183,31 +208,36 @@ class TensorRtStream:
     def _capture(self, side: int) -> None:
         try:
             with self._stream.capture() as graph:
-                self._enqueue(self._decode, 1, side)
+                self._step(side)
         except (cuda.CudaError, TensorRtError) as error:
             self._capturable = False
             warnings.warn(f"no CUDA graphs here, each step is enqueued kernel by kernel: {error}", RuntimeWarning, stacklevel=3)
         else:
             self._graphs[side] = graph
 
-    def _enqueue(self, inputs: _Inputs, count: int, side: int) -> None:
-        """Everything a run does on the device, of `count` tokens per sequence, from the state of `side` to the other."""
-        inputs.upload(self._stream, count)
-        inputs.set_shapes(count)
+    def _step(self, side: int) -> None:
+        """Everything a step does on the device, from the state of `side` to the other."""
+        self._enqueue(self._decode, side, self._results)
+        self._fetch_candidates()
+
+    def _enqueue(self, inputs: _Inputs, side: int, results: Mapping[str, cuda.DeviceBuffer]) -> None:
+        """One run from the state of `side` to the other."""
+        inputs.upload(self._stream)
+        inputs.set_shapes()
         before, after = self._state[side], self._state[1 - side]
         addresses = {name: before[name].address for name in self._specs}
         addresses |= {spec.output: after[name].address for name, spec in self._specs.items()}
-        addresses |= inputs.addresses() | {"logits": self._logits.address}
-        if self._backend.record.candidates:
-            addresses |= {TOP_LOGITS: self._top_logits.address, TOP_TOKENS: self._top_tokens.address}
+        addresses |= inputs.addresses() | {name: buffer.address for name, buffer in results.items()}
         inputs.run(addresses, self._stream)
+
+    def _fetch_candidates(self) -> None:
         if self._backend.record.candidates:
             self._stream.copy_to_host(self._host_top_logits, self._top_logits)
             self._stream.copy_to_host(self._host_top_tokens, self._top_tokens)
 
 
 class _Inputs:
-    """The execution context of decode or prefill, and what it reads beside the state: tokens, and in prefill their number."""
+    """The execution context of decode or prefill, and what it reads beside the state: tokens; in prefill their number and rows."""
 
     def __init__(self, backend: TensorRtBackend, role: Role, batch: int) -> None:
         self._backend, self._batch = backend, batch
@@ -215,12 +245,15 @@ class _Inputs:
         capacity = 1 if role == "decode" else self.part.max_tokens
         self.tokens = cuda.pinned((batch, capacity), np.int64)
         self._device_tokens = cuda.DeviceBuffer(self.tokens.nbytes)
-        self._host = self.tokens  # of the current count
+        self._all_rows = cuda.pinned((batch, capacity), np.int64)
+        self._device_rows = cuda.DeviceBuffer(self._all_rows.nbytes)
+        self._host, self._rows = _front(self.tokens, (batch, 1)), _front(self._all_rows, (batch, 1))
+        self._rows[:] = 0
         self._lengths = cuda.pinned((batch,), np.int64)
         self._lengths[:] = 1
         self._device_lengths = cuda.DeviceBuffer(self._lengths.nbytes)
         self._takes_length = self.part.graph == "prefill"
-        self._shaped: int | None = None
+        self._shaped: tuple[int, int] | None = None
         module = backend.module
         engine = backend.engine(self.part)
         self._context = engine.create_execution_context(module.ExecutionContextAllocationStrategy.USER_MANAGED)
@@ -231,32 +264,36 @@ class _Inputs:
             raise TensorRtError(f"optimization profile {self.part.profile}: {_reason(backend)}")
         backend.stream.synchronize()
 
-    def set_tokens(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
-        """Take a chunk of tokens (B, C) and how many are real (B,)."""
-        # The buffer is as wide as the largest chunk; a narrower one fills its beginning, so that it is contiguous.
-        self._host = self.tokens.reshape(-1)[: tokens.size].reshape(tokens.shape)
-        self._host[...] = tokens
+    def set_tokens(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> None:
+        """Take a chunk of tokens (B, C), how many are real (B,), and the rows wanted (B, R)."""
+        self._host, self._rows = _front(self.tokens, tokens.shape), _front(self._all_rows, rows.shape)
+        self._host[...], self._rows[...] = tokens, rows
         self._lengths[:] = lengths
 
-    def upload(self, stream: cuda.Stream, count: int) -> None:
+    def upload(self, stream: cuda.Stream) -> None:
         stream.copy_to_device(self._device_tokens, self._host)
         if self._takes_length:
             stream.copy_to_device(self._device_lengths, self._lengths)
+            stream.copy_to_device(self._device_rows, self._rows)
 
-    def set_shapes(self, count: int) -> None:
+    def set_shapes(self) -> None:
         """Tell TensorRT the sizes of this run, if they are not those of the last."""
-        if count == self._shaped:
+        sizes = self._host.shape[1], self._rows.shape[1]
+        if sizes == self._shaped:
             return
         for spec in self._backend.manifest.graphs[self.part.graph].inputs:
-            shape = tuple(size if size != -1 else self._batch if axis == 0 else count for axis, size in enumerate(spec.shape))
+            second = sizes[1] if spec.name == "rows" else sizes[0]
+            shape = tuple(size if size != -1 else self._batch if axis == 0 else second for axis, size in enumerate(spec.shape))
             if not self._context.set_input_shape(spec.name, shape):
                 raise TensorRtError(f"input {spec.name} of shape {shape}: {_reason(self._backend)}")
-        self._shaped = count
+        self._shaped = sizes
 
     def addresses(self) -> dict[str, int]:
         """Device addresses of the inputs other than the state."""
         tokens = {"tokens": self._device_tokens.address}
-        return tokens | {"length": self._device_lengths.address} if self._takes_length else tokens
+        if not self._takes_length:
+            return tokens
+        return tokens | {"length": self._device_lengths.address, "rows": self._device_rows.address}
 
     def run(self, addresses: Mapping[str, int], stream: cuda.Stream) -> None:
         """Bind and enqueue."""
@@ -265,6 +302,11 @@ class _Inputs:
                 raise TensorRtError(f"tensor {name}: {_reason(self._backend)}")
         if not self._context.execute_async_v3(stream.handle):
             raise TensorRtError(f"the engine did not run: {_reason(self._backend)}")
+
+
+def _front(buffer: NDArray[np.int64], shape: tuple[int, ...]) -> NDArray[np.int64]:
+    """The beginning of a buffer that is as wide as the largest chunk, so that a narrower one is contiguous."""
+    return buffer.reshape(-1)[: math.prod(shape)].reshape(shape)
 
 
 def _reason(backend: TensorRtBackend) -> str:

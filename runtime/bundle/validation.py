@@ -95,6 +95,13 @@ def _check_graph(name: str, graph: GraphSpec, manifest: Manifest) -> None:
     logits = next((spec for spec in graph.outputs if spec.name == "logits"), None)
     if logits is None or (logits.dtype, logits.shape[-1]) != ("float32", manifest.model.vocab_size):
         raise UserError(f"graph {name!r}: it has no output 'logits', float32 with {manifest.model.vocab_size} columns")
+    if name == "prefill":
+        rows = next((spec for spec in graph.inputs if spec.name == "rows"), None)
+        if rows is None or (rows.dtype, len(rows.shape), len(logits.shape)) != ("int64", 2, 3):
+            raise UserError(
+                "graph 'prefill': expected an input 'rows', int64 with two axes, and 'logits' with three; "
+                "an older version wrote this bundle: export the checkpoint again"
+            )
 
 
 def _same_state(graph: tuple[int, ...], state: tuple[int, ...], dialect: Dialect) -> bool:

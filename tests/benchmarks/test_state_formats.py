@@ -8,9 +8,6 @@ import onnx_ir as ir
 import pytest
 import tiny
 
-from retnet_export.graph.prefill import build_prefill
-from retnet_export.graph.weights import random_weights
-from retnet_export.graph.weights_file import WeightsFile
 from retnet_export.runtime.model import load
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -102,12 +99,9 @@ def test_scaled_states_are_off_by_their_steps_and_no_more(bundle, name):
 
 
 def test_prefill_stores_the_state_in_the_same_format(bundle, tmp_path):
-    every_logit = bundle.path / "every.onnx"
-    with WeightsFile(bundle.path / "every.bin") as file:
-        ir.save(build_prefill(CONFIG, random_weights(CONFIG).__getitem__, file, "float32", all_logits=True), every_logit)
     logits, state = exact(bundle)
     form = mixed(CONFIG, Codec(INT16), Codec(FLOAT32), 1)
-    stream = stream_of(bundle, form, every_logit)
+    stream = stream_of(bundle, form, bundle.file("prefill.onnx"))
     rows = np.concatenate([stream.read(TOKENS[:16]), stream.read(TOKENS[16:])])
     found = stream.read_state(0)["state.0"][0]
     assert rows.shape == (len(TOKENS), CONFIG.vocab_size)

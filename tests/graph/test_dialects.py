@@ -39,7 +39,7 @@ CONFIGS = {
 
 
 def run(folder, config, weights, compute, dialect, tokens):
-    """Logits after each token, (T, B, V), by steps; and after all of them, by prefill."""
+    """Logits after each token, (T, B, V), by steps; and by prefill, from the last to the first, (B, T, V)."""
     folder.mkdir()
     models = {}
     with WeightsFile(folder / "weights.bin") as file:
@@ -65,6 +65,8 @@ def run(folder, config, weights, compute, dialect, tokens):
         state = {name: results[f"{name}_out"] for name in state}
         rows.append(results["logits"])
     chunk = {"tokens": np.ascontiguousarray(tokens.T), "length": np.full(batch, len(tokens)), **initial(sessions["prefill"])}
+    chunk["length"] //= 2  # the rest are drafts
+    chunk["rows"] = np.tile(np.arange(len(tokens))[::-1], (batch, 1))
     return np.stack(rows), sessions["prefill"].run(["logits"], chunk)[0], models
 
 

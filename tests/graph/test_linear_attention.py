@@ -59,6 +59,24 @@ def test_steps_and_chunks_give_the_portable_graphs_logits_and_state(tmp_path, na
                 assert measure(ours[key], theirs[key]).relative < TOLERANCES["chunkwise-float32"].relative
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_drafts_see_one_another_and_the_state_sees_none(tmp_path, name):
+    tokens = np.random.default_rng(0).integers(0, 50, (2, 12))
+    bundles = both(tmp_path, CONFIGS[name])
+    streams = [load(bundle.path, "onnxruntime", check_hashes=False).backend.open_stream(2) for bundle in bundles]
+    for chunk in (
+        (tokens[:, :7], np.array([3, 7]), np.tile(np.arange(7), (2, 1))),
+        (tokens, np.array([2, 0]), np.array([[11], [4]])),
+    ):
+        portable, dialect = (stream.score(*chunk) for stream in streams)
+        assert measure(dialect, portable).relative < TOLERANCES["chunkwise-float32"].relative
+    for slot in range(2):
+        states = [stream.read_state(slot) for stream in streams]
+        for key in states[0]:
+            if key.startswith("state."):
+                assert measure(states[1][key], states[0][key]).relative < TOLERANCES["chunkwise-float32"].relative
+
+
 def test_a_step_is_one_operator_over_the_state_of_a_layer(tmp_path):
     bundle = both(tmp_path, CONFIGS["two pieces a head"])[1]
     graph = ir.load(bundle.file("decode.onnx")).graph

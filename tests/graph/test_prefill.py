@@ -21,6 +21,7 @@ CHUNK = 16
 LONGEST = 3 * CHUNK
 TOKENS = np.random.default_rng(1).integers(0, 50, LONGEST, dtype=np.int64)
 TOLERANCE = TOLERANCES["chunkwise-float32"].relative
+AS_ORACLE = TOLERANCES["onnxruntime-float32"].relative
 
 
 @pytest.fixture(scope="module", params=tiny.CONFIGS)
@@ -42,6 +43,13 @@ def stepped(model) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
     return after
 
 
+@pytest.fixture(scope="module")
+def reference(model) -> np.ndarray:
+    """The oracle's logits after each token."""
+    config = model.bundle.manifest.model
+    return oracle.logits(config, random_weights(config), TOKENS)
+
+
 def assert_same(stream, slot, expected) -> None:
     logits, state = expected
     assert measure(stream.logits()[slot], logits).relative < TOLERANCE
@@ -58,28 +66,56 @@ def assert_same_state(stream, slot, state) -> None:
             assert not value.any()
 
 
-def test_every_family_reads_a_prompt_as_the_oracle_does(model):
-    config = model.bundle.manifest.model
-    reference = oracle.logits(config, random_weights(config), TOKENS)
+def test_every_family_reads_a_prompt_as_the_oracle_does(model, reference):
     for length in (1, 2, CHUNK - 1, CHUNK, CHUNK + 1, LONGEST):
         session = model.session()
         session.feed(TOKENS[:length].tolist())
-        assert measure(session.logits[0], reference[length - 1]).relative < TOLERANCES["onnxruntime-float32"].relative
+        assert measure(session.logits[0], reference[length - 1]).relative < AS_ORACLE
 
 
-def test_logits_after_every_token_are_those_of_the_oracle(model, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    config = model.bundle.manifest.model
-    weights = random_weights(config)
-    with WeightsFile(tmp_path / "weights.bin") as file:
-        ir.save(build_prefill(config, weights.__getitem__, file, "float32", all_logits=True), tmp_path / "all.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "all.onnx")
-    state = {spec.input: np.zeros((2, *spec.shape[1:]), np.float32) for spec in model.bundle.manifest.state[1:]}
-    feed = {"tokens": np.stack([TOKENS, TOKENS]), "position": np.zeros(2, np.int64), "length": np.array([LONGEST, 7])}
-    logits = session.run(["logits"], feed | state)[0]
-    reference = oracle.logits(config, weights, TOKENS)
-    assert measure(logits[0], reference).relative < TOLERANCES["onnxruntime-float32"].relative
-    assert measure(logits[1, :7], reference[:7]).relative < TOLERANCES["onnxruntime-float32"].relative
+@settings(deadline=None, max_examples=25)
+@given(data=st.data(), batch=st.integers(1, 3))
+def test_any_rows_of_any_split_are_those_of_the_oracle_and_drafts_leave_no_trace(model, reference, stepped, data, batch):
+    """Chunks of tokens taken in, drafts and padding, in any mix; drafts right and wrong ones."""
+    stream = model.backend.open_stream(batch)
+    read = [0] * batch
+    for _ in range(data.draw(st.integers(1, 3))):
+        width = data.draw(st.integers(1, CHUNK))
+        lengths = np.array([data.draw(st.integers(0, width)) for _ in range(batch)])
+        wanted = data.draw(st.integers(1, width))
+        rows = np.array([[data.draw(st.integers(0, width - 1)) for _ in range(wanted)] for _ in range(batch)])
+        tokens = np.array([TOKENS[start : start + width] for start in read])
+        wrong = [data.draw(st.integers(length, width)) for length in lengths]  # from here on drafts are wrong, or padding
+        for slot, start in enumerate(wrong):
+            tokens[slot, start:] = data.draw(st.sampled_from([0, 49, -7, 50, 2**62]))
+        logits = stream.score(tokens, lengths, rows)
+        assert logits.shape == (batch, wanted, 50)
+        for slot in range(batch):
+            for column, row in enumerate(rows[slot]):
+                if row < wrong[slot]:
+                    assert measure(logits[slot, column], reference[read[slot] + row]).relative < AS_ORACLE
+            read[slot] += int(lengths[slot])
+            assert_same_state(stream, slot, stepped[read[slot]][1])
+
+
+@settings(deadline=None, max_examples=20)
+@given(length=st.integers(0, CHUNK - 1), drafts=st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=CHUNK))
+def test_the_state_is_the_same_bit_by_bit_whatever_the_drafts_are(model, length, drafts):
+    states = []
+    for tail in (drafts, [0] * len(drafts)):
+        stream = model.backend.open_stream(1)
+        stream.step(TOKENS[:1])
+        tokens = np.array([*TOKENS[1 : 1 + length], *tail], np.int64)[None, :CHUNK]
+        stream.score(tokens, np.array([length]), np.array([[tokens.shape[1] - 1]]))
+        states.append(stream.read_state(0))
+    assert all(np.array_equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_step_after_a_score_goes_on_from_the_tokens_taken_in(model, stepped):
+    stream = model.backend.open_stream(1)
+    stream.score(TOKENS[None, :9], np.array([5]), np.array([[4, 8]]))
+    stream.step(TOKENS[5:6])
+    assert_same(stream, 0, stepped[6])
 
 
 @settings(deadline=None, max_examples=20)
@@ -129,7 +165,7 @@ def test_padding_leaves_no_trace_whatever_stands_in_it(model, length, poison):
         stream.prefill(rows, np.array([length, CHUNK]))
         results.append((stream.logits()[0].copy(), stream.read_state(0)))
     (clean, clean_state), (poisoned, poisoned_state) = results
-    assert np.array_equal(clean, poisoned)
+    assert length == 0 or np.array_equal(clean, poisoned)  # after no tokens they are undefined
     assert all(np.array_equal(clean_state[name], poisoned_state[name]) for name in clean_state)
 
 
@@ -196,7 +232,7 @@ def test_tensorrt_builds_it_for_any_chunk_and_batch(tmp_path, family, compute, s
         options.set_compute_capability(target, index)
     profile = builder.create_optimization_profile()
     for tensor in (network.get_input(index) for index in range(network.num_inputs)):
-        chunk = [(1,), (CHUNK,), (4 * CHUNK,)] if tensor.name == "tokens" else [tuple(tensor.shape)[1:]] * 3
+        chunk = [(1,), (CHUNK,), (4 * CHUNK,)] if tensor.name in ("tokens", "rows") else [tuple(tensor.shape)[1:]] * 3
         profile.set_shape(tensor.name, *((batch, *rest) for batch, rest in zip((1, 1, 4), chunk, strict=True)))
     options.add_optimization_profile(profile)
     assert builder.build_serialized_network(network, options) is not None

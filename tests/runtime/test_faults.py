@@ -212,6 +212,8 @@ def changed(document: dict, path: str, value: object) -> dict:
         ("graphs/decode/inputs", [], "its first input is not 'tokens'"),
         ("graphs/decode/inputs/0/shape", [0, 1], "sizes are 1 or more, or -1 for any"),
         ("graphs/decode/inputs/1/name", "tokens", "names an input or output twice"),
+        ("graphs/prefill/inputs/3/name", "row", "expected an input 'rows', int64 with two axes.*export the checkpoint again"),
+        ("graphs/prefill/outputs/0/shape", [-1, 50], "'logits' with three; an older version wrote this bundle"),
         ("graphs/prefill/chunk_size", 0, "chunk_size is 0, expected 1 to"),
         ("graphs/prefill/chunk_size", 10**15, "expected 1 to"),
         ("graphs", {}, "the bundle has no decode graph"),

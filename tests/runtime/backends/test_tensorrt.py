@@ -70,6 +70,25 @@ def test_steps_and_chunks_give_what_onnx_runtime_gives_on_every_release(tmp_path
     gc.collect()
 
 
+@pytest.mark.parametrize("candidates", [0, 5])
+def test_scores_are_those_of_onnx_runtime_and_drafts_leave_no_trace(tmp_path, cuda, candidates):
+    bundle = compiled(tmp_path, cuda, options=CompileOptions(max_batch=3, candidates=candidates))
+    ours, reference = (open_backend(name, bundle).open_stream(3) for name in ("tensorrt", "onnxruntime"))
+    chunks = (
+        (TOKENS[:, :8], np.array([8, 3, 0]), np.array([[0, 7, 3], [2, 4, 1], [0, 1, 2]])),
+        (TOKENS[:, 8:13], np.array([1, 0, 5]), np.array([[4], [4], [0]])),
+        (TOKENS[:, 8:14], np.array([2, 2, 2]), np.tile(np.arange(6), (3, 1))),
+    )
+    for chunk in chunks:
+        assert measure(ours.score(*chunk), reference.score(*chunk)).relative < SAME
+    for stream in (ours, reference):
+        stream.step(TOKENS[:, 14])
+    assert measure(ours.logits(), reference.logits()).relative < SAME
+    np.testing.assert_array_equal(ours.top(3)[0], reference.top(3)[0])
+    for slot, taken in enumerate((12, 6, 8)):
+        assert ours.read_state(slot)["position"] == taken
+
+
 def test_auto_takes_the_engine_that_was_compiled_for_this_gpu(bundle):
     assert open_backend("auto", bundle).name == "tensorrt"
     assert open_backend("auto", bundle, threads=1).name == "onnxruntime"
