@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from retnet_export.export.checkpoints import fla, syncdoth, torchscale
 from retnet_export.export.checkpoints.base import Checkpoint, listed
 from retnet_export.export.checkpoints.files import Found, find
+from retnet_export.export.checkpoints.names import candidates
 from retnet_export.export.checkpoints.refused import refuse
 from retnet_export.export.checkpoints.sources import described
 from retnet_export.runtime.errors import UserError
@@ -37,12 +39,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         UserError: nothing is there, it is damaged, or it is of no family that can be exported.
     """
     found = find(Path(path))
-    refuse(found.source)
-    names = set(found.source.names)
-    for family in FAMILIES:
-        if family.recognises(names):
-            return family.read(found)
+    for source in candidates(found.source):
+        refuse(source)
+        names = set(source.names)
+        for family in FAMILIES:
+            if family.recognises(names):
+                return family.read(replace(found, source=source))
     raise UserError(
         f"{described(found.source)}: of no family that is known (flash-linear-attention, torchscale, fairseq, syncdoth/RetNet); "
-        f"its tensors are called {listed(sorted(names), 4)}"
+        f"its tensors are called {listed(sorted(found.source.names), 4)}"
     )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from retnet_export.export.checkpoints.files import Found
+from retnet_export.export.checkpoints.names import RenamedSource
 from retnet_export.export.checkpoints.sources import Array, TensorSource, described
 from retnet_export.graph.weights import weight_shapes
 from retnet_export.runtime.bundle.config import ModelConfig
@@ -26,8 +30,16 @@ HUGGING_FACE_FIELDS = words("""
     initializer_range is_decoder is_encoder_decoder label2id model_type output_attentions output_hidden_states pad_token_id
     prefix problem_type pruned_heads return_dict sep_token_id task_specific_params tf_legacy_loss tie_encoder_decoder
     tokenizer_class torch_dtype torchscript transformers_version unk_token_id use_bfloat16 use_cache
+    _attn_implementation_autoset _attn_implementation_internal _experts_implementation attn_implementation
+    gradient_checkpointing is_decoder_only
+    bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length max_new_tokens
+    min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values
+    repetition_penalty return_dict_in_generate suppress_tokens temperature top_k top_p typical_p
 """)
-"""Fields of any Hugging Face config.json that say nothing about the maths of a RetNet."""
+"""Fields of any Hugging Face config.json that say nothing about the maths of a RetNet; the last lines are of generation."""
+ROWS_ELEMENTS = 1 << 22
+"""Elements of head and embedding that are compared at once."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +82,24 @@ def make_checkpoint(
     Args:
         found: the files.
         family: its name.
-        config: the architecture.
+        config: the architecture; where it ties the head to the embedding and the files have another head, theirs is taken.
         stored: where a canonical weight is.
         ignored: tensors that need not be read (saved buffers).
 
     Raises:
         UserError: tensors are missing, not used, or of another shape; all are named.
     """
+    if config.tied_embeddings:
+        head, embedding = stored("head.weight").name, stored("embedding.weight").name
+        ignored = {*ignored, head}
+        if _is_other(found.source, head, embedding):
+            config = replace(config, tied_embeddings=False)
+            warnings.warn(
+                f"{described(found.source)}: its settings say that the head is the embedding, but {head} is not {embedding}: "
+                f"the model is exported with {head} as its head; if that is wrong, remove {head} from the file",
+                CheckpointWarning,
+                stacklevel=2,
+            )
     check_weights(config, found.source, {name: stored(name) for name in weight_shapes(config)}, ignored)
     bos_id, eos_ids = token_ids(found.settings)
 
@@ -94,6 +117,29 @@ def make_checkpoint(
         bos_id=bos_id,
         eos_ids=eos_ids,
     )
+
+
+def with_embedding(found: Found, embedding: str, head: str, tied: bool) -> Found:
+    """What was found, with the embedding under its own name.
+
+    `safetensors.torch.save_model` keeps a matrix that has two names under one of them, which may be the head's.
+    """
+    names = set(found.source.names)
+    if not tied or embedding in names or head not in names:
+        return found
+    return replace(found, source=RenamedSource(found.source, {embedding if name == head else name: name for name in names}))
+
+
+def _is_other(source: TensorSource, head: str, embedding: str) -> bool:
+    """Whether the files have a head that is not their embedding; read some rows at a time."""
+    if not {head, embedding} <= set(source.names):
+        return False
+    shape = source.shape(head)
+    if shape != source.shape(embedding) or not shape:
+        return True
+    step = max(1, ROWS_ELEMENTS // max(1, math.prod(shape[1:])))
+    parts = (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
+    return not all(np.array_equal(source.read(head, part), source.read(embedding, part), equal_nan=True) for part in parts)
 
 
 class Fields:
@@ -131,19 +177,21 @@ class Fields:
         return choices[value]
 
     def refuse(self, name: str, allowed: object, why: str) -> None:
-        """Refuse any value but `allowed` (or none at all).
+        """Refuse any value but `allowed`, or none at all: null, {}, [], or an object of such values.
 
         Raises:
             UserError: the field has another value; `why` says what it would mean and what to do.
         """
         self._seen.add(name)
         value = self._document.get(name)
-        if value is not None and value != allowed:
+        if value != allowed and not _says_nothing(value):
             raise UserError(f"{self._where}: {name} is {value!r}: {why}")
 
     def warn_of_others(self, harmless: Collection[str]) -> None:
         """Warn, once, of fields that were neither looked up nor are `harmless`."""
-        if others := sorted(set(self._document) - self._seen - set(harmless)):
+        self.refuse("quantization_config", None, "its weights are quantized; export the checkpoint that they were made from")
+        unseen = set(self._document) - self._seen - set(harmless)
+        if others := sorted(name for name in unseen if not _says_nothing(self._document[name])):
             warnings.warn(
                 f"{self._where}: {listed(others)} {'is' if len(others) == 1 else 'are'} unknown and not read; "
                 "`retnet-export verify` cannot tell whether that changes the model",
@@ -161,6 +209,11 @@ class Fields:
 
     def _fault(self, name: str, expected: str, value: object) -> UserError:
         return UserError(f"{self._where}: {name} is {value!r}, expected {expected}")
+
+
+def _says_nothing(value: object) -> bool:
+    """Whether a field's value is none at all."""
+    return value is None or value == [] or (isinstance(value, dict) and all(map(_says_nothing, value.values())))
 
 
 def rows(source: TensorSource, name: str) -> int:

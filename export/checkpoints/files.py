@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from retnet_export.export.checkpoints.sources import SafetensorsSource, TensorSource, TorchSource, load_torch, read_json, shards
+import numpy as np
+
+from retnet_export.export.checkpoints.folders import ARGS, CONFIG, EXPECTED, check_readable, weight_files
+from retnet_export.export.checkpoints.sources import SafetensorsSource, TensorSource, TorchSource, load_torch, read_json
 from retnet_export.runtime.errors import UserError
 
-CONFIG = "config.json"
-ARGS = "args.json"
-HUGGING_FACE_WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-"""Names of weights in a Hugging Face folder; the first that is there is taken, as transformers does."""
-TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 NESTED = ("model", "state_dict", "model_state_dict")
 """Keys under which a file of torch.save keeps its tensors when it keeps other things too."""
-EXPECTED = (
-    f"a folder with {CONFIG} and model.safetensors or pytorch_model.bin, or a .pt file with its settings inside it or in "
-    f"{ARGS} beside it"
-)
 
 
 @dataclass(frozen=True)
@@ -53,17 +43,19 @@ def find(path: Path) -> Found:
     Raises:
         UserError: nothing usable is there, or it is not clear which file is meant.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         raise UserError(f"{path}: no such file or folder; expected {EXPECTED}")
+    if not path.exists():
+        check_readable(path)
     path = _snapshot(path)
     folder = path if path.is_dir() else path.parent
-    settings_file = next((folder / name for name in (CONFIG, ARGS) if (folder / name).is_file()), None)
-    settings: Mapping[str, Any] = {} if settings_file is None else read_json(settings_file)
+    settings_file = next((folder / name for name in (CONFIG, ARGS) if os.path.lexists(folder / name)), None)
+    settings: Mapping[str, Any] = {} if settings_file is None else read_json(check_readable(settings_file))
     settings_from = str(folder / ARGS if settings_file is None else settings_file)
     model_type = settings.get("model_type", "retnet")
     if model_type != "retnet":
         raise UserError(f"{settings_file}: model_type is {model_type!r}, expected 'retnet'; only RetNets can be exported")
-    files = _weight_files(path)
+    files = weight_files(path)
     source: TensorSource
     if files[0].suffix == ".safetensors":
         source = SafetensorsSource(files)
@@ -76,7 +68,7 @@ def find(path: Path) -> Found:
         if inside is not None:
             settings, settings_from = inside, f"{files[0]} (settings)"
     tokenizer = folder / "tokenizer.json"
-    return Found(path, source, settings, settings_from, tokenizer if tokenizer.is_file() else None)
+    return Found(path, source, settings, settings_from, check_readable(tokenizer) if os.path.lexists(tokenizer) else None)
 
 
 def _snapshot(path: Path) -> Path:
@@ -90,22 +82,6 @@ def _snapshot(path: Path) -> Path:
     if len(held) != 1:
         raise UserError(f"{path}: holds {len(held)} snapshots and no refs/main; give the folder of one snapshot")
     return held[0]
-
-
-def _weight_files(path: Path) -> tuple[Path, ...]:
-    if path.is_file():
-        if path.suffix not in (*TORCH_SUFFIXES, ".safetensors"):
-            raise UserError(f"{path}: expected a file ending in .safetensors, {', '.join(TORCH_SUFFIXES)}, or {EXPECTED}")
-        return (path,)
-    for name in HUGGING_FACE_WEIGHTS:
-        if (path / name).exists():
-            return shards(path / name) if name.endswith(".index.json") else (path / name,)
-    others = sorted(file for suffix in (*TORCH_SUFFIXES, ".safetensors") for file in path.glob(f"*{suffix}"))
-    if len(others) == 1:
-        return (others[0],)
-    if others:
-        raise UserError(f"{path}: holds {', '.join(file.name for file in others)}; give the file that is meant")
-    raise UserError(f"{path}: no weights; expected {EXPECTED}")
 
 
 def _tensors_and_settings(file: Path, document: Any) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
@@ -123,7 +99,11 @@ def _tensors_and_settings(file: Path, document: Any) -> tuple[dict[str, Any], Ma
 
 def _settings(document: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     cfg = document.get("cfg")
-    for candidate in (document.get("args"), cfg.get("model") if isinstance(cfg, dict) else None, document.get("config")):
+    for candidate in (
+        document.get("args"),
+        cfg.get("model") if isinstance(cfg, dict) else None,
+        document.get("config"),
+    ):
         found = candidate if isinstance(candidate, dict) else getattr(candidate, "__dict__", None)
         if found:
-            yield found
+            yield {name: value.item() if isinstance(value, np.generic) else value for name, value in found.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Literal, cast
 
-from retnet_export.export.checkpoints.base import HUGGING_FACE_FIELDS, Checkpoint, Fields, Stored, make_checkpoint
+from retnet_export.export.checkpoints.base import HUGGING_FACE_FIELDS, Checkpoint, Fields, Stored, make_checkpoint, with_embedding
 from retnet_export.export.checkpoints.files import Found
 from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.errors import UserError
@@ -46,7 +46,8 @@ MODULES = {
 
 def recognises(names: Collection[str]) -> bool:
     """Whether tensors of these names are fla's."""
-    return "model.embeddings.weight" in names and "model.layers.0.attn.q_proj.weight" in names
+    # safetensors' save_model keeps a matrix with two names under one of them.
+    return "model.layers.0.attn.q_proj.weight" in names and bool({"model.embeddings.weight", "lm_head.weight"} & set(names))
 
 
 def read(found: Found) -> Checkpoint:
@@ -60,6 +61,7 @@ def read(found: Found) -> Checkpoint:
     fields = Fields(found)
     config = model_config(fields)
     fields.warn_of_others(HARMLESS)
+    found = with_embedding(found, "model.embeddings.weight", "lm_head.weight", config.tied_embeddings)
     fused_norm = any(name.endswith("g_norm_swish_gate.weight") for name in found.source.names)
     # Before 2025-02-09 fla kept gate and up projection in one matrix, rows of the gate first.
     packed = "model.layers.0.mlp.up_proj.weight" not in found.source.names
@@ -72,7 +74,7 @@ def read(found: Found) -> Checkpoint:
             return Stored(in_file, slice(0, config.ffn_size))
         return Stored(in_file)
 
-    return make_checkpoint(found, "fla", config, stored, {"lm_head.weight"} if config.tied_embeddings else ())
+    return make_checkpoint(found, "fla", config, stored)
 
 
 def model_config(fields: Fields) -> ModelConfig:

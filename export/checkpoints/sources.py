@@ -7,8 +7,10 @@ a file is ever run.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
+import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -78,7 +80,7 @@ def shards(index: Path) -> tuple[Path, ...]:
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) and "/" not in name for name in names.values()):
         raise UserError(f"{index}: no usable 'weight_map' (tensor name to file name)")
     files = tuple(index.parent / name for name in sorted(set(names.values())))
-    if missing := [file.name for file in files if not file.exists()]:
+    if missing := [file.name for file in files if not os.path.lexists(file)]:
         raise UserError(f"{index}: names {', '.join(missing)}, which is not there; copy the whole checkpoint")
     return files
 
@@ -208,7 +210,8 @@ class TorchSource:
 def load_torch(file: Path) -> Any:
     """What torch.save wrote, with tensors mapped rather than read, and without running code from the file.
 
-    `argparse.Namespace`, in which fairseq keeps its settings, is the one class allowed: it holds attributes and does nothing.
+    Of classes, those are allowed that hold values and do nothing: `argparse.Namespace`, in which fairseq keeps its settings, and
+    NumPy's arrays, scalars and types, which it keeps beside the model.
 
     Raises:
         UserError: it is truncated, not such a file, or needs another class.
@@ -218,13 +221,26 @@ def load_torch(file: Path) -> Any:
     except ImportError as error:
         raise MissingExtraError("torch", "torch", f"reading {file.name}") from error
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace, *_numpy_globals()]):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # truncation and refusals come as RuntimeError, EOFError, UnpicklingError, OSError and more
         raise UserError(
             f"{file}: torch does not load it as plain tensors ({_reason(str(error))}); if it is whole, save its state_dict and "
             "settings alone with the package that wrote it"
         ) from error
+
+
+def _numpy_globals() -> list[Any]:
+    """What a pickle needs to make NumPy's arrays and scalars again, under the names that NumPy 1 and NumPy 2 write."""
+    multiarray = np.array(0).__reduce__()[0].__module__  # numpy._core.multiarray, or numpy.core.multiarray before 2.0
+    module: Any = importlib.import_module(multiarray)
+    makers = [
+        (getattr(module, name), f"numpy{core}.multiarray.{name}")
+        for core in (".core", "._core")
+        for name in ("scalar", "_reconstruct")
+    ]
+    types = {type(np.dtype(code)) for code in np.typecodes["All"]}
+    return [*makers, np.ndarray, np.dtype, *types]
 
 
 def _reason(message: str) -> str:

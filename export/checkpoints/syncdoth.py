@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from retnet_export.export.checkpoints.base import HUGGING_FACE_FIELDS, Checkpoint, Fields, listed, words
+from retnet_export.export.checkpoints.base import HUGGING_FACE_FIELDS, Checkpoint, Fields, listed, with_embedding, words
 from retnet_export.export.checkpoints.files import Found
 from retnet_export.export.checkpoints.torchscale import READ_FROM_TENSORS, TRAINING_FIELDS, make_decoder, model_config
 from retnet_export.runtime.errors import UserError
@@ -27,7 +27,12 @@ XATL_FIELDS = words("""
 
 def recognises(names: Collection[str]) -> bool:
     """Whether tensors of these names are syncdoth's."""
-    return "model.layers.0.retention.q_proj.weight" in names and "model.embed_tokens.weight" in names
+    # A torchscale model in an attribute `model` has the same names, but for its output matrix.
+    return (
+        "model.layers.0.retention.q_proj.weight" in names
+        and bool({"model.embed_tokens.weight", "lm_head.weight"} & set(names))
+        and "model.output_projection.weight" not in names
+    )
 
 
 def read(found: Found) -> Checkpoint:
@@ -45,6 +50,8 @@ def read(found: Found) -> Checkpoint:
     if not found.settings:
         raise UserError(f"{found.path}: no settings; put the model's config.json beside the weights")
     fields = Fields(found)
-    config = model_config(found, fields, "model.", fields.flag("tie_word_embeddings", False))
+    tied = fields.flag("tie_word_embeddings", False)
+    found = with_embedding(found, "model.embed_tokens.weight", "lm_head.weight", tied)
+    config = model_config(found, fields, "model.", tied)
     fields.warn_of_others(HARMLESS)
     return make_decoder(found, "syncdoth", config, "model.", "lm_head")

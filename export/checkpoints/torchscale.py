@@ -16,7 +16,7 @@ from typing import Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet_export.export.checkpoints.base import Checkpoint, Fields, Stored, make_checkpoint, rows, words
+from retnet_export.export.checkpoints.base import Checkpoint, Fields, Stored, make_checkpoint, rows, with_embedding, words
 from retnet_export.export.checkpoints.files import ARGS, Found
 from retnet_export.export.checkpoints.sources import described
 from retnet_export.runtime.bundle.config import ModelConfig
@@ -73,6 +73,7 @@ def read(found: Found) -> Checkpoint:
     fields.refuse("moe_freq", 0, "mixture-of-experts layers are not exported; only dense models are")
     fields.refuse("no_output_layer", False, "without an output layer there are no logits; only language models are exported")
     tied = fields.flag("share_decoder_input_output_embed", False)
+    found = with_embedding(found, f"{prefix}embed_tokens.weight", f"{prefix}output_projection.weight", tied)
     config = model_config(found, fields, prefix, tied)
     if found.settings_from.endswith(ARGS):  # fairseq's hold a whole training run, of which RetNetConfig takes what it knows
         fields.warn_of_others(READ_FROM_TENSORS | TRAINING_FIELDS)
@@ -151,7 +152,7 @@ def make_decoder(found: Found, family: str, config: ModelConfig, prefix: str, he
         family,
         config,
         lambda name: Stored(f"{head}.weight" if name == "head.weight" else prefix + file_name(name, config)),
-        ignored={angle, decay} | ({f"{head}.weight"} if config.tied_embeddings else set()),
+        ignored={angle, decay},
     )
     for name, exact in ((angle, np.repeat(config.theta, 2)), (decay, np.log(config.gamma))):
         if name in found.source.names:
