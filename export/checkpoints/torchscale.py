@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retnet_export.export.checkpoints.base import Checkpoint, Fields, Stored, make_checkpoint, rows, with_embedding, words
-from retnet_export.export.checkpoints.files import ARGS, Found
+from retnet_export.export.checkpoints.files import Found
+from retnet_export.export.checkpoints.folders import ARGS
 from retnet_export.export.checkpoints.sources import described
 from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.errors import UserError
