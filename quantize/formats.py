@@ -11,7 +11,7 @@ grow with the weight, so a largest weight that is clipped gains nothing: its sca
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,8 +24,11 @@ Bits = Literal[4, 8]
 
 FLOAT8_LARGEST = 448
 """The largest E4M3 number."""
-SMALLEST_SCALE = 2.0**-14
-"""The smallest normal float16; a weight below it is nothing beside the others of any model."""
+SMALLEST_SCALES: Mapping[str, float] = {"float32": 2.0**-126, "bfloat16": 2.0**-126, "float16": 2.0**-24}
+"""The smallest scale by its type. Nothing but zeros may be lost below it: models with small weights and large norms are as good
+as others. float32 and bfloat16 stop at their smallest normal number, below which some GPUs read 0; no model comes near it.
+float16, whose normal numbers end at 2^-14, goes down to its smallest subnormal: every runtime keeps those, and since integers are
+chosen after the scale is rounded, a scale of few bits costs a few hundredths of a step where a floor would cost the weights."""
 CHUNK_ELEMENTS = 1 << 20
 """Weights searched at once: what fits in a cache, and bounds the memory of the search whatever the matrix."""
 
@@ -125,7 +128,7 @@ def _round_to_float8(weight: Matrix, form: Format) -> Quantized:
     """Each weight to the nearest float8; its largest is the largest weight of an output."""
     extreme = np.abs(weight).max(axis=0, keepdims=True)
     extreme[extreme == 0] = 1.0
-    scales = _stored(extreme / np.float32(FLOAT8_LARGEST), form)
+    scales = stored_scales(extreme / np.float32(FLOAT8_LARGEST), form)
     # A cast beyond the largest value gives NaN, and a scale may have been rounded down.
     values = np.clip(weight / scales, -FLOAT8_LARGEST, FLOAT8_LARGEST).astype(form.dtype)
     return Quantized(form, values, scales)
@@ -154,16 +157,16 @@ def least_squares_scales(block: Matrix, form: Format, importance: NDArray[np.flo
     extreme[extreme == 0] = 1.0
     # Clipping pays where few steps are to be had: eight bits lose more by it than they win below 0.9.
     shares = np.linspace(0.6, 1.0, 17) if form.bits == 4 else np.linspace(0.9, 1.0, 5)
-    best = _stored(extreme / form.largest, form)
+    best = stored_scales(extreme / form.largest, form)
     error = _error(block, best, form, importance)
     for share in shares[:-1]:
-        best, error = _better(best, error, _stored(extreme * np.float32(share / form.largest), form), block, form, importance)
+        best, error = _better(best, error, stored_scales(extreme * np.float32(share / form.largest), form), block, form, importance)
     for _ in range(2):
         q = nearest(block, best[:, None], form).astype(np.float32)
         weighted = q * importance
         norm = (weighted * q).sum(axis=1)
         refined = np.where(norm > 0, (weighted * block).sum(axis=1) / np.where(norm > 0, norm, 1), best)
-        best, error = _better(best, error, _stored(refined, form), block, form, importance)
+        best, error = _better(best, error, stored_scales(refined, form), block, form, importance)
     return best
 
 
@@ -184,9 +187,9 @@ def _error(block: Matrix, scale: Matrix, form: Format, importance: NDArray[np.fl
     return np.asarray(rounded.sum(axis=1), np.float32)
 
 
-def _stored(scale: Matrix, form: Format) -> Matrix:
-    """The scale as the file will hold it: of its type, positive and normal."""
-    return np.maximum(scale, SMALLEST_SCALE).astype(form.scale_dtype).astype(np.float32)
+def stored_scales(scale: NDArray[np.floating], form: Format) -> Matrix:
+    """Scales as the file will hold them: of its type, and positive."""
+    return np.maximum(scale, SMALLEST_SCALES[form.scale]).astype(form.scale_dtype).astype(np.float32)
 
 
 def _chunks(inputs: int, outputs: int, group: int) -> Iterator[tuple[slice, slice]]:

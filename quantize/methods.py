@@ -22,6 +22,9 @@ from retnet_export.quantize.formats import Format, Matrix, Quantized, least_squa
 Gram = NDArray[np.float64]
 """XᵀX of a matrix's inputs over the calibration text, (inputs, inputs)."""
 
+UNUSED = 1e-12
+"""The share of the mean square below which an input counts as this much: it is never used."""
+
 
 class Method(Protocol):
     """Chooses integers for one matrix at a time."""
@@ -83,7 +86,7 @@ class Gptq:
 
     def _inverse_factor(self, gram: Gram) -> NDArray[np.float32]:
         """U, upper triangular, with (XᵀX + λI)⁻¹ = UᵀU."""
-        damped = gram + np.eye(len(gram)) * max(self.damping * float(np.trace(gram)) / len(gram), 1e-12)
+        damped = gram + np.eye(len(gram)) * self.damping * _mean_square(gram)
         inverse = np.linalg.inv(damped)
         return np.ascontiguousarray(np.linalg.cholesky((inverse + inverse.T) / 2).T, np.float32)
 
@@ -132,7 +135,7 @@ class Awq:
         self.steps = steps
 
     def input_scales(self, weight: Matrix, form: Format, gram: Gram) -> NDArray[np.float32] | None:
-        size = np.sqrt(np.maximum(np.diag(gram), 1e-12))
+        size = np.sqrt(np.maximum(np.diag(gram) / _mean_square(gram), UNUSED))
         best, least = None, np.inf
         for alpha in np.linspace(0.0, 1.0, self.steps + 1):
             scales = size**alpha
@@ -144,8 +147,13 @@ class Awq:
         return best
 
     def quantize(self, weight: Matrix, form: Format, gram: Gram | None) -> Quantized:
-        importance = None if gram is None else (np.diag(gram) / np.mean(np.diag(gram))).astype(np.float32)
+        importance = None if gram is None else (np.diag(gram) / _mean_square(gram)).astype(np.float32)
         return round_to_nearest(weight, form, importance)
+
+
+def _mean_square(gram: Gram) -> float:
+    """The mean of the diagonal of XᵀX; 1 if no input was ever other than 0. Nothing absolute: inputs may be of any size."""
+    return float(np.trace(gram)) / len(gram) or 1.0
 
 
 def product_error(weight: Matrix, approximation: Matrix, gram: Gram) -> float:

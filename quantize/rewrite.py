@@ -30,7 +30,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from retnet_export.quantize.formats import SMALLEST_SCALE, Format
+from retnet_export.quantize.formats import stored_scales, Format
 from retnet_export.runtime.bundle.manifest import StateSpec
 from retnet_export.runtime.errors import UserError
 
@@ -124,7 +124,7 @@ class _Rewriter:
     def quantize_input(self, node: ir.Node, name: str, largest: float) -> None:
         """Let what flows into a product pass through the format of its matrix: one scale, since rows come one at a time."""
         form, x = self._stored[name].format, node.inputs[0]
-        scale = np.maximum(largest / form.largest, SMALLEST_SCALE).astype(form.scale_dtype)
+        scale = stored_scales(np.array(largest / form.largest), form).astype(form.scale_dtype)
         # Aloud, because the default is uint8.
         tensors = [
             ir.Tensor(scale, name=f"{node.name}.input_scale"),

@@ -72,3 +72,31 @@ def test_four_bit_integers_are_packed_as_onnx_reads_them(tmp_path, shape):
         reference = file.tensor("w", lambda: values)
     assert reference.dtype == ir.DataType.INT4
     assert (np.asarray(reference.numpy(), np.int8) == values.astype(np.int8)).all()
+
+
+@pytest.mark.parametrize(
+    ("form", "exponent", "most"),
+    [
+        (Format(8), -40, 1.0),
+        (Format(8, 32, "bfloat16"), -40, 1.0),
+        (Format(8, None, "float16"), -7, 1.02),
+        (Format(8, None, "float16"), -12, 1.02),
+        (Format(4, 32, "float16"), -16, 1.02),
+        (Format(4, 32, "float16"), -18, 1.1),
+        (Format(8, floating=True), -40, 1.0),
+    ],
+)
+def test_small_weights_lose_what_large_ones_lose(form, exponent, most):
+    weight = weights(256, 64)
+    small = weight * np.float32(2.0**exponent)
+    assert round_to_nearest(small, form).relative_error(small) <= most * round_to_nearest(weight, form).relative_error(weight)
+
+
+@given(st.integers(-24, -1), st.sampled_from([4, 8]))
+def test_a_float16_scale_never_costs_a_weight_more_than_its_smallest_step(exponent, bits):
+    """Down to the smallest subnormal: no weight is off by more than half a step, or half of 2^-24 times its integer."""
+    weight = np.float32(2.0**exponent) * np.linspace(-1, 1, 64, dtype=np.float32)[:, None]
+    quantized = round_to_nearest(weight, Format(bits, None, "float16"))
+    assert (quantized.scales >= 2.0**-24).all()
+    step = np.abs(weight).max() / quantized.format.largest
+    assert np.abs(quantized.dequantized() - weight).max() <= 1.5 * step + quantized.format.largest * 2.0**-25

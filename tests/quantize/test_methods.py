@@ -45,3 +45,25 @@ def test_gptq_takes_inputs_that_are_never_used(matrix):
     gram = gram.copy()
     gram[5], gram[:, 5] = 0.0, 0.0
     assert np.isfinite(Gptq().quantize(weight, Format(4, 32), gram).dequantized()).all()
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("size", [2.0**-30, 2.0**30])
+def test_inputs_of_any_size_give_the_same_integers(matrix, method, size):
+    """A norm a billion times larger with weights a billion times smaller is the same function."""
+    weight, gram = matrix
+    form = Format(4, 32)
+    expected = METHODS[method]().quantize(weight, form, gram)
+    actual = METHODS[method]().quantize(weight / np.float32(size), form, gram * size**2)
+    assert (actual.values == expected.values).all()
+    scales = METHODS[method]().input_scales(weight, form, gram)
+    if scales is not None:
+        np.testing.assert_array_equal(METHODS[method]().input_scales(weight / np.float32(size), form, gram * size**2), scales)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_inputs_that_are_all_zero_leave_finite_weights(matrix, method):
+    weight, form, gram = matrix[0], Format(4, 32), np.zeros((128, 128))
+    scales = METHODS[method]().input_scales(weight, form, gram)
+    assert scales is None or np.isfinite(scales).all()
+    assert np.isfinite(METHODS[method]().quantize(weight, form, gram).dequantized()).all()

@@ -237,3 +237,25 @@ def test_a_quantized_bundle_is_not_quantized_again(tmp_path):
     with pytest.raises(UserError, match=r"quantized already \(int8\); rounding twice only loses"):
         quantize_bundle(quantized, tmp_path / "smaller.retnet", QuantizeOptions("int4", group_size=GROUP))
     assert not (tmp_path / "smaller.retnet").exists()
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_small_weights_behind_large_norms_are_quantized_as_the_same_function_is(tmp_path, weights):
+    """Matrices times 2^-20 with norms times 2^20 before them compute the same, and so do their quantized forms, bit for bit."""
+    config = tiny.CONFIGS["fla"]
+    plain = random_weights(config)
+    shifted = {
+        name: value * np.float32(2.0**20)
+        if name.endswith(("retention_norm.weight", "ffn_norm.weight"))
+        else value * np.float32(2.0**-20)
+        if name.endswith(("q.weight", "k.weight", "v.weight", "gate.weight", "up.weight"))
+        else value
+        for name, value in plain.items()
+    }
+    rows = []
+    for name, values in (("plain", plain), ("shifted", shifted)):
+        (tmp_path / name).mkdir()
+        bundle = tiny.bundle(tmp_path / name, config, values)
+        options = QuantizeOptions(weights, group_size=GROUP)
+        rows.append(logits_without_fusion(quantize_bundle(bundle, tmp_path / name / "small.retnet", options), TOKENS))
+    np.testing.assert_array_equal(rows[1], rows[0])
