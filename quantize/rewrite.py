@@ -30,7 +30,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from retnet_export.quantize.formats import stored_scales, Format
+from retnet_export.quantize.formats import Format, stored_scales
 from retnet_export.runtime.bundle.manifest import StateSpec
 from retnet_export.runtime.errors import UserError
 
