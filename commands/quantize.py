@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from retnet_export.commands.common import BundlePath, Force, Json, Output, print_json, print_table, progress, size
 from retnet_export.runtime.bundle.bundle import Bundle, open_bundle
+
+if TYPE_CHECKING:
+    from retnet_export.quantize.evaluation import Evaluation
 
 
 def quantize(
@@ -49,7 +53,7 @@ def quantize(
     from retnet_export.commands.evaluate import encode_evaluation, print_evaluation
     from retnet_export.quantize.calibration import encode
     from retnet_export.quantize.evaluation import evaluate as run_evaluation
-    from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle, with_evaluation
+    from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
     from retnet_export.runtime.bundle.files import read_text
     from retnet_export.runtime.model import load
 
@@ -58,14 +62,17 @@ def quantize(
     if evaluate is not None:
         # A text that is of no use should be known before the work, not after.
         encode(load(source.path, check_hashes=False), read_text(evaluate), evaluate)
+    evaluation: Evaluation | None = None
     with progress("quantize", quiet=as_json) as update:
-        result = quantize_bundle(source, output, options, force=force, progress=update)
-    evaluation = None
-    if evaluate is not None:
-        with progress("evaluate", quiet=as_json) as update:
-            models = load(result.path, check_hashes=False), load(source.path, check_hashes=False)
-            evaluation = run_evaluation(models[0], evaluate, against=models[1], progress=update)
-        result = with_evaluation(result, encode_evaluation(evaluation))
+
+        def judge(made: Bundle) -> Mapping[str, object]:
+            nonlocal evaluation
+            assert evaluate is not None
+            ours, theirs = load(made.path, check_hashes=False), load(source.path, check_hashes=False)
+            evaluation = run_evaluation(ours, evaluate, against=theirs, progress=update)
+            return encode_evaluation(evaluation)
+
+        result = quantize_bundle(source, output, options, force=force, judge=None if evaluate is None else judge, progress=update)
     if as_json:
         print_json({"bundle": str(result.path), **_sizes(source, result), "quantization": result.manifest.quantization})
         return

@@ -63,7 +63,10 @@ def verify(
             model = load(bundle, backend, low_memory=False, check_hashes=False)
             name, result = model.backend.name, verify_whole(model, opened, text=passage, tokens=tokens, progress=update)
     record = asdict(result) | {"backend": name, "relative_error_by_position": result.drift()}
-    checked.with_manifest(verification=record)
+    try:
+        checked.with_manifest(verification=record)
+    except OSError as error:
+        print_warning(f"{bundle}: the result was not recorded in its manifest: {error.strerror}; copy the bundle to record it")
     if as_json:
         print_json(record)
     else:

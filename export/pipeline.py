@@ -111,7 +111,8 @@ def export_bundle(
             },
         )
         write_manifest(folder, manifest)
-    return open_bundle(target, check_hashes=False)
+        open_bundle(folder, check_hashes=False)  # what cannot be opened takes no place
+    return Bundle(Path(target), manifest)
 
 
 @dataclass(frozen=True)

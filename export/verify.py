@@ -20,7 +20,7 @@ from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.errors import MissingExtraError, UserError
 from retnet_export.runtime.generate.text import Tokenizer
 from retnet_export.runtime.model import Model
-from retnet_export.runtime.numerics import TOLERANCES, Error, measure
+from retnet_export.runtime.numerics import Error, Tolerance, measure, spread, tolerance
 
 PASSAGE = """\
 If music be the food of love, play on,
@@ -205,12 +205,7 @@ def _judge(
 ) -> Verification:
     reference, clamped = references
     prefill_error = measure(after_chunk, reference[np.array(_chunk_ends(bundle, len(reference))) - 1])
-    return compare(stepped, reference, prefill_error, source, tolerance_key(backend, bundle), clamped)
-
-
-def tolerance_key(backend: str, bundle: Bundle) -> str:
-    """The row of the tolerance table for a bundle on a backend."""
-    return f"{backend}-{bundle.manifest.precision.compute}"
+    return compare(stepped, reference, prefill_error, source, tolerance(bundle.manifest.precision.compute, backend), clamped)
 
 
 def compare(
@@ -218,7 +213,7 @@ def compare(
     reference: NDArray[np.float32],
     prefill_error: Error,
     source: str,
-    tolerance_name: str,
+    allowed: Tolerance,
     clamped: NDArray[np.float32] | None = None,
 ) -> Verification:
     """Judge logits (T, V) against the reference's."""
@@ -228,24 +223,23 @@ def compare(
     rows = np.arange(len(reference))
     margin = reference[rows, theirs] - reference[rows, mine]
     differs = mine != theirs
-    tolerance = TOLERANCES[tolerance_name]
     # Both logits may be off by the position's error, so a margin of twice that error decides nothing; but an error beyond
     # the tolerance is no excuse.
-    tied = differs & (margin <= 2 * np.minimum(per_position, tolerance.relative * reference.std()))
+    tied = differs & (margin <= 2 * np.minimum(per_position, allowed.relative * spread(reference)))
     wrong = tuple(int(index) for index in np.flatnonzero(differs & ~tied))
     return Verification(
         tokens=len(reference),
         source=source,
         error=error,
-        relative_error_by_position=tuple(float(value) for value in per_position / reference.std()),
+        relative_error_by_position=tuple(float(value) for value in per_position / spread(reference)),
         agreements=int((~differs).sum()),
         ties=int(tied.sum()),
         disagreements=wrong,
-        tolerance=tolerance.relative,
-        reason=tolerance.reason,
+        tolerance=allowed.relative,
+        reason=allowed.reason,
         prefill_error=prefill_error,
         clamp_error=None if clamped is None else measure(actual, clamped),
-        passed=max(error.relative, prefill_error.relative) <= tolerance.relative and not wrong,
+        passed=max(error.relative, prefill_error.relative) <= allowed.relative and not wrong,
     )
 
 

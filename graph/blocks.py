@@ -16,7 +16,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from retnet_export.graph.builder import GraphBuilder, Value
-from retnet_export.graph.weights import Array, ReadWeight, retention_inputs, weight_shapes
+from retnet_export.graph.weights import Array, ReadWeight, narrowed, retention_inputs, weight_shapes
 from retnet_export.graph.weights_file import WeightsFile
 from retnet_export.runtime.bundle.config import ModelConfig
 
@@ -63,7 +63,7 @@ class Writer:
 
     def vector(self, name: str) -> Value:
         """A canonical vector (norm weight, bias), always float32."""
-        return self.b.initializer(self.file.tensor(name, lambda: np.asarray(self.read(name), np.float32)))
+        return self.b.initializer(self.file.tensor(name, lambda: narrowed(name, self.read(name), np.dtype(np.float32))))
 
     def matrix(self, name: str, parts: Sequence[str], *, order: NDArray[np.int64] | None = None) -> Value:
         """Canonical matrices (outputs, inputs), transposed to (inputs, outputs) and joined along the outputs.
@@ -80,8 +80,7 @@ class Writer:
         return self.b.initializer(self.file.tensor(name, make))
 
     def _stored(self, name: str) -> NDArray[np.generic]:
-        stored: Array = self.read(name).astype(NUMPY_DTYPES[self.compute], copy=False)
-        return stored
+        return narrowed(name, self.read(name), NUMPY_DTYPES[self.compute])
 
     def product(self, x: Value, weight: Value, name: str, bias: Value | None = None) -> Value:
         """x (…, inputs) float32 times weight (inputs, outputs): float32 (…, outputs)."""
@@ -186,7 +185,7 @@ def joined_linear(w: Writer, x: Value, name: str, parts: Sequence[str], order: N
         return w.product(x, weight, name)
 
     def make_bias() -> NDArray[np.generic]:
-        joined = np.concatenate([np.asarray(w.read(f"{part}.bias"), np.float32) for part in full])
+        joined = np.concatenate([narrowed(f"{part}.bias", w.read(f"{part}.bias"), np.dtype(np.float32)) for part in full])
         return joined if order is None else joined[order]
 
     return w.product(x, weight, name, w.b.initializer(w.file.tensor(f"{w.b.qualify(name)}.bias", make_bias)))
@@ -310,7 +309,7 @@ def head_norm(w: Writer, o: Value, read: Value | None) -> Value:
     shape = (config.num_heads, config.head_value_dim)
 
     def per_head(name: str) -> Value:
-        return b.initializer(w.file.tensor(name, lambda: np.asarray(w.read(name), np.float32).reshape(shape)))
+        return b.initializer(w.file.tensor(name, lambda: narrowed(name, w.read(name), np.dtype(np.float32)).reshape(shape)))
 
     y = b.op("Mul", normed, per_head(f"{full}.weight"), name="head_norm.scaled")
     return b.op("Add", y, per_head(f"{full}.bias"), name="head_norm.biased") if config.head_norm == "layer" else y

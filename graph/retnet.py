@@ -6,11 +6,11 @@ import warnings
 from collections.abc import Callable
 from typing import Literal
 
-import numpy as np
 import onnx_ir as ir
 
 from retnet_export.graph.blocks import NUMPY_DTYPES, Writer, feed_forward, norm
 from retnet_export.graph.builder import Value
+from retnet_export.graph.weights import narrowed
 from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.bundle.manifest import GraphSpec, StateSpec, TensorSpec, is_in_pieces
 from retnet_export.runtime.errors import PrecisionWarning
@@ -62,9 +62,7 @@ def embed(w: Writer, tokens: Value) -> Value:
     """tokens int64 (lead…) -> the residual stream, float32 (lead…, D)."""
     b, config = w.b, w.config
     table = b.initializer(
-        w.file.tensor(
-            "embedding.weight", lambda: np.asarray(w.read("embedding.weight")).astype(NUMPY_DTYPES[w.compute], copy=False)
-        )
+        w.file.tensor("embedding.weight", lambda: narrowed("embedding.weight", w.read("embedding.weight"), NUMPY_DTYPES[w.compute]))
     )
     x = w.cast_up(b.op("Gather", table, tokens, name="embedding", axis=0), "embedding")
     if config.embedding_scale != 1.0:

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retnet_export.runtime.bundle.config import ModelConfig
+from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.numerics import first_not_finite
 
 Array = NDArray[np.generic]
 ReadWeight = Callable[[str], Array]
@@ -56,6 +58,25 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not config.tied_embeddings:
         linear("head", config.vocab_size, width, bias=False)
     return shapes
+
+
+def narrowed(name: str, array: Array, dtype: np.dtype[np.generic]) -> Array:
+    """A weight in the format that the bundle stores, without a copy if it is in it already.
+
+    Raises:
+        UserError: a value is too large for the format; the message names the weight, the value and what holds it.
+    """
+    with np.errstate(over="ignore"):
+        stored = array.astype(dtype, copy=False)
+    if stored is not array and (first := first_not_finite(stored)) is not None:
+        index = [int(position) for position in np.unravel_index(first, array.shape)]
+        value = float(array.reshape(-1)[first])
+        if np.isfinite(value):
+            raise UserError(
+                f"{name} holds {value:.6g} at {index}, more than {dtype.name} can hold; export it with "
+                + ("--precision fp32 or bf16" if dtype.name == "float16" else "a checkpoint of smaller weights")
+            )
+    return stored
 
 
 def retention_inputs(config: ModelConfig) -> dict[str, int]:

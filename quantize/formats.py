@@ -189,7 +189,7 @@ def _error(block: Matrix, scale: Matrix, form: Format, importance: NDArray[np.fl
 
 def stored_scales(scale: NDArray[np.floating], form: Format) -> Matrix:
     """Scales as the file will hold them: of its type, and positive."""
-    return np.maximum(scale, SMALLEST_SCALES[form.scale]).astype(form.scale_dtype).astype(np.float32)
+    return np.asarray(np.maximum(scale, SMALLEST_SCALES[form.scale]).astype(form.scale_dtype), np.float32)
 
 
 def _chunks(inputs: int, outputs: int, group: int) -> Iterator[tuple[slice, slice]]:

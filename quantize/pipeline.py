@@ -15,6 +15,7 @@ from retnet_export.quantize.methods import METHODS, Awq, Gram, Method, RoundToNe
 from retnet_export.runtime.bundle.bundle import MANIFEST, Bundle, open_bundle
 from retnet_export.runtime.bundle.files import new_folder, sha256_of
 from retnet_export.runtime.errors import MissingExtraError, UserError, one_of
+from retnet_export.runtime.numerics import first_not_finite
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -30,6 +31,7 @@ TABLES = ("int8", "int4", "keep")
 GROUP_SIZES = (16, 32, 64, 128, 256)
 DEFAULT_INT4_GROUP = 64
 Progress = Callable[[str, float], None]
+Judge = Callable[[Bundle], Mapping[str, object]]
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def quantize_bundle(
     options: QuantizeOptions,
     *,
     force: bool = False,
+    judge: Judge | None = None,
     progress: Progress = lambda stage, share: None,
 ) -> Bundle:
     """Write a quantized copy of a bundle.
@@ -105,11 +108,12 @@ def quantize_bundle(
         target: the folder to make.
         options: formats and methods.
         force: replace an existing bundle.
+        judge: measures the new bundle before it takes its place; what it says is recorded as "evaluation".
         progress: is told what goes on.
 
     Raises:
-        UserError: the source is quantized already, options do not fit it, the calibration text is unfit, or the target cannot
-            be written; nothing is left behind.
+        UserError: the source is quantized already, options do not fit it, the calibration text is unfit, `judge` refuses the
+            result, or the target cannot be written; nothing is left behind, and what was there before stays.
     """
     try:
         import onnx_ir as ir
@@ -171,12 +175,11 @@ def quantize_bundle(
                 "source": {"name": manifest.name, "weights_sha256": manifest.files["weights.bin"].sha256},
             },
         )
-    return open_bundle(target, check_hashes=False)
-
-
-def with_evaluation(bundle: Bundle, evaluation: Mapping[str, object]) -> Bundle:
-    """The quantized bundle with what it cost written into its manifest."""
-    return bundle.with_manifest(quantization={**(bundle.manifest.quantization or {}), "evaluation": evaluation})
+        result = open_bundle(folder, check_hashes=False)
+        if judge is not None:
+            evaluation = judge(result)
+            result = result.with_manifest(quantization={**(result.manifest.quantization or {}), "evaluation": evaluation})
+    return Bundle(Path(target), result.manifest)
 
 
 def _check_source(source: Bundle, target: str | Path, options: QuantizeOptions) -> None:
@@ -320,6 +323,8 @@ class _Quantization:
     def _quantize(self, name: str, weight: np.ndarray[Any, Any], method: Method, gram: Gram | None) -> Quantized:
         planned = self._plan[name]
         weight = np.asarray(weight, np.float32)
+        if first_not_finite(weight) is not None:
+            raise UserError(f"{self._source.path}: {name} holds values that are not finite; export the checkpoint again")
         if planned.role in ("embedding", "tied"):
             weight = np.ascontiguousarray(weight.T)
         quantized = method.quantize(weight, planned.format, gram)

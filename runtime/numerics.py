@@ -8,11 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from retnet_export.runtime.errors import UserError
+
+Computation = Literal["float32", "float16", "bfloat16", "quantized"]
+EXPONENTS: Mapping[str, int] = {"float64": 0x7FF << 52, "float32": 0xFF << 23, "float16": 0x1F << 10, "bfloat16": 0xFF << 7}
+"""The bits of the exponent, by NumPy's name of a type."""
+CHUNK_ELEMENTS = 1 << 18
+"""Elements looked at at once: what fits in a cache."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,41 @@ TOLERANCES: Mapping[str, Tolerance] = {
     ),
     "onnxruntime-cuda-float32": Tolerance(1e-4, "float32 rounding, TF32 off; sums in another order than on the CPU"),
     "onnxruntime-cuda-float16": Tolerance(5e-2, "as on the CPU, and the residual stream and the gates rounded to 11 bits as well"),
+    "tensorrt-float32": Tolerance(1e-4, "float32 rounding, TF32 off in the builder; sums in another order than on the CPU"),
+    "tensorrt-float16": Tolerance(5e-2, "as on the CPU, and what TensorRT fuses may be rounded to 11 bits in between"),
+    "tensorrt-rtx-float32": Tolerance(1e-4, "as TensorRT"),
+    "tensorrt-rtx-float16": Tolerance(5e-2, "as TensorRT"),
+    "cuda-float32": Tolerance(1e-4, "float32 rounding; sums in another order than on the CPU"),
+    "cuda-float16": Tolerance(5e-2, "as on the CPU: weights and operands rounded to 11 bits, sums and state in float32"),
 }
+"""By what is compared: the first rows by the form, the others by backend and what its products compute with."""
+
+
+def tolerance(computation: Computation, backend: str = "onnxruntime") -> Tolerance:
+    """How far logits may be from the reference's; every backend has an answer, also one that is not written yet.
+
+    Args:
+        computation: what the products compute with, or "quantized", against the same integer weights.
+        backend: its name; one without a row of its own must do what the CPU does.
+    """
+    return TOLERANCES.get(f"{backend}-{computation}", TOLERANCES[f"onnxruntime-{computation}"])
+
+
+def first_not_finite(array: NDArray[np.generic]) -> int | None:
+    """The place of the first NaN or infinity in an array of floats in C order; None if there is none.
+
+    The exponent's bits are all ones in both, so that formats of 16 bits, in which NumPy computes slowly, cost as little as others.
+    """
+    flat = np.ascontiguousarray(array).reshape(-1)
+    name = flat.dtype.name
+    if name not in EXPONENTS:
+        return None
+    bits, exponent = flat.view(f"u{flat.dtype.itemsize}"), EXPONENTS[name]
+    for start in range(0, flat.size, CHUNK_ELEMENTS):
+        wrong = (bits[start : start + CHUNK_ELEMENTS] & exponent) == exponent
+        if wrong.any():
+            return start + int(wrong.argmax())
+    return None
 
 
 def measure(actual: NDArray[np.generic], reference: NDArray[np.generic]) -> Error:
@@ -64,7 +105,14 @@ def measure(actual: NDArray[np.generic], reference: NDArray[np.generic]) -> Erro
     a, r = np.asarray(actual, np.float64), np.asarray(reference, np.float64)
     if a.shape != r.shape:
         raise UserError(f"cannot compare shapes {a.shape} and {r.shape}")
-    if not np.isfinite(a).all():
-        raise UserError(f"the result holds {int((~np.isfinite(a)).sum())} values that are not finite")
+    for what, values in (("result", a), ("reference", r)):
+        if count := int((~np.isfinite(values)).sum()):
+            raise UserError(f"the {what} holds {count:,} values of {values.size:,} that are not finite (NaN or infinity)")
     difference = np.abs(a - r)
-    return Error(float(difference.max()), float(difference.mean()), float(difference.max() / r.std()))
+    return Error(float(difference.max()), float(difference.mean()), float(difference.max() / spread(r)))
+
+
+def spread(reference: NDArray[np.generic]) -> float:
+    """What errors are measured by: the standard deviation, or where all values are one, its size, or 1 if that is 0."""
+    r = np.asarray(reference, np.float64)
+    return float(r.std()) or float(np.abs(r).max()) or 1.0

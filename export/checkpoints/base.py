@@ -17,6 +17,7 @@ from retnet_export.export.checkpoints.sources import Array, TensorSource, descri
 from retnet_export.graph.weights import weight_shapes
 from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.errors import CheckpointWarning, UserError
+from retnet_export.runtime.numerics import first_not_finite
 
 
 def words(text: str) -> frozenset[str]:
@@ -105,7 +106,14 @@ def make_checkpoint(
 
     def read(name: str) -> Array:
         place = stored(name)
-        return found.source.read(place.name, place.rows)
+        array = found.source.read(place.name, place.rows)
+        if (first := first_not_finite(array)) is not None:
+            index = [int(position) for position in np.unravel_index(first, array.shape)]
+            raise UserError(
+                f"{described(found.source)}: {place.name} holds {array.reshape(-1)[first]} at {index}: the model cannot compute "
+                "anything; the training went wrong, or the file is damaged: export an earlier checkpoint, or download it again"
+            )
+        return array
 
     return Checkpoint(
         path=found.path,

@@ -21,7 +21,7 @@ from pathlib import Path
 from retnet_export.runtime.bundle.external_data import external_locations
 from retnet_export.runtime.bundle.files import restore_old, sha256_of, write_atomically
 from retnet_export.runtime.bundle.manifest import FORMAT, FORMAT_VERSION, FileRecord, Manifest
-from retnet_export.runtime.bundle.schema import decode, encode
+from retnet_export.runtime.bundle.schema import decode, encode, not_finite
 from retnet_export.runtime.bundle.validation import check_manifest
 from retnet_export.runtime.errors import UserError
 
@@ -162,5 +162,12 @@ def record_files(folder: Path, known: Mapping[str, FileRecord] | None = None) ->
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write manifest.json so that a reader sees the old one or the new one, never a part."""
+    """Write manifest.json so that a reader sees the old one or the new one, never a part.
+
+    Raises:
+        UserError: a figure in it is not finite, which no reader would take; the old manifest stays.
+        OSError: the folder cannot be written.
+    """
+    if strange := not_finite(encode(manifest)):
+        raise UserError(f"{folder}: {strange[0]} would be {strange[1]} in its manifest, so nothing was recorded")
     write_atomically(folder / MANIFEST, (json.dumps(encode(manifest), indent=2) + "\n").encode())

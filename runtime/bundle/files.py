@@ -105,6 +105,9 @@ def new_folder(target: str | Path, *, marker: str, force: bool = False) -> Itera
             if error.errno not in STORAGE_FAULTS:
                 raise
             raise UserError(f"{target}: cannot be written: {error.strerror}; nothing was kept") from error
+        except UserError as error:
+            # The folder that it speaks of will be gone.
+            raise UserError(str(error).replace(str(temporary), str(target))) from error
         if not force and os.path.lexists(target):
             raise UserError(f"{target}: was made by another process meanwhile; nothing of this one was kept")
         _replace_folder(temporary, target)

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from retnet_export.runtime.errors import UserError
@@ -42,6 +42,22 @@ def encode(value: Any) -> object:
     if isinstance(value, (list, tuple)):
         return [encode(entry) for entry in value]
     return value
+
+
+def not_finite(document: object, where: str = "") -> tuple[str, float] | None:
+    """The first NaN or infinity in a JSON document, with its path; None if all its numbers are numbers."""
+    if isinstance(document, float) and not math.isfinite(document):
+        return where, document
+    entries: Iterable[tuple[object, object]] = ()
+    if isinstance(document, Mapping):
+        entries = document.items()
+    elif isinstance(document, (list, tuple)):
+        entries = enumerate(document)
+    for key, entry in entries:
+        inner = f"[{key}]" if isinstance(key, int) else f".{key}" if where else str(key)
+        if found := not_finite(entry, where + inner):
+            return found
+    return None
 
 
 def _decode(kind: Any, value: object, where: str) -> object:
