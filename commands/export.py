@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -20,6 +21,9 @@ def export(
     dialect: Annotated[
         str, typer.Option(help="Of the graphs: portable, or onnxruntime-cpu or onnxruntime-cuda, faster there and nowhere else.")
     ] = "portable",
+    bos: Annotated[
+        str, typer.Option(help="What is read before a text: auto (as the tokenizer does it), none, or a token by its id or text.")
+    ] = "auto",
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -27,7 +31,7 @@ def export(
     from retnet_export.export.checkpoints import open_checkpoint
     from retnet_export.export.pipeline import ExportOptions, export_bundle
 
-    options = ExportOptions(precision, state, batch, chunk, dialect)  # type: ignore[arg-type]  # checked there
+    options = ExportOptions(precision, state, batch, chunk, dialect, bos)  # type: ignore[arg-type]  # checked there
     opened = open_checkpoint(checkpoint)
     with progress("export", quiet=as_json) as update:
         bundle = export_bundle(opened, output, options, force=force, progress=update)
@@ -53,6 +57,9 @@ def summary(bundle: Bundle) -> dict[str, object]:
         "state_bytes_per_sequence": manifest.state_bytes,
         "total_bytes": sum(record.bytes for record in manifest.files.values()),
         "tokenizer": manifest.tokenizer is not None,
+        "prefix_ids": list(manifest.tokenizer.prefix_ids) if manifest.tokenizer else [],
+        "eos_ids": list(manifest.eos_ids),
+        "chat_template": manifest.tokenizer is not None and manifest.tokenizer.chat_template is not None,
     }
 
 
@@ -74,5 +81,23 @@ def print_summary(title: str, bundle: Bundle) -> None:
             ("weights", size(manifest.weights_bytes)),
             ("state", f"{size(manifest.state_bytes)} a sequence, at any length"),
             ("tokenizer", "yes" if manifest.tokenizer else "none: token ids in, token ids out"),
+            *_rows_of_text(bundle),
         ],
     )
+
+
+def _rows_of_text(bundle: Bundle) -> list[tuple[str, str]]:
+    """Which tokens begin and end a text, and whether there is a chat template."""
+    from retnet_export.runtime.generate.tokenizer import Tokenizer
+
+    spec = bundle.manifest.tokenizer
+    tokenizer = None if spec is None else Tokenizer(bundle.file(spec.file), spec)
+
+    def named(ids: Sequence[int]) -> str:
+        return ", ".join(str(token) if tokenizer is None else f"{tokenizer.token(token)} ({token})" for token in ids) or "nothing"
+
+    rows = [] if spec is None else [("before a text", named(spec.prefix_ids))]
+    rows.append(("ends a text", named(bundle.manifest.eos_ids)))
+    if spec is not None:
+        rows.append(("chat template", "none" if spec.chat_template is None else spec.chat_template))
+    return rows

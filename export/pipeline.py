@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from retnet_export.export.checkpoints.base import Checkpoint
+from retnet_export.export.text import read_text_settings
 from retnet_export.graph.weights import weight_shapes
 from retnet_export.runtime.bundle.bundle import MANIFEST, Bundle, open_bundle, record_files, write_manifest
 from retnet_export.runtime.bundle.files import new_folder
@@ -21,7 +21,6 @@ from retnet_export.runtime.bundle.manifest import (
     Manifest,
     Precision,
     StateSpec,
-    TokenizerSpec,
 )
 from retnet_export.runtime.errors import MissingExtraError, UserError
 
@@ -44,6 +43,7 @@ class ExportOptions:
         batch: a fixed batch size, or None for any.
         chunk: the most tokens per sequence that the prefill graph reads at once.
         dialect: "portable", which every runtime reads, or with operators of one runtime: "onnxruntime-cpu", "onnxruntime-cuda".
+        bos: what is read before a text: "auto" as the tokenizer does it, "none", or a token by its id or text.
     """
 
     precision: str = "fp32"
@@ -51,6 +51,7 @@ class ExportOptions:
     batch: int | None = None
     chunk: int = DEFAULT_CHUNK
     dialect: Dialect = "portable"
+    bos: str = "auto"
 
     def __post_init__(self) -> None:
         given = (("precision", self.precision, PRECISIONS), ("state", self.state, STATES), ("dialect", self.dialect, DIALECT_NAMES))
@@ -86,12 +87,10 @@ def export_bundle(
         UserError: the target exists or cannot be written; nothing is left behind.
     """
     options = options or ExportOptions()
+    text = read_text_settings(checkpoint.text, checkpoint.settings, checkpoint.config.vocab_size, options.bos)
     with new_folder(target, marker=MANIFEST, force=force) as folder:
         written = _write_graphs(folder, checkpoint, options, progress)
-        tokenizer = None
-        if checkpoint.tokenizer is not None:
-            shutil.copyfile(checkpoint.tokenizer, folder / "tokenizer.json")
-            tokenizer = TokenizerSpec("tokenizer.json", checkpoint.bos_id, checkpoint.eos_ids)
+        tokenizer = text.write(folder)
         manifest = Manifest(
             format="retnet-export bundle",
             format_version=FORMAT_VERSION,
@@ -103,6 +102,7 @@ def export_bundle(
             state=written.state,
             files=record_files(folder, written.files),
             tokenizer=tokenizer,
+            eos_ids=text.eos_ids,
             provenance={
                 "family": checkpoint.family,
                 "checkpoint": checkpoint.path.name or str(checkpoint.path),

@@ -18,7 +18,7 @@ from retnet_export.export.pipeline import Progress
 from retnet_export.graph.weights import weight_shapes
 from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.errors import MissingExtraError, UserError
-from retnet_export.runtime.generate.text import Tokenizer
+from retnet_export.runtime.generate.tokenizer import Tokenizer
 from retnet_export.runtime.model import Model
 from retnet_export.runtime.numerics import Error, Tolerance, measure, spread, tolerance
 

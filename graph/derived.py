@@ -39,7 +39,8 @@ def write_derived_bundle(
         ir.save(model, folder / before.file)
         specs[name] = graph_spec(model, before.file, before.chunk_size)
     if manifest.tokenizer is not None:
-        shutil.copyfile(source.file(manifest.tokenizer.file), folder / manifest.tokenizer.file)
+        for file in manifest.tokenizer.files:
+            shutil.copyfile(source.file(file), folder / file)
     write_manifest(
         folder,
         replace(

@@ -22,7 +22,7 @@ from retnet_export.runtime.backends.onnxruntime_api import read_weights_from
 from retnet_export.runtime.bundle.files import read_text
 from retnet_export.runtime.bundle.manifest import StateSpec
 from retnet_export.runtime.errors import MissingExtraError, UserError
-from retnet_export.runtime.generate.text import UnknownCharacterError
+from retnet_export.runtime.generate.tokenizer import UnknownCharacterError
 from retnet_export.runtime.model import Model
 
 Array = NDArray[np.generic]

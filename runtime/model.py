@@ -9,18 +9,21 @@ for text in model.generate("In the beginning", max_new_tokens=100, temperature=0
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retnet_export.runtime.backends import open_backend
 from retnet_export.runtime.backends.base import Backend
 from retnet_export.runtime.bundle.bundle import Bundle, open_bundle
+from retnet_export.runtime.bundle.files import read_text
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.generate.generation import Options
 from retnet_export.runtime.generate.session import Session
 from retnet_export.runtime.generate.state import Snapshot
 from retnet_export.runtime.generate.stats import Stats
-from retnet_export.runtime.generate.text import Tokenizer
+from retnet_export.runtime.generate.templates import ChatTemplate
+from retnet_export.runtime.generate.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from retnet_export.runtime.generate.batching import Completion, Prompt
@@ -58,6 +61,19 @@ class Model:
         spec = bundle.manifest.tokenizer
         self._tokenizer = None if spec is None else Tokenizer(bundle.file(spec.file), spec)
 
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """The checkpoint's template for chats; None if it has none.
+
+        Raises:
+            UserError: it is not valid, or jinja2 is not installed.
+        """
+        spec = self.bundle.manifest.tokenizer
+        if spec is None or spec.chat_template is None:
+            return None
+        path = self.bundle.file(spec.chat_template)
+        return ChatTemplate(read_text(path), spec.special_tokens, str(path))
+
     @property
     def tokenizer(self) -> Tokenizer:
         """The bundle's tokenizer.
@@ -75,8 +91,7 @@ class Model:
     @property
     def ends(self) -> tuple[int, ...]:
         """Tokens that end a text."""
-        spec = self.bundle.manifest.tokenizer
-        return spec.eos_ids if spec else ()
+        return self.bundle.manifest.eos_ids
 
     def session(self, batch: int = 1, *, keep: int = 0) -> Session:
         """A new sequence, or `batch` of them, at the initial state.

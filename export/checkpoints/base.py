@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,8 @@ class Checkpoint:
         config: its architecture.
         read: reads one canonical weight (graph/weights.py), in the checkpoint's own precision.
         files: the weight files.
-        tokenizer: tokenizer.json, if there is one.
-        bos_id, eos_ids: tokens that begin and end a text.
+        settings: of config.json or beside the tensors, as they are.
+        text: the folder with the tokenizer and what goes with it; None if there is none to look in.
     """
 
     path: Path
@@ -70,9 +70,8 @@ class Checkpoint:
     config: ModelConfig
     read: Callable[[str], Array]
     files: tuple[Path, ...]
-    tokenizer: Path | None = None
-    bos_id: int | None = None
-    eos_ids: tuple[int, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    text: Path | None = None
 
 
 def make_checkpoint(
@@ -102,7 +101,6 @@ def make_checkpoint(
                 stacklevel=2,
             )
     check_weights(config, found.source, {name: stored(name) for name in weight_shapes(config)}, ignored)
-    bos_id, eos_ids = token_ids(found.settings)
 
     def read(name: str) -> Array:
         place = stored(name)
@@ -121,9 +119,8 @@ def make_checkpoint(
         config=config,
         read=read,
         files=found.source.files,
-        tokenizer=found.tokenizer,
-        bos_id=bos_id,
-        eos_ids=eos_ids,
+        settings=found.settings,
+        text=found.path if found.path.is_dir() else found.path.parent,
     )
 
 
@@ -233,13 +230,6 @@ def rows(source: TensorSource, name: str) -> int:
     if name not in source.names:
         raise UserError(f"{described(source)}: has no {name}; the checkpoint is incomplete")
     return source.shape(name)[0]
-
-
-def token_ids(settings: Mapping[str, Any]) -> tuple[int | None, tuple[int, ...]]:
-    """bos and eos of a config.json: eos may be one id or several."""
-    bos, eos = settings.get("bos_token_id"), settings.get("eos_token_id")
-    eos_ids = eos if isinstance(eos, list) else [eos]
-    return bos if type(bos) is int else None, tuple(token for token in eos_ids if type(token) is int)
 
 
 def check_weights(config: ModelConfig, source: TensorSource, stored: Mapping[str, Stored], ignored: Collection[str] = ()) -> None:

@@ -1,4 +1,4 @@
-"""What lies at a path: the tensors, the settings beside or inside them, the tokenizer; before anyone asks which family."""
+"""What lies at a path: the tensors, the settings beside or inside them; before anyone asks which family."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ from retnet_export.runtime.errors import UserError
 
 NESTED = ("model", "state_dict", "model_state_dict")
 """Keys under which a file of torch.save keeps its tensors when it keeps other things too."""
+TOKENIZER, CHAT_TEMPLATE = "tokenizer.json", "chat_template.jinja"
+TOKENIZER_CONFIG, GENERATION_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"
+TEXT_FILES = (TOKENIZER, CHAT_TEMPLATE, TOKENIZER_CONFIG, GENERATION_CONFIG, SPECIAL_TOKENS)
+"""What is read of a checkpoint beside its tensors and settings, if it is there: how it takes and gives text (export/text.py)."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +31,12 @@ class Found:
         source: its tensors.
         settings: its settings, if any were found; empty otherwise.
         settings_from: where they were found, for messages.
-        tokenizer: tokenizer.json, if there is one.
     """
 
     path: Path
     source: TensorSource
     settings: Mapping[str, Any]
     settings_from: str
-    tokenizer: Path | None
 
 
 def find(path: Path) -> Found:
@@ -67,8 +69,10 @@ def find(path: Path) -> Found:
         source = TorchSource(files, tensors)
         if inside is not None:
             settings, settings_from = inside, f"{files[0]} (settings)"
-    tokenizer = folder / "tokenizer.json"
-    return Found(path, source, settings, settings_from, check_readable(tokenizer) if os.path.lexists(tokenizer) else None)
+    for name in TEXT_FILES:
+        if os.path.lexists(folder / name):
+            check_readable(folder / name)
+    return Found(path, source, settings, settings_from)
 
 
 def _snapshot(path: Path) -> Path:

@@ -94,11 +94,24 @@ class Precision:
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """The tokenizer's file and the ids that begin and end a text, if the checkpoint names any."""
+    """How text becomes tokens.
+
+    Attributes:
+        file: tokenizer.json.
+        prefix_ids: tokens that are read before a text, mostly one or none: what the tokenizer's post-processor puts there.
+        chat_template: the file of the template that turns messages into a text, if the checkpoint has one.
+        special_tokens: what that template may name, as `bos_token`: their texts.
+    """
 
     file: str
-    bos_id: int | None = None
-    eos_ids: tuple[int, ...] = ()
+    prefix_ids: tuple[int, ...] = ()
+    chat_template: str | None = None
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Its files in the folder."""
+        return (self.file,) if self.chat_template is None else (self.file, self.chat_template)
 
 
 Dialect = Literal["portable", "onnxruntime-cpu", "onnxruntime-cuda"]
@@ -107,7 +120,10 @@ Dialect = Literal["portable", "onnxruntime-cpu", "onnxruntime-cuda"]
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything about a bundle but its tensors; `manifest.json` is this, field by field."""
+    """Everything about a bundle but its tensors; `manifest.json` is this, field by field.
+
+    `eos_ids` are the tokens that end a text: the model makes them, with a tokenizer or without.
+    """
 
     format: Literal["retnet-export bundle"]
     format_version: int
@@ -119,6 +135,7 @@ class Manifest:
     state: tuple[StateSpec, ...]
     files: Mapping[str, FileRecord]
     tokenizer: TokenizerSpec | None = None
+    eos_ids: tuple[int, ...] = ()
     quantization: Mapping[str, object] | None = None
     verification: Mapping[str, object] | None = None
     provenance: Mapping[str, object] = field(default_factory=dict)

@@ -37,7 +37,7 @@ def check_manifest(manifest: Manifest, manifest_name: str) -> None:
             raise UserError(f"the bundle has no {graph_name} graph; export the checkpoint again")
     named = [(f"graphs.{name}.file", graph.file) for name, graph in manifest.graphs.items()]
     if manifest.tokenizer is not None:
-        named.append(("tokenizer.file", manifest.tokenizer.file))
+        named += [("tokenizer", name) for name in manifest.tokenizer.files]
     for where, name in named:
         if name not in manifest.files:
             raise UserError(f"{where} is {name!r}, which is not among the bundle's files")
@@ -67,10 +67,9 @@ def _check_model(manifest: Manifest) -> None:
             f"the model configuration has at least {parameters_at_least(config):,} parameters, "
             f"which the {stored:,} bytes of the bundle's files cannot hold"
         )
-    if manifest.tokenizer is not None:
-        ids = [*manifest.tokenizer.eos_ids, *([] if manifest.tokenizer.bos_id is None else [manifest.tokenizer.bos_id])]
-        if outside := [token for token in ids if not 0 <= token < config.vocab_size]:
-            raise UserError(f"tokenizer: token {outside[0]} is not in the vocabulary of {config.vocab_size}")
+    prefix = () if manifest.tokenizer is None else manifest.tokenizer.prefix_ids
+    if outside := [token for token in (*manifest.eos_ids, *prefix) if not 0 <= token < config.vocab_size]:
+        raise UserError(f"token {outside[0]}, which begins or ends a text, is not in the vocabulary of {config.vocab_size}")
 
 
 def parameters_at_least(config: ModelConfig) -> int:

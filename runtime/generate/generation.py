@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from retnet_export.runtime.backends.base import top_of
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.generate.sampling import Logits, Sampler, Sampling, Tokens, log_softmax
-from retnet_export.runtime.generate.text import StopStrings, Tokenizer
+from retnet_export.runtime.generate.text import StopStrings
+from retnet_export.runtime.generate.tokenizer import Tokenizer
 
 Finish = Literal["length", "stop", "end of text"]
 """Why a continuation ended: the token limit, a stop string or stop token, or a token that ends a text."""
@@ -78,6 +79,7 @@ class Continuation:
 
     Attributes:
         finish: why it ended; None while it has not.
+        ended_by: the token that ended it, which was chosen and not read; None if something else did.
     """
 
     def __init__(
@@ -92,11 +94,14 @@ class Continuation:
             raise UserError("stop strings need text: this generation gives token ids only; use stop_tokens")
         self.options = options
         self.finish: Finish | None = "length" if options.max_new_tokens == 0 else None
+        self.ended_by: int | None = None
         self._sampler = Sampler(options, read)
         self._ends, self._stop_tokens = frozenset(ends), frozenset(options.stop_tokens)
         self._stream = None if tokenizer is None else tokenizer.stream(context)
         self._stops = StopStrings(options.stops)
-        self._made = 0
+        self._made: list[int] = []
+        self._texts: list[str] = []
+        self._given = 0
         self._logprobs: tuple[float | None, tuple[tuple[int, float], ...]] = (None, ())
 
     @property
@@ -119,11 +124,13 @@ class Continuation:
 
     def accept(self, token: int) -> Piece:
         """The text that the chosen token gives; sets `finish` if it was the last."""
-        self._made += 1
-        text = "" if self._stream is None else self._stops.push(self._stream.push(token))
+        self._made.append(token)
+        self._texts.append("" if self._stream is None else self._stream.push(token))
+        text = self._stops.push(self._texts[-1])
+        self._given += len(text)
         if self._stops.hit:
             self.finish = "stop"
-        elif self._made >= self.options.max_new_tokens:
+        elif len(self._made) >= self.options.max_new_tokens:
             self.finish = "length"
         return Piece(token, text, *self._logprobs)
 
@@ -131,9 +138,25 @@ class Continuation:
         """Text held back, once it has ended."""
         if self._stream is None or self._stops.hit:
             return ""
-        text = self._stops.end(self._stream.flush())
+        self._texts.append(self._stream.flush())
+        text = self._stops.end(self._texts[-1])
+        self._given += len(text)
         self.finish = "stop" if self._stops.hit else self.finish
         return text
+
+    @property
+    def stopped_in_text(self) -> bool:
+        """Whether a stop string ended it: its last tokens are then not all of the text."""
+        return self._stops.hit
+
+    def before_stop(self) -> tuple[list[int], str]:
+        """What was given, without the stop string: whole tokens, and the beginning of the next one's text."""
+        end = 0
+        for count, text in enumerate(self._texts[: len(self._made)]):
+            if end == self._given or end + len(text) > self._given:
+                return self._made[:count], text[: self._given - end]
+            end += len(text)
+        return self._made, ""
 
     def _unless_end(self, token: int) -> int | None:
         if token in self._ends:
@@ -142,6 +165,7 @@ class Continuation:
             self.finish = "stop"
         else:
             return token
+        self.ended_by = token
         return None
 
 
@@ -150,6 +174,7 @@ class Generation:
 
     Attributes:
         finish: why it ended; None while it has not, or if it was abandoned.
+        ended_by: the token that ended it, which was chosen and not read.
     """
 
     def __init__(self, continuation: Continuation, pieces: Iterator[Piece]) -> None:
@@ -161,3 +186,7 @@ class Generation:
     @property
     def finish(self) -> Finish | None:
         return self._continuation.finish
+
+    @property
+    def ended_by(self) -> int | None:
+        return self._continuation.ended_by

@@ -63,6 +63,7 @@ class Session:
         # Arrays of their own, which a continuation looks at and which go along when its sequence moves to another slot.
         self._read = [np.zeros(self._vocab_size, np.int32) for _ in range(self.batch)]
         self._tails: list[deque[int]] = [deque(maxlen=TAIL) for _ in range(self.batch)]
+        self._unread = [""] * self.batch
         self._restored: Logits | None = None
         self._tops: dict[int, tuple[Tokens, Logits]] = {}
         self._failed = False
@@ -168,27 +169,33 @@ class Session:
         if self.batch != 1:
             raise UserError(f"feed reads one sequence, this session has {self.batch}; use step")
         tokens = self._checked(self.encode(text) if isinstance(text, str) else text)
-        if not len(tokens):
+        unread = self.model.tokenizer.dropped_end(self._unread[0] + text) if isinstance(text, str) else ""
+        if not len(tokens) and not (text and unread and self.position):
             raise UserError("the prompt is empty: give at least one character")
         began = time.perf_counter()
         if self._kept.maxlen:
             self.mark()
+        self._read_all(tokens, progress)
+        self._unread[0] = unread
+        if stats is not None:
+            stats.add_prompt(len(tokens), time.perf_counter() - began)
+        return len(tokens)
+
+    def _read_all(self, tokens: Tokens, progress: Callable[[int, int], None] | None = None) -> None:
+        """Read tokens (T,) chunk by chunk."""
         with self._alone():
             for first in range(0, len(tokens), self._chunk):
                 part = tokens[None, first : first + self._chunk]
                 self._advance(part, np.array([part.shape[1]]))
                 if progress is not None:
                     progress(first + part.shape[1], len(tokens))
-        if stats is not None:
-            stats.add_prompt(len(tokens), time.perf_counter() - began)
-        return len(tokens)
 
     def encode(self, text: str) -> list[int]:
-        """The tokens that `feed` would read, with the one that begins a text if nothing was read yet."""
-        tokenizer = self.model.tokenizer
-        tokens = tokenizer.encode(text)
-        start = tokenizer.spec.bos_id
-        return [start, *tokens] if self.position == 0 and start is not None else tokens
+        """The tokens that `feed` would read: the text goes on where the last one ended, so that several are one text."""
+        tokenizer, tail = self.model.tokenizer, self.tail
+        if self.position == 0:
+            return [*tokenizer.begin(), *tokenizer.encode(text)]
+        return tokenizer.encode_after(tail, self._unread[0] + text, whole=len(tail) == self.position)
 
     def generate(self, options: Options | None = None, *, stats: Stats | None = None, **changes: Any) -> Iterator[str]:
         """Text piece by piece, whole characters only; lazy, and can be closed at any piece.
@@ -223,7 +230,9 @@ class Session:
         return Generation(continuation, self._generate(continuation, stats))
 
     def _generate(self, continuation: Continuation, stats: Stats | None) -> Iterator[Piece]:
-        changes = self._changes
+        # A stop string is known by its last token; those before have been read by then, and are taken back.
+        start = self.snapshot() if continuation.options.stops else None
+        changes, made = self._changes, 0
         while continuation.finish is None:
             began = time.perf_counter()
             with self._alone():
@@ -233,15 +242,33 @@ class Session:
                 chosen = time.perf_counter()
                 if token is None:
                     break
-                self._advance(np.array([[token]]))
+                piece = continuation.accept(token)
+                accepted = time.perf_counter()
+                if not continuation.stopped_in_text:
+                    self._advance(np.array([[token]]))
+                    made += 1
                 changes = self._changes
             stepped = time.perf_counter()
-            piece = continuation.accept(token)
             if stats is not None:
-                stats.add_step(1e3 * (stepped - chosen), 1e3 * (chosen - began), 1e3 * (time.perf_counter() - began))
+                stats.add_step(1e3 * (stepped - accepted), 1e3 * (chosen - began), 1e3 * (stepped - began))
+            if start is not None and continuation.stopped_in_text:
+                self._go_back(start, made, *continuation.before_stop())
             yield piece
-        if text := continuation.flush():
+        known = continuation.stopped_in_text
+        text = continuation.flush()
+        if start is not None and continuation.stopped_in_text and not known:
+            self._go_back(start, made, *continuation.before_stop())
+        if text:
             yield Piece(None, text)
+
+    def _go_back(self, start: Snapshot, made: int, tokens: list[int], text: str) -> None:
+        """Stand after `tokens` and `text`, behind `start`; `made` tokens have been read since."""
+        if made == len(tokens) and not text:
+            return
+        self.restore(start)
+        self._read_all(self._checked(tokens))
+        if text:
+            self._read_all(self._checked(self.encode(text)))
 
     def snapshot(self, slot: int = 0) -> Snapshot:
         """A copy of one sequence: state, position and logits, independent of the backend."""
@@ -254,6 +281,7 @@ class Session:
                 logits=None if logits is None or not self._positions[slot] else logits[slot].copy(),
                 read=self._read[slot].copy(),
                 tail=tuple(self._tails[slot]),
+                unread=self._unread[slot],
             )
 
     def restore(self, snapshot: Snapshot, slot: int = 0) -> None:
@@ -274,6 +302,7 @@ class Session:
             self._positions[slot] = snapshot.position
             self._read[slot] = snapshot.read.copy()
             self._tails[slot] = deque(snapshot.tail, TAIL)
+            self._unread[slot] = snapshot.unread
             if not self._positions.any():
                 self._restored = None
             self._failed = False
@@ -342,6 +371,8 @@ class Session:
             real = row if lengths is None else row[: lengths[slot]]
             np.add.at(self._read[slot], real, 1)
             self._tails[slot].extend(real[-TAIL:].tolist())
+            if len(real):
+                self._unread[slot] = ""
             self._positions[slot] += len(real)
         self._restored = None
         self._failed = False
@@ -361,6 +392,7 @@ class Session:
             self._positions[target] = self._positions[source]
             self._read[target], self._read[source] = self._read[source], np.zeros(self._vocab_size, np.int32)
             self._tails[target] = deque(self._tails[source], TAIL)
+            self._unread[target] = self._unread[source]
             self._changes += 1
 
     def continuation(self, options: Options, with_text: bool, slot: int = 0) -> Continuation:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +63,7 @@ class Snapshot:
         logits: float32 (V,), after the last token read; None if nothing was read yet.
         read: int32 (V,), how often each token was read; repetition penalties need it.
         tail: the last tokens read, which the next piece of text joins on to.
+        unread: spaces at the end of the text, for a tokenizer that reads them with what follows only.
         source: the file it was loaded from, or "a snapshot", for messages.
     """
 
@@ -71,6 +72,7 @@ class Snapshot:
     logits: NDArray[np.float32] | None
     read: NDArray[np.int32]
     tail: tuple[int, ...] = ()
+    unread: str = ""
     source: str = "the snapshot"
 
     @property
@@ -127,6 +129,7 @@ class Snapshot:
             "format_version": FORMAT_VERSION,
             "model_sha256": self.model,
             "position": str(self.position),
+            "unread": json.dumps(self.unread),
             "state_dtype": ", ".join(sorted({str(array.dtype) for name, array in self.state.items() if name != "position"})),
         }
         metadata["sha256"] = _checksum(metadata, tensors)
@@ -163,7 +166,8 @@ class Snapshot:
             raise UserError(f"{path}: not a saved state, or a damaged one ({error}); save it again") from error
         if metadata.pop("sha256", None) != _checksum(metadata, tensors):
             raise UserError(f"{path}: the saved state is damaged: its content does not have the checksum it was saved with")
-        return _snapshot_from_tensors(metadata.get("model_sha256", ""), tensors, str(path))
+        snapshot = _snapshot_from_tensors(metadata.get("model_sha256", ""), tensors, str(path))
+        return replace(snapshot, unread=str(json.loads(metadata.get("unread", '""'))))
 
     def _tensors(self) -> dict[str, NDArray[np.generic]]:
         extra = {"session.read": self.read, "session.tail": np.array(self.tail, np.int64)}

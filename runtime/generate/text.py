@@ -1,80 +1,18 @@
-"""Text and tokens: encoding that refuses what it would lose, decoding as a stream of whole characters, stop strings."""
+"""Tokens into text as they come: a stream of whole characters, and stop strings that may span tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from retnet_export.runtime.bundle.manifest import TokenizerSpec
 from retnet_export.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer as _Tokenizer
+    from retnet_export.runtime.generate.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"
 LONGEST_WAIT = 16
 """Tokens that may wait for a character to be whole before they are taken for broken: four are enough for honest text."""
-
-
-class Tokenizer:
-    """A bundle's tokenizer.
-
-    Args:
-        path: tokenizer.json.
-        spec: which ids begin and end a text.
-
-    Raises:
-        UserError: the file is not a tokenizer.
-    """
-
-    def __init__(self, path: Path, spec: TokenizerSpec) -> None:
-        from tokenizers import Tokenizer as _Tokenizer
-
-        try:
-            self._tokenizer: _Tokenizer = _Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{path}: not a tokenizer that the package 'tokenizers' reads: {error}") from error
-        self.spec = spec
-
-    @property
-    def vocab_size(self) -> int:
-        """Tokens it knows."""
-        return self._tokenizer.get_vocab_size()
-
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a text.
-
-        Raises:
-            UserError: it holds a character that the tokenizer cannot represent.
-        """
-        try:
-            encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        except (TypeError, UnicodeEncodeError) as error:
-            raise UserError("the text is not valid Unicode (it holds half of a surrogate pair); was it read as UTF-8?") from error
-        unknown = getattr(self._tokenizer.model, "unk_token", None)
-        if unknown is not None and unknown in encoding.tokens:
-            start, end = encoding.offsets[encoding.tokens.index(unknown)]
-            raise UnknownCharacterError(text[start:end], start)
-        return list(encoding.ids)
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Text of tokens; bytes that form no character become U+FFFD."""
-        return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
-
-    def stream(self, context: Sequence[int] = ()) -> TextStream:
-        """A decoder of tokens that come one at a time, after the tokens `context`, whose text it does not repeat."""
-        return TextStream(self, context)
-
-
-class UnknownCharacterError(UserError):
-    """A text holds a character that the tokenizer cannot represent: which, and where in the text."""
-
-    def __init__(self, character: str, position: int) -> None:
-        self.character, self.position = character, position
-        super().__init__(
-            f"the tokenizer does not know {character!r} (character {position} of the text) and has no byte fallback; remove it"
-        )
 
 
 class TextStream:

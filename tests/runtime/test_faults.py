@@ -220,7 +220,9 @@ def changed(document: dict, path: str, value: object) -> dict:
         ("files/weights.bin", None, "expected an object, found None"),
         ("format_version", 99, "bundle format 99, this version of retnet-export reads 1"),
         ("surprise", 1, "unknown field 'surprise'"),
-        ("tokenizer", {"file": "weights.bin", "eos_ids": [50]}, "token 50 is not in the vocabulary"),
+        ("eos_ids", [50], "token 50, which begins or ends a text, is not in the vocabulary"),
+        ("tokenizer", {"file": "weights.bin", "prefix_ids": [50]}, "token 50, which begins or ends a text"),
+        ("tokenizer", {"file": "weights.bin", "chat_template": "no.jinja"}, "tokenizer is 'no.jinja', which is not among"),
     ],
 )
 def test_a_manifest_that_contradicts_itself_is_refused(bundle, path, value, message):

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
 import pytest
 from conftest import EXAMPLE
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from retnet_export.runtime.bundle.bundle import open_bundle, record_files, write_manifest
 from retnet_export.runtime.bundle.manifest import TokenizerSpec
 from retnet_export.runtime.errors import UserError
-from retnet_export.runtime.generate.text import LONGEST_WAIT, StopStrings, Tokenizer
+from retnet_export.runtime.generate.state import Snapshot
+from retnet_export.runtime.generate.text import LONGEST_WAIT, StopStrings
+from retnet_export.runtime.generate.tokenizer import Tokenizer
+from retnet_export.runtime.model import load
 
 TOKENIZER = Tokenizer(EXAMPLE / "tokenizer.json", TokenizerSpec("tokenizer.json"))
 BYTES = {TOKENIZER._tokenizer.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
@@ -115,3 +124,62 @@ def test_generated_text_is_what_the_tokenizer_makes_of_all_tokens(writer):
     session.feed("And it came to pass")
     pieces = list(session.pieces(temperature=1.2, seed=4, max_new_tokens=60))
     assert "".join(piece.text for piece in pieces) == writer.tokenizer.decode([piece.token for piece in pieces if piece.token])
+
+
+@pytest.mark.parametrize(("first", "length"), [(0, 1), (0, 6), (2, 3), (5, 9), (10, 7), (13, 1), (24, 3)])
+def test_a_session_stands_before_the_stop_string(writer, first, length):
+    session = writer.session(keep=2)
+    session.feed("In the")
+    whole = "".join(session.generate(temperature=0.0, max_new_tokens=10))
+    stop = whole[first : first + length]
+    session = writer.session(keep=2)
+    session.feed("In the")
+    generation = session.pieces(temperature=0.0, max_new_tokens=10, stop=stop)
+    text = "".join(piece.text for piece in generation)
+    assert (text, generation.finish) == (whole[: whole.index(stop)], "stop")
+    assert session.position == len(session.tail)
+    assert writer.tokenizer.decode(session.tail) == "In the" + text
+    assert session.kept == 1
+    other = writer.session()
+    other.feed(session.tail)
+    np.testing.assert_allclose(session.logits, other.logits, rtol=0, atol=1e-3)
+
+
+def test_the_token_that_ends_a_text_is_told_and_not_read(writer):
+    session = writer.session()
+    session.feed("In the")
+    position = session.position
+    generation = session.pieces(logit_bias={7: 1000.0}, stop_tokens=[7])
+    assert list(generation) == []
+    assert (generation.finish, generation.ended_by, session.position) == ("stop", 7, position)
+
+
+@pytest.mark.parametrize("parts", [("In the", " beginning"), ("In", " the begin", "ning"), ("In the beginning",)])
+def test_several_feeds_and_a_saved_state_are_one_text(writer, parts, tmp_path):
+    session = writer.session()
+    for part in parts:
+        session.feed(part)
+        session.snapshot().save(tmp_path / "part.state")
+        session = writer.session()
+        session.restore(Snapshot.load(tmp_path / "part.state"))
+    assert writer.tokenizer.decode(session.tail) == "In the beginning"
+
+
+def test_spaces_that_a_tokenizer_drops_are_read_with_what_follows(example_bundle, tmp_path):
+    bundle = shutil.copytree(example_bundle.path, tmp_path / "b.retnet")
+    document = json.loads((bundle / "tokenizer.json").read_text())
+    strip = {"type": "Strip", "strip_left": True, "strip_right": True}
+    document["normalizer"] = {"type": "Sequence", "normalizers": [strip, document["normalizer"]]}
+    (bundle / "tokenizer.json").write_text(json.dumps(document))
+    manifest = open_bundle(example_bundle.path).manifest
+    write_manifest(bundle, replace(manifest, files=record_files(bundle)))
+    model = load(bundle, "onnxruntime", threads=1)
+    session = model.session()
+    session.feed("In the ")
+    snapshot = session.snapshot()
+    snapshot.save(tmp_path / "s.state")
+    session = model.session()
+    session.restore(Snapshot.load(tmp_path / "s.state"))
+    assert session.feed("  ") == 0
+    session.feed("beginning")
+    assert model.tokenizer.decode(session.tail).split() == ["In", "the", "beginning"]
