@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from retnet_export.runtime.backends.base import State, top_of
 from retnet_export.runtime.bundle.config import ModelConfig
+from retnet_export.runtime.bundle.manifest import state_name
 
 GOLDEN = 0.6180339887498949
 """The fraction whose multiples fill [0, 1) most evenly."""
@@ -207,7 +208,7 @@ def _store_layer(
     graph: ir.Graph, nodes: Mapping[str | None, ir.Node], config: ModelConfig, form: Format, layer: int, dither: ir.Value | None
 ) -> None:
     place = f"layers.{layer}.retention"
-    old = next(value for value in graph.inputs if value.name == f"state.{layer}")
+    old = next(value for value in graph.inputs if value.name == state_name(layer))
     inputs = {part: _declare(graph, config, part, layer) for part in form}
     outputs: dict[str, ir.Value] = {}
     after = nodes[f"{place}.state_after"]
@@ -220,8 +221,8 @@ def _store_layer(
     if is_prefill:
         # The parts are joined before and cut after, once a chunk.
         first = graph.node(0)
-        states = [part.codec.decode(Inserter(graph, first, f"state.{layer}.{part.suffix}"), inputs[part]) for part in form]
-        old.replace_all_uses_with(Inserter(graph, first, f"state.{layer}").op("Concat", *states, name="joined", axis=1))
+        states = [part.codec.decode(Inserter(graph, first, f"{state_name(layer)}.{part.suffix}"), inputs[part]) for part in form]
+        old.replace_all_uses_with(Inserter(graph, first, state_name(layer)).op("Concat", *states, name="joined", axis=1))
         cut = _split(Inserter(graph, None, place), after.outputs[0], form, "state")
         for part, state in zip(form, cut, strict=True):
             encode(Inserter(graph, None, f"{place}.{part.suffix}"), part, state)
@@ -243,7 +244,7 @@ def _store_layer(
             encode(p, part, new)
         joined = reads[0] if len(reads) == 1 else g.op("Concat", *reads, name="reads", axis=1)
         read.outputs[0].replace_all_uses_with(joined)
-    position = next(index for index, value in enumerate(graph.outputs) if value.name == f"state.{layer}_out")
+    position = next(index for index, value in enumerate(graph.outputs) if value.name == f"{state_name(layer)}_out")
     graph.outputs.pop(position)
     if not is_prefill:
         graph.remove([read, after, decayed, key_value], safe=True)
@@ -266,7 +267,7 @@ def _declare(graph: ir.Graph, config: ModelConfig, part: Part, layer: int) -> di
     """New graph inputs for one part of one layer, by role."""
     found = {}
     for role, (numbers, shape) in _shapes(config, part).items():
-        name = f"state.{layer}.{part.suffix}.{role}"
+        name = f"{state_name(layer)}.{part.suffix}.{role}"
         found[role] = ir.Value(name=name, type=ir.TensorType(numbers.onnx), shape=ir.Shape(["batch", *shape]))
         graph.inputs.append(found[role])
     return found
@@ -344,7 +345,7 @@ class StateStream:
         self._tokens, self._logits = np.zeros((1, 1), np.int64), np.zeros((1, config.vocab_size), np.float32)
         self._position, self._position_after = np.zeros(1, np.int64), np.zeros(1, np.int64)
         self._state: dict[str, tuple[Numbers, NDArray[np.generic]]] = {
-            f"state.{layer}.{part.suffix}.{role}": (numbers, np.zeros((1, *shape), numbers.numpy))
+            f"{state_name(layer)}.{part.suffix}.{role}": (numbers, np.zeros((1, *shape), numbers.numpy))
             for layer in range(config.num_layers)
             for part in form
             for role, (numbers, shape) in _shapes(config, part).items()
@@ -391,11 +392,11 @@ class StateStream:
         for layer in range(self._config.num_layers):
             parts = [
                 part.codec.floats(
-                    {role: self._state[f"state.{layer}.{part.suffix}.{role}"][1] for role in _shapes(self._config, part)}
+                    {role: self._state[f"{state_name(layer)}.{part.suffix}.{role}"][1] for role in _shapes(self._config, part)}
                 )
                 for part in self._form
             ]
-            state[f"state.{layer}"] = np.concatenate(parts, 1)
+            state[state_name(layer)] = np.concatenate(parts, 1)
         return state
 
     def write_state(self, slot: int, state: State) -> None:

@@ -15,7 +15,7 @@ def export(
     checkpoint: CheckpointPath,
     output: Output,
     precision: Annotated[str, typer.Option(help="Of weights and products: fp32, fp16 or bf16.")] = "fp32",
-    state: Annotated[str, typer.Option(help="Of the stored state: fp32, fp16, or mixed: slow heads fp32.")] = "fp32",
+    state: Annotated[str, typer.Option(help="Of the stored state: fp32 or fp16.")] = "fp32",
     batch: Annotated[int | None, typer.Option(help="A fixed batch; any if not given.", show_default=False)] = None,
     chunk: Annotated[int, typer.Option(help="The most tokens that prefill reads at once.")] = 128,
     dialect: Annotated[

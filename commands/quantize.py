@@ -35,9 +35,7 @@ def quantize(
     calibration: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A text of the kind that the model is to continue.", show_default=False)
     ] = None,
-    state: Annotated[
-        str | None, typer.Option(help="fp16 or mixed: of the stored state; as it is if not given.", show_default=False)
-    ] = None,
+    state: Annotated[str | None, typer.Option(help="fp16: of the stored state; as it is if not given.", show_default=False)] = None,
     activations: Annotated[
         str | None,
         typer.Option(help="int8 or fp8: of what flows into products with such weights, for TensorRT; needs --calibration."),

@@ -51,7 +51,7 @@ class RetNetEngine:
         generator = np.random.default_rng(0)
         state = {
             spec.input: np.full((1,), context, np.int64)
-            if spec.dtype == "int64"
+            if spec.layer is None
             else generator.standard_normal((1, *spec.shape[1:]), np.float32).astype(NUMPY_DTYPES[spec.dtype])
             for spec in manifest.state
         }

@@ -66,10 +66,6 @@ def _check(source: Bundle, target: str | Path, dialect: str) -> None:
     choices = [name for name in get_args(Dialect) if name != "portable"]
     if dialect not in choices:
         raise UserError(f"--dialect is {dialect!r}, expected {one_of(choices)}")
-    if source.manifest.precision.state == "mixed":
-        raise UserError(
-            f"{source.path}: its state is mixed, and the operators of {dialect} take one state a layer; export it with fp32"
-        )
     if source.manifest.dialect != "portable":
         raise UserError(
             f"{source.path}: its graphs are in the {source.manifest.dialect} dialect already; "

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from retnet_export.graph.blocks import PHASE_TURN, phase_per_token
 from retnet_export.runtime.backends.base import Stream
 from retnet_export.runtime.bundle.config import ModelConfig
-from retnet_export.runtime.generate.state import whole_layers
+from retnet_export.runtime.bundle.manifest import state_name
 from retnet_export.runtime.numerics import measure
 
 if TYPE_CHECKING:
@@ -94,9 +94,9 @@ def measure_drift(
     for reference in expected:
         _read(stream, tokens[read : reference.tokens], chunk)
         read = reference.tokens
-        state, angles = whole_layers(stream.read_state(0)), graph_angles(config, start + read)
+        state, angles = stream.read_state(0), graph_angles(config, start + read)
         errors = [
-            measure(unturned(state[f"state.{layer}"][0, head], angles), heads[head]).relative
+            measure(unturned(state[state_name(layer)][0, head], angles), heads[head]).relative
             for layer, heads in enumerate(reference.states)
             for head in range(config.num_heads)
         ]

@@ -72,7 +72,7 @@ def logits_by_layer(
     rows: list[Array] = []
     for piece in range(layers + 1):
         before = [] if piece == 0 else [streams[piece - 1]]
-        names = [spec.input for spec in manifest.state if spec.input.split(".")[:2] == ["state", str(piece)]]
+        names = [spec.input for spec in manifest.state if spec.layer == piece]
         wanted = ["logits"] if piece == layers else [streams[piece], *(f"{name}_out" for name in names)]
         session = _session(cut(model, before, wanted), bundle.path, threads)
         taken = {value.name for value in session.get_inputs()}

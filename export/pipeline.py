@@ -20,12 +20,12 @@ from retnet_export.runtime.bundle.manifest import (
     GraphSpec,
     Manifest,
     Precision,
-    StateSpec,
+    state_specs,
 )
 from retnet_export.runtime.errors import MissingExtraError, UserError
 
 PRECISIONS: Mapping[str, Literal["float32", "float16", "bfloat16"]] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-STATES: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "mixed": "mixed"}
+STATES: Mapping[str, Literal["float32", "float16"]] = {"fp32": "float32", "fp16": "float16"}
 DIALECT_NAMES = get_args(Dialect)
 DEFAULT_CHUNK = 128
 """Within 7 % of the fastest on two CPU cores, with the memory and the waste at the end of a prompt of the smaller."""
@@ -39,7 +39,7 @@ class ExportOptions:
 
     Attributes:
         precision: of stored matrices and of the operands of matrix products: fp32, fp16 or bf16.
-        state: of the stored state: fp32, fp16, or mixed: fp32 for heads that remember long, fp16 for the others.
+        state: of the stored state: fp32 or fp16.
         batch: a fixed batch size, or None for any.
         chunk: the most tokens per sequence that the prefill graph reads at once.
         dialect: "portable", which every runtime reads, or with operators of one runtime: "onnxruntime-cpu", "onnxruntime-cuda".
@@ -58,8 +58,6 @@ class ExportOptions:
         for name, value, choices in given:
             if value not in choices:
                 raise UserError(f"--{name} is {value!r}, expected {', '.join(choices)}")
-        if self.state == "mixed" and self.dialect != "portable":
-            raise UserError(f"--state mixed needs --dialect portable: the operators of {self.dialect} take one state a layer")
         if self.batch is not None and self.batch < 1:
             raise UserError(f"--batch is {self.batch}, expected at least 1")
         if self.chunk < 1:
@@ -99,7 +97,7 @@ def export_bundle(
             precision=Precision(PRECISIONS[options.precision], PRECISIONS[options.precision], STATES[options.state]),
             dialect=options.dialect,
             graphs=written.graphs,
-            state=written.state,
+            state=state_specs(checkpoint.config, STATES[options.state], options.batch),
             files=record_files(folder, written.files),
             tokenizer=tokenizer,
             eos_ids=text.eos_ids,
@@ -120,7 +118,6 @@ class _Written:
     """What `_write_graphs` leaves in the folder, and which weights went into it."""
 
     graphs: dict[str, GraphSpec]
-    state: tuple[StateSpec, ...]
     files: dict[str, FileRecord]
     checkpoint_sha256: str
 
@@ -133,17 +130,13 @@ def _write_graphs(folder: Path, checkpoint: Checkpoint, options: ExportOptions, 
     from retnet_export.export.reading import WeightReader
     from retnet_export.graph.decode import build_decode
     from retnet_export.graph.dialects import DIALECTS, rewrite
-    from retnet_export.graph.mixed_state import check_mixed_state, mix_state
     from retnet_export.graph.prefill import build_prefill
-    from retnet_export.graph.retnet import graph_spec, state_specs, warn_of_slow_heads
+    from retnet_export.graph.retnet import graph_spec, warn_of_slow_heads
     from retnet_export.graph.weights_file import WeightsFile
 
     config = checkpoint.config
     warn_of_slow_heads(config, options.state)
     stored = STATES[options.state]
-    if stored == "mixed":
-        check_mixed_state(config)
-        stored = "float32"
     total, done = len(weight_shapes(config)), 0
 
     def read(name: str):  # type: ignore[no-untyped-def]
@@ -156,13 +149,11 @@ def _write_graphs(folder: Path, checkpoint: Checkpoint, options: ExportOptions, 
     with WeightReader(config, checkpoint.read) as reader, WeightsFile(folder / "weights.bin") as weights:
         for name, build, chunk_size in (("decode", build_decode, 1), ("prefill", build_prefill, options.chunk)):
             graph = build(config, read, weights, PRECISIONS[options.precision], stored, options.batch)
-            if options.state == "mixed":
-                mix_state(graph, config)
             rewrite(graph, DIALECTS[options.dialect])
             ir.save(graph, folder / f"{name}.onnx")
             graphs[name] = graph_spec(graph, f"{name}.onnx", chunk_size)
         files, checkpoint_sha256 = {weights.name: weights.record()}, reader.sha256()
-    return _Written(graphs, state_specs(graphs["decode"], config), files, checkpoint_sha256)
+    return _Written(graphs, files, checkpoint_sha256)
 
 
 def package_versions(*names: str) -> dict[str, str]:

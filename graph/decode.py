@@ -21,6 +21,7 @@ from retnet_export.graph.retnet import OPSET, STATE_TYPES, embed, layers, logits
 from retnet_export.graph.weights import ReadWeight
 from retnet_export.graph.weights_file import WeightsFile
 from retnet_export.runtime.bundle.config import ModelConfig
+from retnet_export.runtime.bundle.manifest import state_name
 
 
 def build_decode(
@@ -43,7 +44,7 @@ def build_decode(
     state_shape = (size, config.num_heads, config.head_key_dim, config.head_value_dim)
     tokens = b.input("tokens", ir.DataType.INT64, (size, 1))
     position = b.input("position", ir.DataType.INT64, (size,))
-    states = [b.input(f"state.{index}", state_type, state_shape) for index in range(config.num_layers)]
+    states = [b.input(state_name(index), state_type, state_shape) for index in range(config.num_layers)]
 
     after = b.op("Add", position, b.constant(np.array([1], np.int64), "one_token"), name="position_after")
     cos, sin = rotation(w, b.op("Unsqueeze", position, b.axes(-1), name="position_row"))  # (B, 1, Dk/2)
@@ -78,5 +79,5 @@ def build_decode(
     b.output(out, "logits", ir.DataType.FLOAT, (size, config.vocab_size))
     b.output(after, "position_out", ir.DataType.INT64, (size,))
     for index, value in enumerate(state_after):
-        b.output(value, f"state.{index}_out", state_type, state_shape)
+        b.output(value, f"{state_name(index)}_out", state_type, state_shape)
     return b.model(f"RetNet decode step, {config.num_layers} layers, {compute}")

@@ -1,6 +1,6 @@
 """A bundle made from another bundle: the same model with other graphs and other weights, the rest taken over.
 
-Rule: what the manifest says of graphs and state is read off the graphs as they are written. What was verified is the bundle
+Rule: what the manifest says of graphs is read off the graphs as they are written. What was verified is the bundle
 before; how far this one is from it is what `evaluate` measures.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from retnet_export.graph.retnet import graph_spec, state_specs
+from retnet_export.graph.retnet import graph_spec
 from retnet_export.runtime.bundle.bundle import Bundle, record_files, write_manifest
 from retnet_export.runtime.bundle.manifest import FileRecord
 
@@ -47,7 +47,6 @@ def write_derived_bundle(
             manifest,
             name=Path(target).name.removesuffix(".retnet"),
             graphs=specs,
-            state=state_specs(specs["decode"], manifest.model),
             files=record_files(folder, {"weights.bin": weights}),
             verification=None,
             **changes,

@@ -34,6 +34,7 @@ from retnet_export.graph.retnet import OPSET, STATE_TYPES, embed, layers, logits
 from retnet_export.graph.weights import ReadWeight
 from retnet_export.graph.weights_file import WeightsFile
 from retnet_export.runtime.bundle.config import ModelConfig
+from retnet_export.runtime.bundle.manifest import state_name
 
 
 def build_prefill(
@@ -63,7 +64,7 @@ def build_prefill(
     position = b.input("position", ir.DataType.INT64, (size,))
     length = b.input("length", ir.DataType.INT64, (size,))
     rows = b.input("rows", ir.DataType.INT64, (size, "rows"))
-    states = [b.input(f"state.{index}", state_type, state_shape) for index in range(config.num_layers)]
+    states = [b.input(state_name(index), state_type, state_shape) for index in range(config.num_layers)]
 
     after = b.op("Add", position, length, name="position_after")
     index = _token_index(b, tokens)  # (C,)
@@ -105,7 +106,7 @@ def build_prefill(
     b.output(logits(w, x), "logits", ir.DataType.FLOAT, (size, "rows", config.vocab_size))
     b.output(after, "position_out", ir.DataType.INT64, (size,))
     for layer, value in enumerate(state_after):
-        b.output(value, f"state.{layer}_out", state_type, state_shape)
+        b.output(value, f"{state_name(layer)}_out", state_type, state_shape)
     return b.model(f"RetNet prefill, {config.num_layers} layers, {compute}")
 
 

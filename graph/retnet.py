@@ -10,9 +10,10 @@ import onnx_ir as ir
 
 from retnet_export.graph.blocks import NUMPY_DTYPES, Writer, feed_forward, norm
 from retnet_export.graph.builder import Value
+from retnet_export.graph.states import layout_of
 from retnet_export.graph.weights import narrowed
 from retnet_export.runtime.bundle.config import ModelConfig
-from retnet_export.runtime.bundle.manifest import GraphSpec, StateSpec, TensorSpec, is_in_pieces
+from retnet_export.runtime.bundle.manifest import GraphSpec, TensorSpec
 from retnet_export.runtime.errors import PrecisionWarning
 
 OPSET = 20
@@ -24,38 +25,17 @@ LONGEST_HALF_PRECISION_MEMORY = 1024
 """Tokens that a head may remember, 1/(1 - γ), for a float16 state to hold it within about one percent (docs/quantization.md)."""
 
 
-def slow_heads(config: ModelConfig) -> int:
-    """How many heads remember longer than a float16 state can hold; they are the last ones."""
-    return int((1 / (1 - config.gamma) > LONGEST_HALF_PRECISION_MEMORY).sum())
-
-
 def warn_of_slow_heads(config: ModelConfig, state: str) -> None:
     """Say so if a float16 state is asked for and heads remember longer than it can hold."""
-    slow = slow_heads(config)
+    slow = int((1 / (1 - config.gamma) > LONGEST_HALF_PRECISION_MEMORY).sum())
     if state == "fp16" and slow:
-        instead = "fp32 holds them" if slow == config.num_heads else "mixed keeps these in float32"
         warnings.warn(
             f"--state fp16: {slow} of {config.num_heads} heads remember more than {LONGEST_HALF_PRECISION_MEMORY:,} tokens "
             f"(up to {1 / (1 - config.gamma.max()):,.0f}); a float16 state of such heads was measured to be off by 4 % to 30 %. "
-            f"{instead} (docs/quantization.md, State)",
+            "fp32 holds them (docs/quantization.md, State)",
             PrecisionWarning,
             stacklevel=3,
         )
-
-
-def state_specs(graph: GraphSpec, config: ModelConfig) -> tuple[StateSpec, ...]:
-    """The tensors carried from step to step: every input that has an output of its name with `_out`.
-
-    A state that the graph takes in pieces, rows of the heads (H·s, Dk/s, Dv), is a state (H, Dk, Dv) to everybody else.
-    """
-    outputs = {spec.name for spec in graph.outputs}
-    whole = (config.num_heads, config.head_key_dim, config.head_value_dim)
-
-    def shape(spec: TensorSpec) -> tuple[int, ...]:
-        return (spec.shape[0], *whole) if is_in_pieces(spec.shape[1:], whole) else spec.shape
-
-    carried = (spec for spec in graph.inputs if f"{spec.name}_out" in outputs)
-    return tuple(StateSpec(spec.name, f"{spec.name}_out", spec.dtype, shape(spec)) for spec in carried)
 
 
 def embed(w: Writer, tokens: Value) -> Value:
@@ -135,4 +115,5 @@ def graph_spec(model: ir.Model, file: str, chunk_size: int) -> GraphSpec:
         inputs=tuple(spec(value) for value in graph.inputs),
         outputs=tuple(spec(value) for value in graph.outputs),
         chunk_size=chunk_size,
+        state_layout=layout_of(model),
     )

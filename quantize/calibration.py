@@ -20,7 +20,7 @@ from retnet_export.quantize.methods import Gram
 from retnet_export.runtime.backends.base import NUMPY_DTYPES
 from retnet_export.runtime.backends.onnxruntime_api import read_weights_from
 from retnet_export.runtime.bundle.files import read_text
-from retnet_export.runtime.bundle.manifest import StateSpec
+from retnet_export.runtime.bundle.manifest import StateSpec, state_name
 from retnet_export.runtime.errors import MissingExtraError, UserError
 from retnet_export.runtime.generate.tokenizer import UnknownCharacterError
 from retnet_export.runtime.model import Model
@@ -213,7 +213,7 @@ def _layers(graph: ir.Graph) -> list[_Layer]:
         flowing = [_name(value) for value in outside if not value.is_initializer()]
         # Before the first layer stands the embedding: the only thing there that is as wide as the stream.
         x_in = found[-1].x_out if found else _stream_input(nodes[0], flowing)
-        state_in = f"state.{index}"
+        state_in = state_name(index)
         found.append(
             _Layer(
                 x_in=x_in,

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from retnet_export.quantize.calibration import CHUNK, encode
 from retnet_export.runtime.backends.base import State, Stream
 from retnet_export.runtime.bundle.files import read_text
+from retnet_export.runtime.bundle.manifest import POSITION
 from retnet_export.runtime.errors import UserError
-from retnet_export.runtime.generate.state import whole_layers
 from retnet_export.runtime.model import Model
 
 Logits = NDArray[np.float32]
@@ -275,16 +275,10 @@ def _log_softmax(logits: Logits) -> NDArray[np.float64]:
 
 def _state_error(tokens: int, ours: State, theirs: State) -> StateError:
     difference, size = 0.0, 0.0
-    ours, theirs = whole_layers(ours), whole_layers(theirs)
-    for name in theirs:
-        if name.startswith("state."):
-            a, r = ours[name][0].astype(np.float64), theirs[name][0].astype(np.float64)  # (H, Dk, Dv)
-            if a.shape != r.shape:
-                a = a.swapaxes(1, 2)  # the dialect of one of them keeps it (H, Dv, Dk)
-            if a.shape != r.shape:  # one of them keeps its states value-major: the dialect onnxruntime-cuda
-                a = a.swapaxes(1, 2)
-            difference = difference + ((a - r) ** 2).sum((1, 2))
-            size = size + (r**2).sum((1, 2))
+    for name in theirs.keys() - {POSITION}:
+        a, r = ours[name][0].astype(np.float64), theirs[name][0].astype(np.float64)  # (H, Dk, Dv)
+        difference = difference + ((a - r) ** 2).sum((1, 2))
+        size = size + (r**2).sum((1, 2))
     return StateError(tokens, tuple(float(error) for error in np.sqrt(difference / np.maximum(size, 1e-300))))
 
 

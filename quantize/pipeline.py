@@ -14,6 +14,7 @@ from retnet_export.quantize.formats import Bits, Format, Quantized
 from retnet_export.quantize.methods import METHODS, Awq, Gram, Method, RoundToNearest
 from retnet_export.runtime.bundle.bundle import MANIFEST, Bundle, open_bundle
 from retnet_export.runtime.bundle.files import new_folder, sha256_of
+from retnet_export.runtime.bundle.manifest import Manifest, StateSpec
 from retnet_export.runtime.errors import MissingExtraError, UserError, one_of
 from retnet_export.runtime.numerics import first_not_finite
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from retnet_export.quantize.rewrite import Role
     from retnet_export.quantize.store import MatrixStore
 
-STATES: Mapping[str, str] = {"fp16": "float16", "mixed": "mixed"}
 WEIGHTS: Mapping[str, Bits] = {"int8": 8, "int4": 4, "fp8": 8}
 TABLES = ("int8", "int4", "keep")
 """Formats of embedding and head; "keep" leaves the matrix as it is."""
@@ -44,7 +44,7 @@ class QuantizeOptions:
         method: rtn, gptq or awq, for the same matrices; embedding and head are rounded to nearest.
         embedding, head: int8, int4 or keep; one and the same if the head is the embedding. The head also fp8.
         calibration: the text that gptq, awq and activations need.
-        state: fp16 or mixed (fp32 for heads that remember long), or None to leave it.
+        state: fp16, or None to leave it.
         activations: int8 or fp8, of what flows into the products with such weights; None to leave it.
     """
 
@@ -63,7 +63,7 @@ class QuantizeOptions:
             ("method", self.method, METHODS),
             ("embedding", self.embedding, TABLES),
             ("head", self.head, (*TABLES, "fp8")),
-            ("state", self.state or "fp16", ("fp16", "mixed")),
+            ("state", self.state or "fp16", ("fp16",)),
         )
         for name, value, allowed in choices:
             if value not in allowed:
@@ -120,7 +120,6 @@ def quantize_bundle(
     except ImportError as error:
         raise MissingExtraError("onnx-ir", "export", "quantizing") from error
     from retnet_export.graph.derived import write_derived_bundle
-    from retnet_export.graph.mixed_state import check_mixed_state, mix_state
     from retnet_export.graph.retnet import warn_of_slow_heads
     from retnet_export.graph.weights_file import WeightsFile
     from retnet_export.quantize.rewrite import matrices, products, quantize_graph, store_state_as_float16
@@ -128,8 +127,6 @@ def quantize_bundle(
     _check_source(source, target, options)
     manifest = source.manifest
     warn_of_slow_heads(manifest.model, options.state or "fp32")
-    if options.state == "mixed":
-        check_mixed_state(manifest.model)
     graphs = {name: ir.load(source.file(spec.file)) for name, spec in manifest.graphs.items()}
     plan = _plan(source, matrices(graphs["decode"]), graphs["decode"], options)
     calibration = None if options.calibration is None else _calibration(source, options.calibration)
@@ -147,9 +144,7 @@ def quantize_bundle(
                 quantize_graph(model, job.store.stored, None if ranges is None else ranges.largest)
                 _move_weights(model, file, job.vectors)
                 if options.state == "fp16":
-                    store_state_as_float16(model, manifest.state)
-                elif options.state == "mixed":
-                    mix_state(model, manifest.model)
+                    store_state_as_float16(model)
             weights = file.record()
         write_derived_bundle(
             source,
@@ -157,10 +152,11 @@ def quantize_bundle(
             target,
             graphs,
             weights,
+            state=_half_state(manifest) if options.state else manifest.state,
             precision=replace(
                 manifest.precision,
                 weights="float8" if options.weights == "fp8" else options.weights,
-                state=STATES[options.state] if options.state else manifest.precision.state,
+                state="float16" if options.state else manifest.precision.state,
             ),
             quantization={
                 "weights": options.weights,
@@ -180,6 +176,10 @@ def quantize_bundle(
             evaluation = judge(result)
             result = result.with_manifest(quantization={**(result.manifest.quantization or {}), "evaluation": evaluation})
     return Bundle(Path(target), result.manifest)
+
+
+def _half_state(manifest: Manifest) -> tuple[StateSpec, ...]:
+    return tuple(spec if spec.layer is None else replace(spec, dtype="float16") for spec in manifest.state)
 
 
 def _check_source(source: Bundle, target: str | Path, options: QuantizeOptions) -> None:
@@ -218,11 +218,6 @@ def _check_source(source: Bundle, target: str | Path, options: QuantizeOptions) 
     if options.calibration is not None and manifest.precision.compute == "bfloat16":
         raise UserError(
             f"{source.path}: calibration runs the graph, which needs float32 or float16; export it so, or use no --calibration"
-        )
-    if options.calibration is not None and manifest.precision.state == "mixed":
-        raise UserError(
-            f"{source.path}: calibration runs one layer at a time, with one state a layer; give the bundle with a float32 state, "
-            "and --state mixed here"
         )
     if options.state is not None and manifest.precision.state != "float32":
         raise UserError(f"{source.path}: its state is {manifest.precision.state} already")

@@ -30,8 +30,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from retnet_export.graph.states import states
 from retnet_export.quantize.formats import Format, stored_scales
-from retnet_export.runtime.bundle.manifest import StateSpec
 from retnet_export.runtime.errors import UserError
 
 OPSET = 21
@@ -248,27 +248,22 @@ def _rank(value: ir.Value) -> int:
     raise ValueError(f"{value.name}: cannot tell the rank of the embedding's input")
 
 
-def store_state_as_float16(model: ir.Model, specs: Sequence[StateSpec]) -> None:
+def store_state_as_float16(model: ir.Model) -> None:
     """Make float32 state inputs and outputs float16, with a Cast behind each input and before each output; in place."""
     graph = model.graph
-    for spec in specs:
-        if spec.dtype != "float32":
-            continue
-        value = next(value for value in graph.inputs if value.name == spec.input)
-        up = ir.node("Cast", inputs=[value], attributes={"to": ir.DataType.FLOAT}, name=f"{spec.input}.float32")
-        up.outputs[0].name = f"{spec.input}.float32"
+    for value, old in states(graph):
+        up = ir.node("Cast", inputs=[value], attributes={"to": ir.DataType.FLOAT}, name=f"{value.name}.float32")
+        up.outputs[0].name = f"{value.name}.float32"
         value.replace_all_uses_with(up.outputs[0])
         up.replace_input_with(0, value)
         value.type = ir.TensorType(ir.DataType.FLOAT16)
         graph.insert_before(graph.node(0), up)
 
-        index = next(index for index, output in enumerate(graph.outputs) if output.name == spec.output)
-        old = graph.outputs[index]
-        old_shape = old.shape
-        old.name = f"{spec.output}.float32"
-        down = ir.node("Cast", inputs=[old], attributes={"to": ir.DataType.FLOAT16}, name=spec.output)
+        index, name, shape = graph.outputs.index(old), old.name, old.shape
+        old.name = f"{name}.float32"
+        down = ir.node("Cast", inputs=[old], attributes={"to": ir.DataType.FLOAT16}, name=name)
         new = down.outputs[0]
-        new.name, new.type, new.shape = spec.output, ir.TensorType(ir.DataType.FLOAT16), old_shape
+        new.name, new.type, new.shape = name, ir.TensorType(ir.DataType.FLOAT16), shape
         graph.append(down)
         graph.outputs[index] = new
 

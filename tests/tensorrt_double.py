@@ -336,6 +336,25 @@ class ICudaEngine(Strict):
     def get_device_memory_size_for_profile_v2(self, profile_index):
         return SCRATCH * (1 + profile_index)
 
+    @property
+    def num_io_tensors(self):
+        return len(self._tensors())
+
+    def get_tensor_name(self, index):
+        return list(self._tensors())[index]
+
+    def get_tensor_mode(self, name):
+        return TensorIOMode.INPUT if name in {tensor[0] for tensor in self._content["inputs"]} else TensorIOMode.OUTPUT
+
+    def get_tensor_dtype(self, name):
+        return self._tensors()[name][1]
+
+    def get_tensor_shape(self, name):
+        return self._tensors()[name][2]
+
+    def _tensors(self):
+        return {tensor[0]: tensor for tensor in self._content["inputs"] + self._content["outputs"]}
+
     def create_execution_context(self, strategy=ExecutionContextAllocationStrategy.STATIC):
         return IExecutionContext(self, strategy)
 

@@ -32,6 +32,7 @@ def config(**changes: object) -> ModelConfig:
 
 CONFIGS: Mapping[str, ModelConfig] = {
     "fla": config(),
+    "fla, square heads": config(head_value_dim=8),
     "fla, two queries a key, tied": config(num_kv_heads=2, tied_embeddings=True, ffn_activation="gelu"),
     "fla, one key for all, no gate": config(num_kv_heads=1, output_gate=False, final_norm=False),
     "torchscale": config(

@@ -10,7 +10,18 @@ import numpy as np
 import onnx_ir as ir
 
 from retnet_export.graph.dialects.norms import in_type, match_rms_norm
-from retnet_export.graph.dialects.pattern import MICROSOFT, Writer, inputs_of, narrowed, number, only_user, scope_of, substitute
+from retnet_export.graph.dialects.pattern import (
+    MICROSOFT,
+    Writer,
+    inputs_of,
+    narrowed,
+    number,
+    only_user,
+    scope_of,
+    size_of,
+    substitute,
+)
+from retnet_export.graph.states import layout_of, states
 
 
 def swish_input(value: ir.Value) -> ir.Value | None:
@@ -44,7 +55,7 @@ class GatedNormPass(ir.passes.InPlacePass):
                 o, dtype = casts[0]
                 gate = casts[1][0]
             w = Writer(graph, product, scope_of(product))
-            weight = norm.weight or w.initializer(np.ones(_value_dim(graph), np.float32), "ones_of_head")
+            weight = norm.weight or w.initializer(np.ones(_value_dim(model), np.float32), "ones_of_head")
             if weight.shape is None or len(weight.shape) != 1:  # a scale per head
                 continue
             o = w.op("Reshape", o, joined.inputs[1], name="o_joined", dtype=dtype)
@@ -85,11 +96,6 @@ class SwishPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified)
 
 
-def _value_dim(graph: ir.Graph) -> int:
-    """Dv, from the state's shape: (B, H, Dk, Dv), or (B, H, Dv, Dk) where it was made value-major."""
-    state = next(value for value in graph.inputs if value.shape is not None and len(value.shape) == 4)
-    assert state.shape is not None
-    value_major = any(node.op_type == "GatedDeltaNet" or node.name == f"{state.name}.key_major" for node in graph)
-    size = state.shape[2 if value_major else 3]
-    assert isinstance(size, int)
-    return size
+def _value_dim(model: ir.Model) -> int:
+    """Dv, from the state as the graph keeps it; it is never cut in pieces."""
+    return size_of(states(model.graph)[0][0], layout_of(model).axes.index("value"))

@@ -9,8 +9,8 @@ model's state alone, updated in place on two cores: whole heads 1.46 ms, 64 rows
                                       k·v ────┘ └─ q· ─ o               ->    v, s times a head ─┴─ LinearAttention ─ Σ ─ o
                                                                                         state ───┘               └─ state_out
 
-A piece is a run of bytes: the state of both graphs has another shape, (B, H·s, Dk/s, Dv), over the same memory. So a host may
-go on calling it (B, H, Dk, Dv), and prefill, which runs once a chunk, reshapes it on its way in and out. As in the portable graph,
+A piece is a run of bytes: the state of both graphs has another shape, (B, H·s, Dk/s, Dv), over the same memory, which the graphs
+declare. Prefill, which runs once a chunk, reshapes it on its way in and out. As in the portable graph,
 the state may be updated where it is read (the tests do so).
 
 The operator is there since ONNX Runtime 1.25, for float32; a state in 16 bits stays in plain operators.
@@ -21,8 +21,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from retnet_export.graph.dialects.pattern import MICROSOFT, Writer, made_by, scope_of, substitute
-from retnet_export.graph.dialects.retention import Retention, log_decay, match_retention, size_of
+from retnet_export.graph.dialects.pattern import MICROSOFT, Writer, made_by, scope_of, size_of, substitute
+from retnet_export.graph.dialects.retention import Retention, log_decay, match_retention
+from retnet_export.graph.states import declare_layout, states
+from retnet_export.runtime.bundle.layout import StateLayout
 
 PIECE_BYTES = 1 << 15
 """What the first-level data cache of any core meant here holds."""
@@ -38,17 +40,15 @@ class StatePiecesPass(ir.passes.InPlacePass):
     """Let the graph take and give the state in pieces, (B, H·s, Dk/s, Dv), with a Reshape at both ends."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        graph = model.graph
-        states = [value for value in graph.inputs if value.shape is not None and len(value.shape) == 4]
-        if any(each.dtype != ir.DataType.FLOAT for each in states):
+        graph, found = model.graph, states(model.graph)
+        if any(state.dtype != ir.DataType.FLOAT for state, _ in found):
             return ir.passes.PassResult(model, False)
-        outputs = {value.name: value for value in graph.outputs}
-        for state in states:
+        for state, after in found:
             assert state.shape is not None
             batch, heads, key_dim, value_dim = state.shape[0], *(size_of(state, axis) for axis in (1, 2, 3))
             count = pieces_of(key_dim, value_dim)
+            declare_layout(model, StateLayout(pieces=count))
             in_pieces = ir.Shape([batch, heads * count, key_dim // count, value_dim])
-            after = outputs[f"{state.name}_out"]
             last = after.producer()
             assert last is not None
             w = Writer(graph, graph[0], str(state.name))
@@ -65,7 +65,7 @@ class StatePiecesPass(ir.passes.InPlacePass):
             name, after.name = after.name, f"{state.name}.of_heads_out"
             pieces.name, pieces.shape, state.shape = name, in_pieces, in_pieces
             graph.outputs[graph.outputs.index(after)] = pieces
-        return ir.passes.PassResult(model, bool(states))
+        return ir.passes.PassResult(model, bool(found))
 
 
 class LinearAttentionPass(ir.passes.InPlacePass):

@@ -122,3 +122,11 @@ def substitute(old: ir.Value, new: ir.Value) -> None:
         new.name, new.shape, new.type = old.name, old.shape, old.type
         old.name = f"{old.name}.before"
     old.replace_all_uses_with(new, replace_graph_outputs=True)
+
+
+def size_of(value: ir.Value, axis: int) -> int:
+    """A fixed size of a value's shape."""
+    assert value.shape is not None
+    size = value.shape[axis]
+    assert isinstance(size, int)
+    return size

@@ -29,9 +29,13 @@ from retnet_export.graph.dialects.pattern import (
     made_by,
     narrowed,
     scope_of,
+    size_of,
     substitute,
 )
+from retnet_export.graph.states import declare_layout, states
+from retnet_export.runtime.bundle.layout import StateLayout
 
+VALUE_MAJOR = StateLayout(("batch", "head", "value", "key"))
 KEY_DIMS = (64, 128, 256)
 """Sizes of Dk for which the operator has a kernel that reads whole rows; others stay in plain operators."""
 
@@ -40,17 +44,15 @@ class ValueMajorStatePass(ir.passes.InPlacePass):
     """Let the graph take and give the state as (B, H, Dv, Dk), with a Transpose at both ends."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        graph = model.graph
-        states = [value for value in graph.inputs if value.shape is not None and len(value.shape) == 4]
-        if not states or any(each.dtype != ir.DataType.FLOAT or size_of(each, 2) not in KEY_DIMS for each in states):
+        graph, found = model.graph, states(model.graph)
+        if any(state.dtype != ir.DataType.FLOAT or size_of(state, 2) not in KEY_DIMS for state, _ in found):
             return ir.passes.PassResult(model, False)
-        outputs = {value.name: value for value in graph.outputs}
-        for state in states:
+        declare_layout(model, VALUE_MAJOR)
+        for state, after in found:
             assert state.shape is not None
             assert state.name is not None
             batch, heads, key_dim, value_dim = state.shape
             shape = ir.Shape([batch, heads, value_dim, key_dim])
-            after = outputs[f"{state.name}_out"]
             last = after.producer()
             assert last is not None
             turn_out = ir.node("Transpose", [after], {"perm": [0, 1, 3, 2]}, name=f"{state.name}.value_major")
@@ -237,10 +239,3 @@ def _table(graph: ir.Graph, angle: ir.Value, name: str, half: int, dtype: ir.Dat
     if dtype != ir.DataType.FLOAT:
         angle = w.cast(angle, dtype, f"{name}_narrow")
     return w.reshape(angle, f"{name}_table", -1, half)
-
-
-def size_of(value: ir.Value, axis: int) -> int:
-    assert value.shape is not None
-    size = value.shape[axis]
-    assert isinstance(size, int)
-    return size

@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from retnet_export.runtime.bundle.layout import StateLayout
 from retnet_export.runtime.bundle.manifest import StateSpec
 
 NUMPY_DTYPES: Mapping[str, np.dtype[np.generic]] = {
@@ -22,7 +23,7 @@ NUMPY_DTYPES: Mapping[str, np.dtype[np.generic]] = {
 """Element types of state tensors."""
 
 State = Mapping[str, NDArray[np.generic]]
-"""The state of one sequence: an array for each `StateSpec`, by its input name, with a batch axis of 1 in front."""
+"""The state of one sequence: an array for each `StateSpec`, by its input name: (1,) of the position, (1, H, Dk, Dv) of a layer."""
 
 
 class Stream(Protocol):
@@ -72,7 +73,7 @@ class Stream(Protocol):
         """A copy of one slot's state, on the host."""
 
     def write_state(self, slot: int, state: State) -> None:
-        """Replace one slot's state; shapes and dtypes are those of `read_state`."""
+        """Replace one slot's state; shapes, axes and dtypes are those of `read_state`, and the same on every backend."""
 
 
 @runtime_checkable
@@ -101,6 +102,23 @@ def last_rows(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """The rows (B, 1) of each slot's last real token, lengths (B,); of a slot of no tokens the first, which is undefined."""
     rows: NDArray[np.int64] = np.maximum(lengths - 1, 0)[:, None]
     return rows
+
+
+def state_to_graph(specs: Sequence[StateSpec], layout: StateLayout, state: State) -> dict[str, NDArray[np.generic]]:
+    """A state as a graph takes it: contiguous, in the graph's layout and the manifest's element types."""
+    return {
+        spec.input: np.ascontiguousarray(
+            state[spec.input] if spec.layer is None else layout.to_graph(state[spec.input]), NUMPY_DTYPES[spec.dtype]
+        )
+        for spec in specs
+    }
+
+
+def state_from_graph(specs: Sequence[StateSpec], layout: StateLayout, arrays: State) -> State:
+    """A copy of what a graph keeps as the state that everybody else knows."""
+    return {
+        spec.input: (arrays[spec.input] if spec.layer is None else layout.from_graph(arrays[spec.input])).copy() for spec in specs
+    }
 
 
 def initial_state(specs: Sequence[StateSpec]) -> State:

@@ -15,28 +15,22 @@ graph, unless memory matters more (docs/prefill.md has the measurements).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet_export.runtime.backends.base import NUMPY_DTYPES, State, last_rows, top_of
+from retnet_export.runtime.backends.base import NUMPY_DTYPES, State, last_rows, state_from_graph, state_to_graph, top_of
+from retnet_export.runtime.backends.onnxruntime_api import check_session
 from retnet_export.runtime.bundle.bundle import Bundle
-from retnet_export.runtime.bundle.manifest import Manifest, StateSpec, TensorSpec
+from retnet_export.runtime.bundle.layout import StateLayout
+from retnet_export.runtime.bundle.manifest import Manifest, StateSpec
 from retnet_export.runtime.errors import MissingExtraError, UserError
 
 if TYPE_CHECKING:
     import onnxruntime
 
-ONNX_TYPES: Mapping[str, str] = {
-    "float32": "tensor(float)",
-    "float16": "tensor(float16)",
-    "bfloat16": "tensor(bfloat16)",
-    "int64": "tensor(int64)",
-}
-"""Element types as ONNX Runtime names them."""
 NEEDS: Mapping[str, str] = {
     "onnxruntime-cpu": "install ONNX Runtime 1.25 or later",
     "onnxruntime-cuda": "run it with --backend onnxruntime-cuda, or install ONNX Runtime 1.32 or later",
@@ -90,9 +84,7 @@ class OnnxRuntimeBackend:
                 "" if dialect == "portable" else f". It is in the {dialect} dialect: {NEEDS[dialect]}, or give the portable bundle"
             )
             raise UserError(f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load the graph: {error}{mend}") from error
-        spec = self._bundle.manifest.graphs[graph]
-        _check_agrees(path, "input", spec.inputs, session.get_inputs())
-        _check_agrees(path, "output", spec.outputs, session.get_outputs())
+        check_session(path, self._bundle.manifest.graphs[graph], session)
         return session
 
     def open_stream(self, batch: int) -> OnnxRuntimeStream:
@@ -118,12 +110,11 @@ class OnnxRuntimeStream:
     ) -> None:
         self._decode, self._prefill, self.batch = decode, prefill, batch
         self._specs = manifest.state
-        # Of one sequence, as the graphs take it: the same bytes as the manifest's state, in the CPU's dialect cut into pieces.
-        self._graph_shapes = {spec.name: spec.shape[1:] for spec in manifest.graphs["decode"].inputs}
+        self._layout = manifest.graphs["decode"].state_layout
         self._tokens = np.zeros((batch, 1), np.int64)
         self._one_token, self._first_row = np.ones(batch, np.int64), np.zeros((batch, 1), np.int64)
         self._logits = np.zeros((batch, manifest.model.vocab_size), np.float32)
-        self._buffers = tuple({spec.input: _filled(spec, batch) for spec in manifest.state} for _ in range(2))
+        self._buffers = tuple({spec.input: _filled(spec, self._layout, batch) for spec in manifest.state} for _ in range(2))
         self._in_place = decode is not prefill
         self._position_after = np.zeros(batch, np.int64)
         self._side = 0
@@ -188,17 +179,18 @@ class OnnxRuntimeStream:
         return top_of(self._logits[: self._slots], k)
 
     def read_state(self, slot: int) -> State:
-        return {name: buffer[slot : slot + 1].copy() for name, buffer in self._buffers[self._side].items()}
+        slots = {name: buffer[slot : slot + 1] for name, buffer in self._buffers[self._side].items()}
+        return state_from_graph(self._specs, self._layout, slots)
 
     def write_state(self, slot: int, state: State) -> None:
-        for name, buffer in self._buffers[self._side].items():
-            buffer[slot] = state[name][0]
+        for name, array in state_to_graph(self._specs, self._layout, state).items():
+            self._buffers[self._side][name][slot] = array[0]
 
     def _bind_state(self, session: onnxruntime.InferenceSession, before: State, after: State) -> onnxruntime.IOBinding:
         binding = session.io_binding()
         for name, array in before.items():
-            _bind_input(binding, name, self._as_in_graph(name, array))
-        outputs = {spec.output: self._as_in_graph(spec.input, after[spec.input]) for spec in self._specs}
+            _bind_input(binding, name, array)
+        outputs = {spec.output: after[spec.input] for spec in self._specs}
         logits = self._logits[: len(before["position"])]
         if session is self._prefill:
             logits = logits[:, None]  # of one row
@@ -206,35 +198,14 @@ class OnnxRuntimeStream:
             binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         return binding
 
-    def _as_in_graph(self, name: str, array: NDArray[np.generic]) -> NDArray[np.generic]:
-        """A state buffer (B, …) in the graphs' shape, over the same memory."""
-        return array.reshape(len(array), *self._graph_shapes[name])
 
-
-def _filled(spec: StateSpec, batch: int) -> NDArray[np.generic]:
-    """A buffer at the initial state; zeros take no memory before a slot is used."""
-    shape, dtype = (batch, *spec.shape[1:]), NUMPY_DTYPES[spec.dtype]
+def _filled(spec: StateSpec, layout: StateLayout, batch: int) -> NDArray[np.generic]:
+    """A buffer at the initial state, as the graph takes it; zeros take no memory before a slot is used."""
+    whole, dtype = (batch, *spec.shape[1:]), NUMPY_DTYPES[spec.dtype]
+    shape = whole if spec.layer is None else layout.shape(whole)
     return np.zeros(shape, dtype) if spec.initial == 0 else np.full(shape, spec.initial, dtype)
 
 
 def _bind_input(binding: onnxruntime.IOBinding, name: str, array: NDArray[np.generic]) -> None:
     """Bind a contiguous array, which must outlive the run."""
     binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-
-
-def _check_agrees(path: Path, kind: str, specs: Sequence[TensorSpec], found: Sequence[onnxruntime.NodeArg]) -> None:
-    """Compare what the manifest says of a graph with the graph, whose buffers are allocated by the manifest.
-
-    Raises:
-        UserError: a name, type or size differs.
-    """
-    actual = {arg.name: (arg.type, tuple(size if isinstance(size, int) else -1 for size in arg.shape)) for arg in found}
-    for spec in specs:
-        expected = (ONNX_TYPES[spec.dtype], spec.shape)
-        if actual.pop(spec.name, None) != expected:
-            raise UserError(
-                f"{path}: the manifest has {kind} {spec.name!r} as {spec.dtype}{list(spec.shape)}, the graph does not; "
-                "the bundle is damaged: export it again"
-            )
-    if actual:
-        raise UserError(f"{path}: the graph has an {kind} {next(iter(actual))!r} that the manifest does not name")

@@ -6,14 +6,24 @@ Rule: no other module asks for a version of ONNX Runtime.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from retnet_export.runtime.backends.agreement import check_agrees
+from retnet_export.runtime.bundle.manifest import DType, GraphSpec, TensorSpec
 from retnet_export.runtime.errors import UserError
 
 if TYPE_CHECKING:
     import onnxruntime
 
+TYPES: Mapping[str, DType] = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+    "tensor(int64)": "int64",
+}
+"""Element types by ONNX Runtime's names."""
 WEIGHTS_FOLDER_OPTION = (1, 21)
 """The first that is told where the weights of a graph in memory lie."""
 FUSES_INTEGERS = (1, 25)
@@ -49,3 +59,19 @@ def read_weights_from(folder: Path, options: onnxruntime.SessionOptions, purpose
             f"{purpose} needs ONNX Runtime 1.21 or later, this is {onnxruntime.__version__}: pip install --upgrade onnxruntime"
         )
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+
+
+def check_session(path: Path, spec: GraphSpec, session: onnxruntime.InferenceSession) -> None:
+    """Compare a loaded graph with what the manifest says of it.
+
+    Raises:
+        UserError: they differ.
+    """
+
+    def tensors(args: Sequence[onnxruntime.NodeArg]) -> list[TensorSpec]:
+        return [
+            TensorSpec(arg.name, TYPES.get(arg.type, arg.type), tuple(size if isinstance(size, int) else -1 for size in arg.shape))
+            for arg in args
+        ]
+
+    check_agrees(path, spec, tensors(session.get_inputs()), tensors(session.get_outputs()))

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet_export.runtime.backends.base import NUMPY_DTYPES, State, last_rows, top_of
+from retnet_export.runtime.backends.base import NUMPY_DTYPES, State, last_rows, state_from_graph, state_to_graph, top_of
 from retnet_export.runtime.backends.device_weights import DeviceWeights
+from retnet_export.runtime.backends.onnxruntime_api import check_session
 from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.bundle.manifest import GraphSpec, StateSpec
 from retnet_export.runtime.device import cuda
@@ -100,6 +101,7 @@ class OnnxRuntimeCudaBackend:
             raise UserError(
                 f"ONNX Runtime {onnxruntime.__version__} could not start its CUDA provider; are CUDA and cuDNN installed?"
             )
+        check_session(path, self._bundle.manifest.graphs[graph], session)
         return session
 
     def prefill_session(self) -> onnxruntime.InferenceSession | None:
@@ -171,7 +173,7 @@ class OnnxRuntimeCudaStream:
         batch: int,
         graph_ids: tuple[int, int] | None,
     ) -> None:
-        self.batch, self._specs = batch, state
+        self.batch, self._specs, self._layout = batch, state, spec.state_layout
         self._shapes = {each.name: (batch, *each.shape[1:]) for each in spec.outputs}
         self._dtypes = {each.name: NUMPY_DTYPES[each.dtype] for each in spec.outputs}
         # Dropped in this order: bindings and sessions before the buffers and the stream that they use.
@@ -253,16 +255,16 @@ class OnnxRuntimeCudaStream:
         return tokens[:, :k], values[:, :k]
 
     def read_state(self, slot: int) -> State:
-        state = {}
+        arrays: dict[str, NDArray[Any]] = {}
         for spec in self._specs:
             array = np.empty((1, *self._shapes[spec.output][1:]), self._dtypes[spec.output])
             self._stream.copy_to_host(array, self._sides[self._side][spec.input], offset=slot * array.nbytes)
-            state[spec.input] = array
+            arrays[spec.input] = array
         self._stream.synchronize()
-        return state
+        return state_from_graph(self._specs, self._layout, arrays)
 
     def write_state(self, slot: int, state: State) -> None:
-        arrays = {spec.input: np.ascontiguousarray(state[spec.input], self._dtypes[spec.output]) for spec in self._specs}
+        arrays = state_to_graph(self._specs, self._layout, state)
         for name, array in arrays.items():
             self._stream.copy_to_device(self._sides[self._side][name], array, offset=slot * array.nbytes)
         self._stream.synchronize()

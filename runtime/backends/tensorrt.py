@@ -19,10 +19,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet_export.runtime.backends.base import NUMPY_DTYPES, State, initial_state, last_rows, top_of
-from retnet_export.runtime.backends.tensorrt_api import load_module, make_logger
+from retnet_export.runtime.backends.agreement import check_agrees
+from retnet_export.runtime.backends.base import (
+    NUMPY_DTYPES,
+    State,
+    initial_state,
+    last_rows,
+    state_from_graph,
+    state_to_graph,
+    top_of,
+)
+from retnet_export.runtime.backends.tensorrt_api import io_tensors, load_module, make_logger
 from retnet_export.runtime.bundle.bundle import Bundle
-from retnet_export.runtime.bundle.engines import TOP_LOGITS, TOP_TOKENS, EnginePart, EngineRecord, Role, find_engine, map_engine
+from retnet_export.runtime.bundle.engines import (
+    FOLDER,
+    TOP_LOGITS,
+    TOP_TOKENS,
+    EnginePart,
+    EngineRecord,
+    Role,
+    find_engine,
+    map_engine,
+)
 from retnet_export.runtime.bundle.manifest import Manifest, StateSpec
 from retnet_export.runtime.device import cuda
 from retnet_export.runtime.errors import UserError
@@ -71,6 +89,10 @@ class TensorRtBackend:
                 f"{bundle.path}: {self.name} {self.module.__version__} cannot load {name}: {reason}; "
                 f"compile again on this machine: retnet-export compile {bundle.path} --target {self.name}"
             )
+        for graph in {part.graph for part in self.record.parts if part.file == name}:
+            spec = self.manifest.graphs[graph]
+            inputs, outputs = io_tensors(self.module, engine)
+            check_agrees(bundle.path / FOLDER / name, spec, inputs, outputs, added=(TOP_LOGITS, TOP_TOKENS))
         return engine
 
     def engine(self, part: EnginePart) -> trt.ICudaEngine:
@@ -94,6 +116,7 @@ class TensorRtStream:
         self._backend, self.batch = backend, batch
         self._stream = backend.stream
         self._specs = {spec.input: spec for spec in backend.manifest.state}
+        self._layout = backend.manifest.graphs["decode"].state_layout
         self._state = tuple({name: cuda.DeviceBuffer(_bytes(spec, batch)) for name, spec in self._specs.items()} for _ in range(2))
         self._side = 0
         self._decode = _Inputs(backend, "decode", batch)
@@ -184,15 +207,15 @@ class TensorRtStream:
     def read_state(self, slot: int) -> State:
         arrays: dict[str, NDArray[np.generic]] = {}
         for name, spec in self._specs.items():
-            array = np.empty((1, *spec.shape[1:]), NUMPY_DTYPES[spec.dtype])
+            shape = (1, *spec.shape[1:])
+            array = np.empty(shape if spec.layer is None else self._layout.shape(shape), NUMPY_DTYPES[spec.dtype])
             self._stream.copy_to_host(array, self._state[self._side][name], slot * array.nbytes)
             arrays[name] = array
         self._stream.synchronize()
-        return arrays
+        return state_from_graph(self._backend.manifest.state, self._layout, arrays)
 
     def write_state(self, slot: int, state: State) -> None:
-        for name, spec in self._specs.items():
-            array = np.ascontiguousarray(state[name], NUMPY_DTYPES[spec.dtype])
+        for name, array in state_to_graph(self._backend.manifest.state, self._layout, state).items():
             self._stream.copy_to_device(self._state[self._side][name], array, slot * array.nbytes)
             self._stream.synchronize()  # the array may be gone after this turn of the loop
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
 
+from retnet_export.runtime.bundle.manifest import DType, TensorSpec
 from retnet_export.runtime.errors import UserError
 
 TargetName = Literal["tensorrt", "tensorrt-rtx"]
@@ -162,3 +163,19 @@ def make_logger(module: Any) -> Any:
                 self.report.append(message)
 
     return Logger()
+
+
+TYPES: Mapping[str, DType] = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
+"""Element types by TensorRT's names."""
+
+
+def io_tensors(module: Any, engine: Any) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """The inputs and the outputs of an engine, sizes left open as -1; a type that no manifest knows by TensorRT's name."""
+    inputs: list[TensorSpec] = []
+    outputs: list[TensorSpec] = []
+    for index in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(index)
+        dtype = engine.get_tensor_dtype(name).name
+        spec = TensorSpec(name, TYPES.get(dtype, dtype), tuple(engine.get_tensor_shape(name)))
+        (inputs if engine.get_tensor_mode(name) == module.TensorIOMode.INPUT else outputs).append(spec)
+    return inputs, outputs

@@ -21,6 +21,7 @@ from pathlib import Path
 from retnet_export.runtime.bundle.external_data import external_locations
 from retnet_export.runtime.bundle.files import restore_old, sha256_of, write_atomically
 from retnet_export.runtime.bundle.manifest import FORMAT, FORMAT_VERSION, FileRecord, Manifest
+from retnet_export.runtime.bundle.older import advice
 from retnet_export.runtime.bundle.schema import decode, encode, not_finite
 from retnet_export.runtime.bundle.validation import check_manifest
 from retnet_export.runtime.errors import UserError
@@ -95,7 +96,7 @@ def _read_manifest(path: Path) -> Manifest:
     if document.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{path}: bundle format {document.get('format_version')!r}, this version of retnet-export reads {FORMAT_VERSION}; "
-            "export the checkpoint again with this version"
+            + advice(document, path.parent, FORMAT_VERSION)
         )
     manifest = decode(Manifest, document, str(path))
     try:

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from retnet_export.runtime.bundle.config import ModelConfig
+from retnet_export.runtime.bundle.layout import AXES, Axis, StateLayout
 
 FORMAT = "retnet-export bundle"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: states are named `state.007` and say their layer and axes; graphs say how they keep them."""
 DType = Literal["float32", "float16", "bfloat16", "int64"]
 
 
@@ -30,13 +32,16 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class StateSpec:
-    """One tensor that a host carries from step to step: feed `output` back as `input`.
+    """One tensor that a host carries from step to step: feed what the graph gives as `output` back as `input`.
 
     Attributes:
         input: the graph input's name.
         output: the graph output's name.
         dtype: element type.
         shape: sizes, -1 for the batch, which is always the first axis.
+        axes: what each axis is: `AXES` for a layer's state, in every snapshot and on every backend. How a graph keeps it instead
+            is said by its `state_layout`.
+        layer: whose state it is; None for the position.
         initial: the value of every element before the first token.
     """
 
@@ -44,17 +49,37 @@ class StateSpec:
     output: str
     dtype: DType
     shape: tuple[int, ...]
+    axes: tuple[Axis, ...]
+    layer: int | None = None
     initial: int = 0
 
 
-def is_in_pieces(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
-    """Whether `shape` is (H·s, Dk/s, Dv): the state `whole`, (H, Dk, Dv), of a sequence, with each head cut into s runs of rows."""
-    return (
-        len(shape) == len(whole) == 3
-        and shape[2] == whole[2]
-        and shape[0] % whole[0] == 0
-        and shape[0] * shape[1] == whole[0] * whole[1]
-    )
+POSITION = "position"
+"""The state that is no layer's: how many tokens a sequence has read."""
+
+
+def state_name(layer: int) -> str:
+    """What the state of a layer is called, in every graph and snapshot.
+
+    Zero-padded, because Triton pairs state inputs with state outputs in the order of their names: without, `state.10` stands
+    before `state.2`, and `state.10_out` elsewhere than `state.2_out` does.
+    """
+    return f"state.{layer:03d}"
+
+
+def state_specs(config: ModelConfig, dtype: DType, batch: int | None = None) -> tuple[StateSpec, ...]:
+    """What every graph of a model carries from step to step: the position, and (B, H, Dk, Dv) for each layer.
+
+    Args:
+        config: the model.
+        dtype: of the layers' states.
+        batch: a fixed batch, or None for any.
+    """
+    size = -1 if batch is None else batch
+    shape = (size, config.num_heads, config.head_key_dim, config.head_value_dim)
+    position = StateSpec(POSITION, f"{POSITION}_out", "int64", (size,), ("batch",))
+    names = [state_name(layer) for layer in range(config.num_layers)]
+    return (position, *(StateSpec(name, f"{name}_out", dtype, shape, AXES, layer) for layer, name in enumerate(names)))
 
 
 @dataclass(frozen=True)
@@ -66,6 +91,7 @@ class GraphSpec:
         opset: the version of the default operator set it uses.
         inputs, outputs: everything it takes and gives, state included.
         chunk_size: the most tokens per sequence in one run; 1 for decode.
+        state_layout: how it keeps the states of the layers.
     """
 
     file: str
@@ -73,6 +99,7 @@ class GraphSpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     chunk_size: int = 1
+    state_layout: StateLayout = field(default_factory=StateLayout)
 
 
 @dataclass(frozen=True)

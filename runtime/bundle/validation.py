@@ -6,11 +6,12 @@ the other fields and against the sizes of the files. A manifest is untrusted: it
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 from retnet_export.runtime.backends.base import NUMPY_DTYPES
 from retnet_export.runtime.bundle.config import ModelConfig
-from retnet_export.runtime.bundle.manifest import Dialect, GraphSpec, Manifest, is_in_pieces
+from retnet_export.runtime.bundle.manifest import POSITION, GraphSpec, Manifest, StateSpec, state_specs
 from retnet_export.runtime.errors import UserError
 
 LARGEST_SIZE = 2**31 - 1
@@ -103,17 +104,8 @@ def _check_graph(name: str, graph: GraphSpec, manifest: Manifest) -> None:
             )
 
 
-def _same_state(graph: tuple[int, ...], state: tuple[int, ...], dialect: Dialect) -> bool:
-    """Whether a graph's state is the host's: of the same shape, or, in the CPU's dialect, in pieces of its heads."""
-    return graph == state or (dialect == "onnxruntime-cpu" and graph[0] == state[0] and is_in_pieces(graph[1:], state[1:]))
-
-
-def _heads_together(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape of a layer's state whose heads lie in several tensors (a mixed state), or (): they do not go together."""
-    return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if len({shape[1:] for shape in shapes}) == 1 else ()
-
-
 def _check_state(manifest: Manifest) -> None:
+    """The state is what the model configuration asks for, and every graph has it, in the layout that it declares."""
     if len({spec.input for spec in manifest.state}) != len(manifest.state):
         raise UserError("the state names a tensor twice")
     for spec in manifest.state:
@@ -122,32 +114,45 @@ def _check_state(manifest: Manifest) -> None:
                 f"state {spec.input!r} is {spec.dtype} and begins with {spec.initial}; "
                 f"expected one of {', '.join(NUMPY_DTYPES)} and a number of 32 bits"
             )
-        if not spec.shape or -1 in spec.shape[1:]:
-            raise UserError(f"state {spec.input!r} has the shape {list(spec.shape)}; only the batch, the first axis, may be any")
-        for graph_name, graph in manifest.graphs.items():
-            for kind, name, specs in (("input", spec.input, graph.inputs), ("output", spec.output, graph.outputs)):
-                found = next((candidate for candidate in specs if candidate.name == name), None)
-                if found is None or found.dtype != spec.dtype or not _same_state(found.shape, spec.shape, manifest.dialect):
-                    raise UserError(
-                        f"state {spec.input!r} is {spec.dtype}{list(spec.shape)}, but graph {graph_name!r} has "
-                        + (f"no {kind} {name!r}" if found is None else f"{kind} {name!r} as {found.dtype}{list(found.shape)}")
-                    )
-    if not any((spec.input, spec.dtype, len(spec.shape)) == ("position", "int64", 1) for spec in manifest.state):
-        raise UserError("the state has no 'position', int64 with one axis")
-    config = manifest.model
-    expected = (config.num_heads, config.head_key_dim, config.head_value_dim)
-    allowed = [expected]
-    if manifest.dialect == "onnxruntime-cuda":  # its operator wants a head's state the other way round
-        allowed.append((config.num_heads, config.head_value_dim, config.head_key_dim))
-    layers: dict[str, list[tuple[int, ...]]] = {}
-    for spec in manifest.state:
-        if spec.input.startswith("state."):
-            layers.setdefault(spec.input.split(".")[1], []).append(spec.shape[1:])
-    if len(layers) != config.num_layers or any(_heads_together(shapes) not in allowed for shapes in layers.values()):
-        found_shapes = sorted({shape for shapes in layers.values() for shape in shapes})
-        raise UserError(
-            f"the state has {len(layers)} layers of shapes {found_shapes} a sequence, "
-            f"the model configuration asks for {config.num_layers} of {expected}"
-        )
+    _check_specs(manifest)
+    for name, graph in manifest.graphs.items():
+        _check_state_of_graph(name, graph, manifest)
     if manifest.state_bytes > LARGEST_STATE_BYTES:
         raise UserError(f"the state of a sequence is {manifest.state_bytes:,} bytes, expected at most {LARGEST_STATE_BYTES:,}")
+
+
+def _check_specs(manifest: Manifest) -> None:
+    config = manifest.model
+    layers = [spec for spec in manifest.state if spec.layer is not None]
+    if len(layers) != config.num_layers or len(manifest.state) != config.num_layers + 1:
+        raise UserError(
+            f"the state has {len(layers)} layers and {len(manifest.state) - len(layers)} tensors more, "
+            f"the model configuration asks for {config.num_layers} and {POSITION!r}"
+        )
+    batch = manifest.state[0].shape[0] if manifest.state[0].shape else -1
+    for found, expected in zip(manifest.state, state_specs(config, layers[0].dtype, None if batch == -1 else batch), strict=True):
+        if replace(found, initial=0) != expected:
+            raise UserError(f"the state has {_described(found)}; the model configuration asks for {_described(expected)}")
+
+
+def _described(spec: StateSpec) -> str:
+    place = "" if spec.layer is None else f" of layer {spec.layer}"
+    return f"{spec.input!r}{place} (after a step {spec.output!r}), {spec.dtype}{list(spec.shape)} over {', '.join(spec.axes)}"
+
+
+def _check_state_of_graph(name: str, graph: GraphSpec, manifest: Manifest) -> None:
+    layout = graph.state_layout
+    if not layout.is_valid or manifest.model.head_key_dim % layout.pieces:
+        raise UserError(
+            f"graph {name!r}: its state_layout is {list(layout.axes)} in {layout.pieces} pieces; expected batch, head, key, value, "
+            f"or value before key, and pieces that divide the head_key_dim {manifest.model.head_key_dim}"
+        )
+    for spec in manifest.state:
+        shape = spec.shape if spec.layer is None else layout.shape(spec.shape)
+        for kind, tensor, specs in (("input", spec.input, graph.inputs), ("output", spec.output, graph.outputs)):
+            found = next((candidate for candidate in specs if candidate.name == tensor), None)
+            if found is None or (found.dtype, found.shape) != (spec.dtype, shape):
+                raise UserError(
+                    f"state {spec.input!r} is {spec.dtype}{list(shape)} in the layout of graph {name!r}, which has "
+                    + (f"no {kind} {tensor!r}" if found is None else f"{kind} {tensor!r} as {found.dtype}{list(found.shape)}")
+                )

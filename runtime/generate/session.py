@@ -426,7 +426,7 @@ class Session:
     def _check_finite(self, largest: np.floating[Any], slot: int) -> None:
         if np.isfinite(largest):
             return
-        where = first_broken_layer(self._stream.read_state(slot))
+        where = first_broken_layer(self.model.bundle.manifest.state, self._stream.read_state(slot))
         raise UserError(
             f"the logits after step {self._positions[slot]} are not finite ({largest}), so nothing was sampled: {where}. "
             "Reset the session, or restore it to before; if the bundle is fp16, export it with --precision fp32 or --state fp32"

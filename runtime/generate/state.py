@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 
 from retnet_export.runtime.backends.base import NUMPY_DTYPES, State
 from retnet_export.runtime.bundle.files import write_atomically
-from retnet_export.runtime.bundle.manifest import Manifest
+from retnet_export.runtime.bundle.manifest import Manifest, StateSpec
 from retnet_export.runtime.bundle.schema import encode
 from retnet_export.runtime.errors import UserError
 
 FORMAT = "retnet-export state"
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
+"""2: states are named `state.007`, and lie (H, Dk, Dv) whatever backend they were taken from."""
 
 
 def model_hash(manifest: Manifest) -> str:
@@ -33,24 +34,12 @@ def model_hash(manifest: Manifest) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def first_broken_layer(state: State) -> str:
+def first_broken_layer(specs: Sequence[StateSpec], state: State) -> str:
     """Where values that are not finite arose, as a clause: each layer passes them to the state of the next, not back."""
-    broken = next((name for name, array in state.items() if not np.isfinite(array).all()), None)
+    broken = next((spec for spec in specs if not np.isfinite(state[spec.input]).all()), None)
     if broken is None:
         return "every layer's state is finite, so it arose after the last one or in the output head"
-    return f"the first state that is not finite is {broken!r}, of layer {broken.split('.')[1]}"
-
-
-def whole_layers(state: State) -> State:
-    """The same with one array a layer, `state.{i}`: heads that lie in two tensors (a mixed state) side by side, float32."""
-    layers: dict[str, list[NDArray[np.generic]]] = {}
-    for name, array in state.items():
-        layers.setdefault(".".join(name.split(".")[:2]), []).append(array)
-    # Fast heads come first, as in the manifest and in γ.
-    return {
-        name: parts[0] if len(parts) == 1 else np.concatenate([part.astype(np.float32) for part in parts], axis=1)
-        for name, parts in layers.items()
-    }
+    return f"the first state that is not finite is {broken.input!r}, of layer {broken.layer}"
 
 
 @dataclass(frozen=True)

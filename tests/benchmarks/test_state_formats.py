@@ -47,7 +47,7 @@ def stream_of(bundle, form, every_logit=None):
 def stepped(stream):
     for token in TOKENS:
         stream.step(np.array([token]))
-    return stream.logits().copy(), stream.read_state(0)["state.0"][0]
+    return stream.logits().copy(), stream.read_state(0)["state.000"][0]
 
 
 def exact(bundle):
@@ -103,7 +103,7 @@ def test_prefill_stores_the_state_in_the_same_format(bundle, tmp_path):
     form = mixed(CONFIG, Codec(INT16), Codec(FLOAT32), 1)
     stream = stream_of(bundle, form, bundle.file("prefill.onnx"))
     rows = np.concatenate([stream.read(TOKENS[:16]), stream.read(TOKENS[16:])])
-    found = stream.read_state(0)["state.0"][0]
+    found = stream.read_state(0)["state.000"][0]
     assert rows.shape == (len(TOKENS), CONFIG.vocab_size)
     np.testing.assert_allclose(rows[-1:], logits, atol=1e-3 * logits.std())
     np.testing.assert_allclose(found[3], state[3], atol=1e-5 * state.std())

@@ -13,6 +13,7 @@ import pytest
 import tiny
 
 from retnet_export.graph.weights import random_weights
+from retnet_export.runtime.bundle.manifest import state_name
 from retnet_export.runtime.generate.generation import Options
 from retnet_export.runtime.generate.state import Snapshot
 from retnet_export.runtime.model import load
@@ -98,8 +99,7 @@ def test_a_prompt_read_in_chunks_leaves_the_oracles_logits_and_state(tmp_path, p
     assert measure(session.logits[0], logits).relative < TOLERANCES[tolerance].relative
     snapshot = session.snapshot()
     for index, expected in enumerate(state):
-        read = snapshot.state[f"state.{index}"][0]
-        read = read.swapaxes(1, 2) if dialect == "onnxruntime-cuda" else read
+        read = snapshot.state[state_name(index)][0]
         assert measure(read, expected).relative < TOLERANCES[tolerance].relative
 
 

@@ -48,8 +48,8 @@ def test_a_half_precision_state_is_updated_in_float32(tmp_path):
     bundle = tiny.bundle(tmp_path, tiny.CONFIGS["fla"], state="fp16")
     graph = onnx.load(bundle.path / "decode.onnx").graph
     producers = {output: node for node in graph.node for output in node.output}
-    assert producers["state.0_out"].op_type == "Cast"
-    assert [producers[name].op_type for name in producers["state.0_out"].input] == ["Add"]
+    assert producers["state.000_out"].op_type == "Cast"
+    assert [producers[name].op_type for name in producers["state.000_out"].input] == ["Add"]
 
 
 def test_the_graph_is_plain_onnx_at_opset_20_that_the_checker_accepts(tmp_path):
@@ -63,7 +63,7 @@ def test_the_graph_is_plain_onnx_at_opset_20_that_the_checker_accepts(tmp_path):
 def test_every_state_input_has_an_output_of_its_name_and_nothing_else_is_there(tmp_path):
     graph = onnx.load(tiny.bundle(tmp_path, tiny.CONFIGS["fla"]).path / "decode.onnx").graph
     inputs, outputs = ([value.name for value in side] for side in (graph.input, graph.output))
-    assert inputs == ["tokens", "position", "state.0", "state.1"]
+    assert inputs == ["tokens", "position", "state.000", "state.001"]
     assert outputs == ["logits", *(f"{name}_out" for name in inputs[1:])]
 
 

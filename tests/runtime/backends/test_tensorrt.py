@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from retnet_export.plan.sizes import sizes_of_bundle
 from retnet_export.runtime.backends import open_backend
 from retnet_export.runtime.backends.base import initial_state
 from retnet_export.runtime.backends.tensorrt_api import load_module
+from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.bundle.engines import FOLDER
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.numerics import TOLERANCES, measure
@@ -247,6 +249,15 @@ def test_an_engine_that_does_not_load_is_a_users_fault_with_a_remedy(bundle, mon
         open_backend("tensorrt", bundle)
 
 
+def test_an_engine_with_other_inputs_than_the_manifest_is_refused(bundle):
+    manifest = bundle.manifest
+    graph = manifest.graphs["prefill"]
+    inputs = tuple(replace(spec, dtype="float16") if spec.name == "state.001" else spec for spec in graph.inputs)
+    other = replace(manifest, graphs={**manifest.graphs, "prefill": replace(graph, inputs=inputs)})
+    with pytest.raises(UserError, match=r"input 'state\.001' as float16\[-1, 4, 8, 12\], it has float32\[-1, 4, 8, 12\]"):
+        open_backend("tensorrt", Bundle(bundle.path, other))
+
+
 def test_no_room_on_the_device_is_said_with_numbers(bundle, cuda):
     backend = open_backend("tensorrt", bundle)
     cuda.memory -= cuda.cudaMemGetInfo()[1] - 1000
@@ -302,8 +313,8 @@ class TestTheDoubleIsStrict:
 
     def test_a_shared_address_of_input_and_output(self, context):
         context, stream = context
-        context.set_tensor_address("state.0_out", stream._state[1]["state.0"].address)
-        context.set_tensor_address("state.0", stream._state[1]["state.0"].address)
+        context.set_tensor_address("state.000_out", stream._state[1]["state.000"].address)
+        context.set_tensor_address("state.000", stream._state[1]["state.000"].address)
         with pytest.raises(Misuse, match="share memory"):
             context.execute_async_v3(stream._stream.handle)
 
@@ -317,7 +328,7 @@ class TestTheDoubleIsStrict:
         assert not context[0].set_input_shape("tokens", (1, 9))
 
     def test_an_unknown_tensor(self, context):
-        assert not context[0].set_tensor_address("state.9", 1)
+        assert not context[0].set_tensor_address("state.009", 1)
 
     def test_an_attribute_that_the_release_does_not_have(self, context):
         with pytest.raises(AttributeError, match="has no all_the_tensors"):

@@ -106,6 +106,6 @@ def test_a_slot_that_is_not_finite_is_reported_with_its_prompt(model):
     session = model.session()
     session.feed([1])
     poisoned = session.snapshot()
-    poisoned.state["state.0"][:] = np.nan
+    poisoned.state["state.000"][:] = np.nan
     with pytest.raises(UserError, match=r"prompt 0: the logits after step 2 are not finite .* of layer 0"):
         list(model.generate_many([[1]], after=poisoned))

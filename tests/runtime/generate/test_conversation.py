@@ -63,8 +63,8 @@ def test_a_message_whose_reply_is_not_finite_is_taken_back(talk):
     reply(talk, "Who art thou?")
     position = talk.session.position
     snapshot = talk.session.snapshot()
-    broken = np.full_like(snapshot.state["state.2"], np.nan)
-    talk.session.restore(replace(snapshot, state={**snapshot.state, "state.2": broken}))
+    broken = np.full_like(snapshot.state["state.002"], np.nan)
+    talk.session.restore(replace(snapshot, state={**snapshot.state, "state.002": broken}))
     with pytest.raises(UserError, match="of layer 2"):
         reply(talk, "And whence?")
     assert talk.session.position == position

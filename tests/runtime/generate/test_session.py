@@ -238,10 +238,10 @@ def test_logits_that_are_not_finite_are_reported_with_step_and_layer_and_never_s
     session = fed(model)
     snapshot = session.snapshot()
     healthy = session.fork().snapshot()
-    snapshot.state["state.1"][0, 2, 3, 4] = value
+    snapshot.state["state.001"][0, 2, 3, 4] = value
     session.restore(snapshot)
     session.step([1])
-    with pytest.raises(UserError, match=f"after step {len(PROMPT) + 1} are not finite .* is 'state.1', of layer 1"):
+    with pytest.raises(UserError, match=f"after step {len(PROMPT) + 1} are not finite .* is 'state.001', of layer 1"):
         next(session.generate_tokens(**options))
     session.restore(healthy)
     assert written(session) == written(fed(model))

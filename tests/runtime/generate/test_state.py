@@ -114,16 +114,16 @@ def test_a_state_of_another_model_is_refused_by_name_and_changes_nothing(other_m
 def test_a_state_of_another_precision_is_refused_by_its_type(saved, tmp_path):
     tiny.bundle(tmp_path, tiny.config(), chunk=8, state="fp16")
     half = load(tmp_path / "tiny.retnet", "onnxruntime", threads=1)
-    with pytest.raises(UserError, match=r"prompt\.state: state\.0 is float32\[1, 4, 8, 12\], this bundle's state is float16"):
+    with pytest.raises(UserError, match=r"prompt\.state: state\.000 is float32\[1, 4, 8, 12\], this bundle's state is float16"):
         half.session().restore(Snapshot.load(saved))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state.pop("state.1"), "lacks the state tensor 'state.1'"),
-        (lambda state: state.update({"state.9": state["state.1"]}), "has an unknown state tensor 'state.9'"),
-        (lambda state: state.update({"state.1": state["state.1"][:, :1]}), r"state\.1 is float32\[1, 1, 8, 12\]"),
+        (lambda state: state.pop("state.001"), "lacks the state tensor 'state.001'"),
+        (lambda state: state.update({"state.009": state["state.001"]}), "has an unknown state tensor 'state.009'"),
+        (lambda state: state.update({"state.001": state["state.001"][:, :1]}), r"state\.001 is float32\[1, 1, 8, 12\]"),
         (lambda state: state.update({"position": np.array([-1])}), "position -1"),
         (lambda state: state.update({"position": np.array([0])}), "position 0 with logits"),
     ],

@@ -1,0 +1,36 @@
+"""The states among a graph's inputs and outputs, and how the graph says that it keeps them otherwise than (B, H, Dk, Dv).
+
+Rule: a rewrite that changes the layout writes it into the model's metadata, from where it comes into the manifest. A graph that
+says nothing keeps its states as everybody else does.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from retnet_export.runtime.bundle.layout import AXES, StateLayout
+from retnet_export.runtime.bundle.manifest import state_name
+
+AXES_KEY, PIECES_KEY = "retnet.state_axes", "retnet.state_pieces"
+
+
+def states(graph: ir.Graph) -> list[tuple[ir.Value, ir.Value]]:
+    """Input and output of each layer's state, the first layer first."""
+    inputs, outputs = ({value.name: value for value in values} for values in (graph.inputs, graph.outputs))
+    names: list[str] = []
+    while (name := state_name(len(names))) in inputs:
+        names.append(name)
+    return [(inputs[name], outputs[f"{name}_out"]) for name in names]
+
+
+def declare_layout(model: ir.Model, layout: StateLayout) -> None:
+    """Say how the model's graph keeps its states."""
+    model.metadata_props[AXES_KEY] = ",".join(layout.axes)
+    model.metadata_props[PIECES_KEY] = str(layout.pieces)
+
+
+def layout_of(model: ir.Model) -> StateLayout:
+    """What `declare_layout` said."""
+    axes = model.metadata_props.get(AXES_KEY, ",".join(AXES)).split(",")
+    pieces = int(model.metadata_props.get(PIECES_KEY, "1"))
+    return StateLayout(tuple(axis for name in axes for axis in AXES if axis == name), pieces)
