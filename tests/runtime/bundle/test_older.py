@@ -31,7 +31,7 @@ def refusal(path):
 def test_the_command_makes_a_quantized_bundle_anew(tmp_path, checkpoint):
     options = ExportOptions(precision="fp16", state="fp16", chunk=32)
     exact = export_bundle(open_checkpoint(checkpoint), tmp_path / "old exact.retnet", options)
-    before = quantize_bundle(exact, tmp_path / "old.retnet", QuantizeOptions("int4", 32, head="int4"))
+    before = quantize_bundle(exact, tmp_path / "old.retnet", QuantizeOptions("int4", 32))
     message = refusal(aged(before))
     assert "bundle format 1" in message
     commands = message.partition("make it anew: ")[2].split(" and then ")
