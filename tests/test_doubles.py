@@ -79,7 +79,7 @@ def test_real_networks_give_the_names_and_shapes_that_the_double_gives(tmp_path)
     for module in (real, double):
         network, _ = parsed(module, path)
         logits = next(tensor for tensor in outputs_of(network) if tensor.name == "logits")
-        network.mark_output(network.add_topk(logits, module.TopKOperation.MAX, 7, 2).get_output(0))
+        network.mark_output(network.add_topk(logits, module.TopKOperation.MAX, 7, 1 << (len(logits.shape) - 1)).get_output(0))
         inputs = [network.get_input(index) for index in range(network.num_inputs)]
         described = [
             [(tensor.name, tensor.dtype.name, tuple(tensor.shape)) for tensor in side] for side in (inputs, outputs_of(network))
