@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
+from retnet_export.runtime.backends.base import top_of
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.generate.generation import Continuation, Finish, Options, Piece
+from retnet_export.runtime.generate.sampling import Logits, log_softmax
 from retnet_export.runtime.generate.session import Session
 from retnet_export.runtime.generate.state import Snapshot
 from retnet_export.runtime.generate.stats import Stats
@@ -47,6 +49,8 @@ class Job:
         marks: token counts at which the cache should remember the prompt: ends of messages, say.
         with_text: whether pieces carry text.
         cached: whether the cache may be used.
+        scores: None for none; n for the log-probability of each token of the prompt and of the n most probable ones there. Such a
+            prompt is read from its beginning, alone.
         cancelled: set it, from any thread, and the job is gone at the next turn.
     """
 
@@ -56,6 +60,7 @@ class Job:
     marks: Sequence[int] = ()
     with_text: bool = True
     cached: bool = True
+    scores: int | None = None
     cancelled: bool = False
 
 
@@ -68,9 +73,17 @@ class Event:
 
 @dataclass(frozen=True)
 class Read(Event):
-    """The prompt was read; so many of its tokens came from the cache."""
+    """The prompt was read.
+
+    Attributes:
+        cached: how many of its tokens came from the cache.
+        snapshot: after it.
+        scores: of its tokens, if asked for; the first has none, because nothing comes before it.
+    """
 
     cached: int
+    snapshot: Snapshot
+    scores: Sequence[Piece] = ()
 
 
 @dataclass(frozen=True)
@@ -117,6 +130,7 @@ class _Reading:
     done: int
     cached: int
     stops: deque[int] = field(default_factory=deque)
+    scores: list[Piece] = field(default_factory=list)
 
     @property
     def ahead(self) -> int:
@@ -171,8 +185,10 @@ class Engine:
         self._chunk, self.read_tokens = chunk, read_tokens or chunk
         self._generator, self._reader = model.session(slots), model.session(min(slots, READERS))
         self._start = self._reader.snapshot()
+        self._scorer: Session | None = None
         self._waiting: deque[Job] = deque()
         self._readings: list[_Reading] = []
+        self._scoring: deque[_Reading] = deque()
         self._ready: deque[_Ready] = deque()
         self._sequences: list[_Sequence] = []
 
@@ -184,7 +200,7 @@ class Engine:
     @property
     def reading(self) -> int:
         """Prompts that are being read."""
-        return len(self._readings)
+        return len(self._readings) + len(self._scoring)
 
     @property
     def generating(self) -> int:
@@ -194,13 +210,13 @@ class Engine:
     @property
     def free(self) -> int:
         """Slots that no job has a claim to yet."""
-        claims = sum(len(job.options) for job in (*self._waiting, *(reading.job for reading in self._readings)))
+        claims = sum(len(job.options) for job in (*self._waiting, *(each.job for each in (*self._readings, *self._scoring))))
         return self.slots - claims - len(self._ready) - len(self._sequences)
 
     @property
     def busy(self) -> bool:
         """Whether there is anything to do."""
-        return bool(self._waiting or self._readings or self._ready or self._sequences)
+        return bool(self._waiting or self._readings or self._scoring or self._ready or self._sequences)
 
     def add(self, job: Job) -> None:
         """Take a job.
@@ -218,6 +234,7 @@ class Engine:
         graph_ms = self._advance(events)
         self._admit(events)
         self._read(events)
+        self._score(events)
         self._join()
         began = time.perf_counter()
         made = self._choose(events)
@@ -235,7 +252,7 @@ class Engine:
         self._drop({job for job in self._jobs() if job.cancelled})
 
     def _jobs(self) -> set[Job]:
-        begun: list[_Reading | _Ready | _Sequence] = [*self._readings, *self._ready, *self._sequences]
+        begun: list[_Reading | _Ready | _Sequence] = [*self._readings, *self._scoring, *self._ready, *self._sequences]
         return {*self._waiting, *(each.job for each in begun)}
 
     def _drop(self, jobs: set[Job]) -> None:
@@ -243,6 +260,7 @@ class Engine:
         if not jobs:
             return
         self._waiting = deque(job for job in self._waiting if job not in jobs)
+        self._scoring = deque(each for each in self._scoring if each.job not in jobs)
         self._ready = deque(ready for ready in self._ready if ready.job not in jobs)
         _close_gaps(self._reader, self._readings, {row for row, each in enumerate(self._readings) if each.job in jobs})
         _close_gaps(self._generator, self._sequences, {slot for slot, each in enumerate(self._sequences) if each.job in jobs})
@@ -271,9 +289,12 @@ class Engine:
         while (
             self._waiting
             and len(self._readings) < self._reader.batch
-            and len(self._readings) + len(self._ready) + len(self._sequences) < self.slots
+            and self.reading + len(self._ready) + len(self._sequences) < self.slots
         ):
             job = self._waiting.popleft()
+            if job.scores is not None:
+                self._scoring.append(_Reading(job, 0, 0))
+                continue
             known, snapshot = 0, job.after or self._start
             cache = self._cache_of(job)
             if cache is not None:
@@ -325,9 +346,35 @@ class Engine:
                     self._finish_reading(reading, snapshot, events)
         _close_gaps(self._reader, self._readings, finished)
 
+    def _score(self, events: list[Event]) -> None:
+        """Read a piece of the first prompt whose tokens are to be scored."""
+        if not self._scoring:
+            return
+        if self._scorer is None:
+            self._scorer = self.model.session()
+        reading, session = self._scoring[0], self._scorer
+        job, began = reading.job, time.perf_counter()
+        if reading.done == 0:
+            session.restore(job.after or self._start)
+        part = job.tokens[reading.done : reading.done + min(self.read_tokens, self._chunk)]
+        try:
+            before = session.logits
+            rows = [None if before is None else before[0].copy(), *session.score(np.array([part], np.int64))[0]]
+        except Exception as error:  # noqa: BLE001 (as in _advance)
+            self._scoring.popleft()
+            self._fail(job, error, events)
+            session.reset()
+            return
+        self.stats.add_prompt(len(part), time.perf_counter() - began)
+        reading.scores += [score(token, row, job.scores or 0) for token, row in zip(part, rows, strict=False)]
+        reading.done += len(part)
+        if reading.done == len(job.tokens):
+            self._scoring.popleft()
+            self._finish_reading(reading, session.snapshot(), events)
+
     def _finish_reading(self, reading: _Reading, snapshot: Snapshot, events: list[Event]) -> None:
         job = reading.job
-        events.append(Read(job, reading.cached))
+        events.append(Read(job, reading.cached, snapshot, reading.scores))
         self._ready.extend(_Ready(job, index, snapshot) for index in range(len(job.options)))
 
     def _join(self) -> None:
@@ -387,6 +434,15 @@ def check(model: Model, job: Job) -> None:
         raise UserError(f"token {outside} is not in the vocabulary of {vocabulary}")
     for options in job.options:
         Continuation(options, np.zeros(vocabulary, np.int32), model.ends, model.tokenizer if job.with_text else None)
+
+
+def score(token: int, logits: Logits | None, count: int) -> Piece:
+    """A token that was read, with its log-probability and those of the most probable ones, from the logits (V,) before it."""
+    if logits is None:
+        return Piece(token, "")
+    own = log_softmax(logits)
+    tokens, values = top_of(own[None], count) if count else (np.zeros((1, 0), np.int64), np.zeros((1, 0), np.float32))
+    return Piece(token, "", float(own[token]), tuple(zip(tokens[0].tolist(), values[0].tolist(), strict=True)))
 
 
 def _close_gaps(session: Session, rows: list[_Row], gone: set[int]) -> None:

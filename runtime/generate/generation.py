@@ -31,16 +31,24 @@ class Options(Sampling):
         stop: texts to end before; they may span tokens, and are not given.
         stop_tokens: token ids to end before, beside those that end a text in this model.
         logprobs: None for none; n for the log-probability of each chosen token and of the n most probable ones.
+        min_new_tokens: no token that ends the text is chosen before so many.
+        ignore_ends: tokens that end a text in this model are never chosen; `stop_tokens` still end it.
     """
 
     max_new_tokens: int = 128
     stop: str | Sequence[str] = ()
     stop_tokens: Sequence[int] = ()
     logprobs: int | None = None
+    min_new_tokens: int = 0
+    ignore_ends: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value in (("max_new_tokens", self.max_new_tokens), ("logprobs", self.logprobs)):
+        for name, value in (
+            ("max_new_tokens", self.max_new_tokens),
+            ("min_new_tokens", self.min_new_tokens),
+            ("logprobs", self.logprobs),
+        ):
             if value is not None and value < 0:
                 raise UserError(f"generation: {name} is {value}, expected 0 or more")
 
@@ -95,7 +103,7 @@ class Continuation:
         self.options = options
         self.finish: Finish | None = "length" if options.max_new_tokens == 0 else None
         self.ended_by: int | None = None
-        self._sampler = Sampler(options, read)
+        self._sampler, self._vocab_size = Sampler(options, read), len(read)
         self._ends, self._stop_tokens = frozenset(ends), frozenset(options.stop_tokens)
         self._stream = None if tokenizer is None else tokenizer.stream(context)
         self._stops = StopStrings(options.stops)
@@ -107,11 +115,18 @@ class Continuation:
     @property
     def needs(self) -> int:
         """How many of the largest logits `choose_among` wants; 0 if it takes all of them, by `choose`."""
-        return 0 if self.options.logprobs is not None else self._sampler.needs
+        if self.options.logprobs is not None:
+            return 0
+        needs, barred = self._sampler.needs, len(self._barred)
+        return needs + barred if needs and needs + barred < self._vocab_size else 0
 
     def choose(self, logits: Logits) -> int | None:
         """The next token from all logits (V,); None if that ends the text."""
-        token = self._sampler.choose(logits)
+        allowed = logits
+        if barred := self._barred:
+            allowed = logits.copy()
+            allowed[list(barred)] = -np.inf
+        token = self._sampler.choose(allowed)
         if (count := self.options.logprobs) is not None:
             own = log_softmax(logits)
             tokens, values = top_of(own[None], count) if count else (np.zeros((1, 0), np.int64), np.zeros((1, 0), np.float32))
@@ -120,7 +135,17 @@ class Continuation:
 
     def choose_among(self, tokens: Tokens, logits: Logits) -> int | None:
         """The next token from the `needs` largest logits; None if that ends the text."""
+        if barred := self._barred:
+            allowed = np.flatnonzero(~np.isin(tokens, list(barred)))[: self._sampler.needs]
+            tokens, logits = tokens[allowed], logits[allowed]
         return self._unless_end(self._sampler.choose_among(tokens, logits))
+
+    @property
+    def _barred(self) -> frozenset[int]:
+        """Tokens that may not be chosen yet."""
+        if len(self._made) < self.options.min_new_tokens:
+            return self._ends | self._stop_tokens
+        return self._ends if self.options.ignore_ends else frozenset()
 
     def accept(self, token: int) -> Piece:
         """The text that the chosen token gives; sets `finish` if it was the last."""

@@ -149,6 +149,22 @@ class Session:
             self._advance(tokens, lengths)
             return self._stream.logits()
 
+    def score(self, tokens: Tokens) -> NDArray[np.float32]:
+        """Read up to a chunk of tokens (B, C) and give the logits after every one of them, (B, C, V)."""
+        if tokens.ndim != 2 or not 1 <= len(tokens) <= self.batch or not 1 <= tokens.shape[1] <= self._chunk:
+            raise UserError(f"expected up to {self._chunk} tokens for each of {self.batch} sequences, found {tokens.shape}")
+        count, width = self._checked(tokens).shape
+        with self._alone():
+            self._check_whole()
+            before, self._failed = self.logits, True
+            wide = self._widened(tokens)
+            rows = np.tile(np.arange(width), (len(wide), 1))
+            logits = self._stream.score(wide, np.full(len(wide), width), rows)[:count]
+            self._note_read(tokens, np.full(count, width))
+            self._restored = np.zeros((self.batch, self._vocab_size), np.float32) if before is None else before.copy()
+            self._restored[:count] = logits[:, -1]
+        return logits
+
     def feed(
         self, text: str | Sequence[int], stats: Stats | None = None, progress: Callable[[int, int], None] | None = None
     ) -> int:
@@ -360,13 +376,17 @@ class Session:
         """Read tokens (B, C), of each row the first `lengths` (B,); a step if they are None, then C is 1."""
         self._check_whole()
         self._failed = True
-        self._changes += 1
-        self._tops.clear()
         wide = self._widened(tokens)
         if lengths is None:
             self._stream.step(wide[:, 0])
         else:
             self._stream.prefill(wide, np.pad(lengths, (0, len(wide) - len(lengths))))
+        self._note_read(tokens, lengths)
+
+    def _note_read(self, tokens: Tokens, lengths: NDArray[np.int64] | None) -> None:
+        """The stream has read them."""
+        self._changes += 1
+        self._tops.clear()
         for slot, row in enumerate(tokens):
             real = row if lengths is None else row[: lengths[slot]]
             np.add.at(self._read[slot], real, 1)
@@ -392,6 +412,7 @@ class Session:
             self._positions[target] = self._positions[source]
             self._read[target], self._read[source] = self._read[source], np.zeros(self._vocab_size, np.int32)
             self._tails[target] = deque(self._tails[source], TAIL)
+            self._unread[target] = self._unread[source]
             self._unread[target] = self._unread[source]
             self._changes += 1
 

@@ -8,6 +8,7 @@ import pytest
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.generate.engine import Ended, Engine, Failed, Job, Made, Read
 from retnet_export.runtime.generate.generation import Options
+from retnet_export.runtime.generate.sampling import log_softmax
 
 
 def alone(model, prompt, options) -> list[int]:
@@ -143,3 +144,30 @@ def test_what_cannot_be_done_is_refused_before_it_waits(model):
         with pytest.raises(UserError, match=message):
             engine.add(bad)
     assert not engine.busy
+
+
+def test_a_prompt_is_scored_as_single_steps_score_it(model):
+    prompt, session, engine = np.random.default_rng(2).integers(0, 50, 21).tolist(), model.session(), Engine(model, 2)
+    engine.add(asked := job(prompt, Options(temperature=0.0, max_new_tokens=3), scores=2))
+    events = run(engine)
+    scores = next(event for event in events if isinstance(event, Read)).scores
+    assert [each.token for each in scores] == prompt
+    assert scores[0].logprob is None
+    for token, scored in zip(prompt[:-1], scores[1:], strict=True):
+        expected = log_softmax(session.step([token])[0])
+        assert scored.logprob == pytest.approx(expected[scored.token], abs=1e-5)
+        assert [value for _, value in scored.top] == pytest.approx(sorted(expected)[:-3:-1], abs=1e-5)
+    assert tokens(events, asked) == alone(model, prompt, asked.options[0])
+
+
+@pytest.mark.parametrize("changes", [{"min_new_tokens": 4}, {"ignore_ends": True}], ids=str)
+@pytest.mark.parametrize("how", [{"temperature": 0.0}, {"top_k": 3}, {"top_p": 0.5}, {"logprobs": 1}], ids=str)
+def test_an_end_is_not_chosen_before_its_time(model, monkeypatch, changes, how):
+    usual = Options(**({"seed": 1, "max_new_tokens": 12} | how))
+    free = alone(model, [3], usual)
+    monkeypatch.setattr(type(model), "ends", (free[1],))
+    assert alone(model, [3], usual) == free[: free.index(free[1])]
+    held = alone(model, [3], Options(**(vars(usual) | changes)))
+    early = 4 if "min_new_tokens" in changes else 12
+    assert len(held) >= early
+    assert free[1] not in held[:early]

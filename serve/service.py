@@ -1,0 +1,269 @@
+"""What a server does, apart from HTTP: bodies become jobs, jobs' events come back to whoever waits in the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.generate.engine import Ended, Event, Failed, Job
+from retnet_export.runtime.generate.generation import Options
+from retnet_export.serve.bodies import ChatBody, CompletionBody, Generating, StateBody, text_of
+from retnet_export.serve.errors import ApiError
+from retnet_export.serve.prompts import Encoded
+from retnet_export.serve.scheduler import BusyError, ClosedError, Scheduler, Ticket
+
+if TYPE_CHECKING:
+    from retnet_export.runtime.model import Model
+    from retnet_export.serve.cache import PrefixCache
+    from retnet_export.serve.metrics import Metrics
+    from retnet_export.serve.prompts import Prompts
+    from retnet_export.serve.store import Store
+
+USUAL_TOKENS, USUAL_CHAT_TOKENS = 16, 512
+"""Tokens of an answer to a body that does not say: OpenAI's number for completions, and for chats, where it has none."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may ask for.
+
+    Attributes:
+        body: bytes.
+        prompt: tokens of one prompt.
+        tokens: of one answer.
+    """
+
+    body: int = 4_000_000
+    prompt: int = 32_768
+    tokens: int = 4_096
+
+
+@dataclass
+class Service:
+    """A model and all that serves it.
+
+    Attributes:
+        names: under which the model is known; the first is its own.
+        store: named states, if there is a folder for them.
+        closing: set when the server is about to end.
+    """
+
+    model: Model
+    names: Sequence[str]
+    scheduler: Scheduler
+    prompts: Prompts
+    metrics: Metrics
+    limits: Limits = field(default_factory=Limits)
+    cache: PrefixCache | None = None
+    store: Store | None = None
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def check_model(self, name: str | None) -> None:
+        """Refuse a model that is not served here.
+
+        Raises:
+            ApiError: 404.
+        """
+        if name not in (None, "", *self.names):
+            message = f"the model {name[:100]!r} is not served here; there is {', '.join(map(repr, self.names))}" if name else ""
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    def completion_jobs(self, body: CompletionBody) -> list[Job]:
+        """A job a prompt.
+
+        Raises:
+            ApiError: a limit is exceeded.
+            UserError: a prompt cannot be encoded, or an option is out of its range.
+        """
+        self.check_model(body.model)
+        before = self._state(body.state)
+        given = body.prompt
+        prompts: Sequence[str | list[int]] = given if _is_list_of_prompts(given) else [given]  # type: ignore[list-item,assignment]
+        with_text = self._has_tokenizer
+        jobs = []
+        for number, prompt in enumerate(prompts):
+            if isinstance(prompt, str):
+                tokens = [*before, *self.prompts.after(prompt)] if before else self.prompts.encode(prompt)
+            else:
+                tokens = [*before, *prompt]
+            self._check_length(tokens)
+            logprobs = body.logprobs
+            options = self._options(
+                body, number * (body.n or 1), logprobs, self._allowed(body.max_tokens, USUAL_TOKENS, "max_tokens")
+            )
+            scores = logprobs if body.echo and logprobs is not None else None
+            jobs.append(Job(tokens, options, with_text=with_text, cached=body.cache_prompt is not False, scores=scores))
+        if not jobs:
+            raise ApiError(400, "prompt: an empty list, expected at least one prompt", param="prompt")
+        return jobs
+
+    def chat_job(self, body: ChatBody) -> Job:
+        """The job of a chat.
+
+        Raises:
+            ApiError, UserError: as `completion_jobs`; a message holds something other than text.
+        """
+        self.check_model(body.model)
+        if body.top_logprobs is not None and not body.logprobs:
+            raise ApiError(400, "top_logprobs: it needs logprobs: true", param="top_logprobs")
+        encoded = self._chat(body)
+        before = self._state(body.state)
+        tokens = [*before, *encoded.tokens]
+        self._check_length(tokens)
+        field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+        most = self._allowed(getattr(body, field), USUAL_CHAT_TOKENS, field)
+        options = self._options(body, 0, (body.top_logprobs or 0) if body.logprobs else None, most)
+        marks = tuple(len(before) + mark for mark in encoded.marks)
+        return Job(tokens, options, marks=marks, cached=body.cache_prompt is not False)
+
+    def state_job(self, body: StateBody) -> Job:
+        """The job that reads what a named state is to hold.
+
+        Raises:
+            ApiError, UserError: as above.
+        """
+        if (body.prompt is None) == (body.messages is None):
+            raise ApiError(400, "expected either prompt or messages", param="prompt")
+        if body.messages is not None:
+            tokens = self._chat(body).tokens
+        else:
+            tokens = self.prompts.encode(body.prompt) if isinstance(body.prompt, str) else list(body.prompt or ())
+        self._check_length(tokens)
+        return Job(tokens, [Options(max_new_tokens=0)], with_text=False)
+
+    def _chat(self, body: ChatBody | StateBody) -> Encoded:
+        messages = [
+            {"role": "system" if each.role == "developer" else each.role, "content": text_of(each, place)}
+            for place, each in enumerate(body.messages or ())
+        ]
+        return self.prompts.chat(messages)
+
+    def _state(self, name: str | None) -> list[int]:
+        """The tokens of a named state, which the cache holds from now on."""
+        if not name:
+            return []
+        if self.store is None or self.cache is None:
+            raise ApiError(400, "state: this server keeps no named states; start it with --states FOLDER", param="state")
+        tokens, snapshot = self.store.load(name)
+        if self.cache.find(tokens)[0] < len(tokens):
+            self.cache.keep(tokens, snapshot)
+        return tokens
+
+    @property
+    def _has_tokenizer(self) -> bool:
+        return self.model.bundle.manifest.tokenizer is not None
+
+    def _check_length(self, tokens: Sequence[int]) -> None:
+        if len(tokens) > self.limits.prompt:
+            message = f"the prompt has {len(tokens)} tokens, this server reads at most {self.limits.prompt} (--max-prompt)"
+            raise ApiError(400, message, param="prompt", code="context_length_exceeded")
+
+    def _allowed(self, asked: int | None, usual: int, field: str) -> int:
+        if asked is None:
+            return min(usual, self.limits.tokens)
+        if asked > self.limits.tokens:
+            message = f"{field}: {asked}, this server generates at most {self.limits.tokens} (--max-tokens)"
+            raise ApiError(400, message, param=field, code="invalid_value")
+        return asked
+
+    def _options(self, body: Generating, first: int, logprobs: int | None, most: int) -> list[Options]:
+        """Options of each of the `n` answers; the `first` is the number of the first among those of the request."""
+        stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+        biases = {}
+        for token, bias in (body.logit_bias or {}).items():
+            if not token.isascii() or not token.isdigit() or len(token) > 12:
+                raise ApiError(400, f"logit_bias: {token[:40]!r} is no token id", param="logit_bias")
+            biases[int(token)] = bias
+        vocabulary = self.model.bundle.manifest.model.vocab_size
+
+        def given(value: float | None, usual: float) -> float:
+            return usual if value is None else value
+
+        temperature = given(body.temperature, 1.0)
+        return [
+            Options(
+                max_new_tokens=most,
+                min_new_tokens=min(body.min_tokens or 0, most),
+                ignore_ends=bool(body.ignore_eos),
+                temperature=0.0 if temperature < 1e-6 else temperature,
+                top_p=given(body.top_p, 1.0),
+                top_k=min(max(body.top_k or 0, 0), vocabulary),
+                min_p=given(body.min_p, 0.0),
+                presence_penalty=given(body.presence_penalty, 0.0),
+                frequency_penalty=given(body.frequency_penalty, 0.0),
+                repetition_penalty=given(body.repetition_penalty, 1.0),
+                logit_bias=biases,
+                seed=None if body.seed is None else (body.seed + first + number) % 2**63,
+                stop=stop,
+                stop_tokens=tuple(body.stop_token_ids or ()),
+                logprobs=logprobs,
+            )
+            for number in range(body.n or 1)
+        ]
+
+
+class Run:
+    """Jobs of one request, and their events as they come; leaving the block cancels what is not done.
+
+    Args:
+        service: what runs them.
+        jobs: from the service.
+    """
+
+    def __init__(self, service: Service, jobs: Sequence[Job]) -> None:
+        self._service, self._jobs = service, jobs
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._tickets: list[Ticket] = []
+
+    def __enter__(self) -> Run:
+        loop = asyncio.get_running_loop()
+
+        def listen(event: Event) -> None:
+            # The loop may be gone: the server was killed while the scheduler was in a step.
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+        try:
+            self._tickets = self._service.scheduler.submit(self._jobs, listen)
+        except BusyError as error:
+            headers = {"Retry-After": str(error.retry_after)}
+            raise ApiError(429, str(error), code="queue_full", headers=headers) from error
+        except ClosedError as error:
+            raise ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "5"}) from error
+        return self
+
+    def __exit__(self, *fault: object) -> None:
+        self._service.scheduler.cancel(self._tickets)
+
+    async def events(self) -> AsyncIterator[tuple[int, Event]]:
+        """Each event with the number of its job, until all jobs are over.
+
+        Raises:
+            ApiError: one failed.
+        """
+        numbers = {id(job): number for number, job in enumerate(self._jobs)}
+        open_texts = sum(len(job.options) for job in self._jobs)
+        while open_texts:
+            event = await self._events.get()
+            if isinstance(event, Failed):
+                raise failure(event.error)
+            open_texts -= isinstance(event, Ended)
+            yield numbers[id(event.job)], event
+
+
+def failure(error: Exception) -> ApiError:
+    """What a client hears of a job that failed."""
+    if isinstance(error, ClosedError):
+        return ApiError(503, str(error), code="shutting_down")
+    if isinstance(error, UserError):
+        return ApiError(400, str(error))
+    return ApiError(500, "the model failed at this request; the server's log says why", code="model_failed")
+
+
+def _is_list_of_prompts(prompt: str | Sequence[object]) -> bool:
+    return isinstance(prompt, list) and not all(isinstance(each, int) for each in itertools.islice(prompt, 1))
