@@ -22,6 +22,7 @@ from retnet_export.commands.generate import generate
 from retnet_export.commands.inspect import inspect
 from retnet_export.commands.plan import plan
 from retnet_export.commands.quantize import quantize
+from retnet_export.commands.serve import serve
 from retnet_export.commands.verify import verify
 
 app = typer.Typer(
@@ -52,5 +53,5 @@ def _main(
 
 
 app.command("compile")(compile_)
-for command in (export, verify, quantize, evaluate, convert, generate, chat, inspect, compare, plan, doctor, demo):
+for command in (export, verify, quantize, evaluate, convert, generate, chat, serve, inspect, compare, plan, doctor, demo):
     app.command()(command)

@@ -7,24 +7,16 @@ joins them, with a text before and after each of the user's.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.generate.session import TAIL
+from retnet_export.runtime.generate.templates import Message, PlainTemplate, Template
 
 if TYPE_CHECKING:
     from retnet_export.runtime.model import Model
-
-Message = Mapping[str, Any]
-
-
-class Template(Protocol):
-    """What turns messages into a text."""
-
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        """The text of messages; with `add_generation_prompt`, up to where the model's reply begins."""
-
 
 REMEMBERED = 4
 """Of the ends of messages, the last so many are remembered, and the first."""
@@ -49,24 +41,23 @@ class Prompts:
     Args:
         model: whose tokenizer it is.
         template: writes a chat.
-        begins: whether what the template writes lacks the token that begins a text.
     """
 
-    def __init__(self, model: Model, template: Template, *, begins: bool = True) -> None:
-        self._model, self._template, self._begins = model, template, begins
-        self._beginning = model.session()  # at position 0, where `encode` puts what begins a text
+    def __init__(self, model: Model, template: Template) -> None:
+        self._model, self._template = model, template
 
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a text at the beginning.
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Tokens of a text, after those that begin any if `special`.
 
         Raises:
             UserError: the bundle has no tokenizer, or it does not know a character.
         """
-        return self._beginning.encode(text)
+        tokenizer = self._model.tokenizer
+        return [*(tokenizer.begin() if special else ()), *tokenizer.encode(text)]
 
-    def after(self, text: str) -> list[int]:
-        """Tokens of a text that comes after another."""
-        return self._model.tokenizer.encode(text) if text else []
+    def encode_after(self, tokens: Sequence[int], text: str) -> list[int]:
+        """Tokens of a text that goes on after others."""
+        return self._model.tokenizer.encode_after(tokens[-TAIL:], text, whole=len(tokens) <= TAIL) if text else []
 
     def chat(self, messages: Sequence[Message]) -> Encoded:
         """Tokens of a chat, up to where the reply begins; a last message of the assistant's is continued.
@@ -88,23 +79,5 @@ class Prompts:
 
     def _written(self, messages: Sequence[Message], *, reply: bool) -> list[int]:
         text = self._template.render(messages, add_generation_prompt=reply)
-        return self.encode(text) if self._begins else self._model.tokenizer.encode(text)
-
-
-class PlainTemplate:
-    """For models that were trained on no template: a text around each message, on a line of its own.
-
-    Args:
-        before, after: the text around each of the user's messages.
-    """
-
-    def __init__(self, before: str = "", after: str = "\n") -> None:
-        self.before, self.after = before, after
-
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        text = ""
-        for message in messages:
-            if text and not text.endswith("\n") and not (message["role"] == "user" and self.before.startswith("\n")):
-                text += "\n"
-            text += f"{self.before}{message['content']}{self.after}" if message["role"] == "user" else message["content"]
-        return text
+        # A chat template writes the tokens that begin a text itself.
+        return self.encode(text, special=isinstance(self._template, PlainTemplate))

@@ -70,8 +70,31 @@ class Service:
             ApiError: 404.
         """
         if name not in (None, "", *self.names):
-            message = f"the model {name[:100]!r} is not served here; there is {', '.join(map(repr, self.names))}" if name else ""
+            message = f"the model {str(name)[:100]!r} is not served here; there is {', '.join(map(repr, self.names))}"
             raise ApiError(404, message, param="model", code="model_not_found")
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens there are."""
+        return self.model.bundle.manifest.model.vocab_size
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """The text of a prompt."""
+        return self.model.tokenizer.decode(tokens) if self.has_tokenizer else ""
+
+    def restore(self, name: str) -> list[int]:
+        """Put a named state into the cache; its tokens.
+
+        Raises:
+            ApiError, UserError: there is no cache, or no such state.
+        """
+        if self.store is None or self.cache is None:
+            raise ApiError(
+                400, "state: this server keeps no named states; start it with --states FOLDER and a cache", param="state"
+            )
+        tokens, snapshot = self.store.load(name)
+        self.cache.keep(tokens, snapshot)
+        return tokens
 
     def completion_jobs(self, body: CompletionBody) -> list[Job]:
         """A job a prompt.
@@ -81,14 +104,14 @@ class Service:
             UserError: a prompt cannot be encoded, or an option is out of its range.
         """
         self.check_model(body.model)
-        before = self._state(body.state)
+        before = self.restore(body.state) if body.state else []
         given = body.prompt
         prompts: Sequence[str | list[int]] = given if _is_list_of_prompts(given) else [given]  # type: ignore[list-item,assignment]
-        with_text = self._has_tokenizer
+        with_text = self.has_tokenizer
         jobs = []
         for number, prompt in enumerate(prompts):
             if isinstance(prompt, str):
-                tokens = [*before, *self.prompts.after(prompt)] if before else self.prompts.encode(prompt)
+                tokens = [*before, *self.prompts.encode_after(before, prompt)] if before else self.prompts.encode(prompt)
             else:
                 tokens = [*before, *prompt]
             self._check_length(tokens)
@@ -112,7 +135,7 @@ class Service:
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs: it needs logprobs: true", param="top_logprobs")
         encoded = self._chat(body)
-        before = self._state(body.state)
+        before = self.restore(body.state) if body.state else []
         tokens = [*before, *encoded.tokens]
         self._check_length(tokens)
         field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
@@ -143,19 +166,9 @@ class Service:
         ]
         return self.prompts.chat(messages)
 
-    def _state(self, name: str | None) -> list[int]:
-        """The tokens of a named state, which the cache holds from now on."""
-        if not name:
-            return []
-        if self.store is None or self.cache is None:
-            raise ApiError(400, "state: this server keeps no named states; start it with --states FOLDER", param="state")
-        tokens, snapshot = self.store.load(name)
-        if self.cache.find(tokens)[0] < len(tokens):
-            self.cache.keep(tokens, snapshot)
-        return tokens
-
     @property
-    def _has_tokenizer(self) -> bool:
+    def has_tokenizer(self) -> bool:
+        """Whether the bundle reads and writes text."""
         return self.model.bundle.manifest.tokenizer is not None
 
     def _check_length(self, tokens: Sequence[int]) -> None:
@@ -179,7 +192,6 @@ class Service:
             if not token.isascii() or not token.isdigit() or len(token) > 12:
                 raise ApiError(400, f"logit_bias: {token[:40]!r} is no token id", param="logit_bias")
             biases[int(token)] = bias
-        vocabulary = self.model.bundle.manifest.model.vocab_size
 
         def given(value: float | None, usual: float) -> float:
             return usual if value is None else value
@@ -192,7 +204,7 @@ class Service:
                 ignore_ends=bool(body.ignore_eos),
                 temperature=0.0 if temperature < 1e-6 else temperature,
                 top_p=given(body.top_p, 1.0),
-                top_k=min(max(body.top_k or 0, 0), vocabulary),
+                top_k=min(max(body.top_k or 0, 0), self.vocabulary),
                 min_p=given(body.min_p, 0.0),
                 presence_penalty=given(body.presence_penalty, 0.0),
                 frequency_penalty=given(body.frequency_penalty, 0.0),

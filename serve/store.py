@@ -101,6 +101,18 @@ class Store:
             with contextlib.suppress(FileNotFoundError):
                 self._path(name, kind).unlink()
 
+    def touch(self, name: str) -> None:
+        """Make it the last saved."""
+        self._path(name, "state").touch()
+
+    def check_name(self, name: str) -> None:
+        """Refuse what is no name.
+
+        Raises:
+            UserError: it is none.
+        """
+        self._path(name, "state")
+
     def _path(self, name: str, kind: str) -> Path:
         if not NAME.fullmatch(name):
             raise UserError(f"{name!r} is no name of a state: expected letters, digits, '-', '_' and '.', at most 100")

@@ -413,7 +413,6 @@ class Session:
             self._read[target], self._read[source] = self._read[source], np.zeros(self._vocab_size, np.int32)
             self._tails[target] = deque(self._tails[source], TAIL)
             self._unread[target] = self._unread[source]
-            self._unread[target] = self._unread[source]
             self._changes += 1
 
     def continuation(self, options: Options, with_text: bool, slot: int = 0) -> Continuation:
