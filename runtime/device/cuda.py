@@ -305,6 +305,10 @@ class Event:
         self._event = call("cudaEventCreate")
         _freed_with(self, "cudaEventDestroy", self._event)
 
+    def synchronize(self) -> None:
+        """Wait until the stream has passed it; of one that was never recorded, not at all."""
+        call("cudaEventSynchronize", self._event)
+
     def milliseconds_since(self, earlier: Event) -> float:
         """Time between two recorded events, once the stream has passed both."""
         call("cudaEventSynchronize", self._event)
