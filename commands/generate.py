@@ -64,6 +64,7 @@ def generate(
     frequency_penalty: sampling.FrequencyPenalty = 0.0,
     logit_bias: sampling.LogitBias = None,
     seed: sampling.Seed = None,
+    speculate: sampling.Speculate = "auto",
     stop: sampling.Stop = None,
     stop_token: sampling.StopToken = None,
     logprobs: Annotated[
@@ -100,6 +101,7 @@ def generate(
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
         logit_bias=sampling.biases_from(logit_bias),
+        speculate=sampling.speculation_from(speculate),
         seed=seed,
         stop=tuple(stop or ()),
         stop_tokens=tuple(stop_token or ()),

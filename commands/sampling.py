@@ -30,6 +30,14 @@ Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may 
 StopToken = Annotated[
     list[int] | None, typer.Option(metavar="ID", help="End before this token; may be repeated.", show_default=False)
 ]
+Speculate = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|off|N",
+        help="Guess tokens ahead from what the text repeats, and check them in one pass: as many as pay, none, or up to N. "
+        "Changes the speed, not the text.",
+    ),
+]
 ShowStats = Annotated[bool, typer.Option("--stats", help="Print speed and sizes on stderr when done.")]
 
 
@@ -47,6 +55,21 @@ def biases_from(entries: Sequence[str] | None) -> dict[int, float]:
         except ValueError as error:
             raise UserError(f"--logit-bias {entry!r}: expected ID=BIAS, as in 13=-5 or 13=-inf") from error
     return biases
+
+
+def speculation_from(text: str) -> int | None:
+    """`--speculate` as `Options` has it.
+
+    Raises:
+        UserError: it is neither a word nor a number that may stand there.
+    """
+    if text == "auto":
+        return None
+    if text == "off":
+        return 0
+    if not text.isascii() or not text.isdigit():
+        raise UserError(f"--speculate is {text!r}, expected auto, off, or the most tokens to guess at once, as in --speculate 8")
+    return int(text)
 
 
 def print_stats(stats: Stats, state_bytes: int) -> None:
@@ -74,8 +97,17 @@ def print_stats(stats: Stats, state_bytes: int) -> None:
                 f"graph {shown('graph_ms', '.2f', 'ms')}, sampling {shown('sampling_ms', '.3f', 'ms')}, "
                 f"rest {shown('rest_ms', '.3f', 'ms')}",
             ),
+            *_guessed(stats),
             ("state", f"{size(state_bytes)} a sequence"),
             ("peak memory", "–" if peak is None else size(peak)),
         ],
         err=True,
     )
+
+
+def _guessed(stats: Stats) -> list[tuple[str, str]]:
+    if not stats.drafted:
+        return []
+    share = 100 * stats.accepted / stats.drafted
+    passes = len(stats.total_ms)
+    return [("guessed ahead", f"{stats.drafted} tokens, {stats.accepted} of them chosen ({share:.0f} %), in {passes} passes")]

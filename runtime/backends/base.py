@@ -7,6 +7,7 @@ stays where the backend keeps it, and so do the logits: each crosses to the host
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -85,6 +86,23 @@ class Narrowing(Protocol):
 
         The other slots are given up: what they hold is undefined until it is written.
         """
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """What `Stream.score` of n tokens takes for one sequence: 1 + fixed + token · (n - 1) steps."""
+
+    fixed: float
+    token: float
+
+
+@runtime_checkable
+class Checking(Protocol):
+    """A backend that checks several tokens for little more than the price of a step, so that drafts pay (speculation.py)."""
+
+    @property
+    def pass_cost(self) -> PassCost:
+        """As measured with models of some size (docs/speculation.md)."""
 
 
 class Backend(Protocol):

@@ -33,6 +33,8 @@ class Options(Sampling):
         logprobs: None for none; n for the log-probability of each chosen token and of the n most probable ones.
         min_new_tokens: no token that ends the text is chosen before so many.
         ignore_ends: tokens that end a text in this model are never chosen; `stop_tokens` still end it.
+        speculate: the most tokens to guess and check in one pass (speculation.py), which changes the time and not the text; 0 for
+            none, None for what pays on the backend.
     """
 
     max_new_tokens: int = 128
@@ -41,6 +43,7 @@ class Options(Sampling):
     logprobs: int | None = None
     min_new_tokens: int = 0
     ignore_ends: bool = False
+    speculate: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,6 +51,7 @@ class Options(Sampling):
             ("max_new_tokens", self.max_new_tokens),
             ("min_new_tokens", self.min_new_tokens),
             ("logprobs", self.logprobs),
+            ("speculate", self.speculate),
         ):
             if value is not None and value < 0:
                 raise UserError(f"generation: {name} is {value}, expected 0 or more")
@@ -168,6 +172,11 @@ class Continuation:
         self._given += len(text)
         self.finish = "stop" if self._stops.hit else self.finish
         return text
+
+    @property
+    def left(self) -> int:
+        """How many tokens it may still take."""
+        return self.options.max_new_tokens - len(self._made)
 
     @property
     def stopped_in_text(self) -> bool:

@@ -17,6 +17,7 @@ from retnet_export.runtime.backends.base import Narrowing, Stream, initial_state
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.generate.generation import Continuation, Generation, Options, Piece
 from retnet_export.runtime.generate.sampling import Logits, Tokens
+from retnet_export.runtime.generate.speculation import History, Speculation
 from retnet_export.runtime.generate.state import Snapshot, first_broken_layer, model_hash
 from retnet_export.runtime.generate.stats import Stats
 
@@ -64,6 +65,8 @@ class Session:
         self._read = [np.zeros(self._vocab_size, np.int32) for _ in range(self.batch)]
         self._tails: list[deque[int]] = [deque(maxlen=TAIL) for _ in range(self.batch)]
         self._unread = [""] * self.batch
+        self._histories = [History() for _ in range(self.batch)]
+        self._ahead: list[int] = []  # chosen with the logits that a pass showed; the stream has yet to take them in
         self._restored: Logits | None = None
         self._tops: dict[int, tuple[Tokens, Logits]] = {}
         self._failed = False
@@ -156,6 +159,7 @@ class Session:
         count, width = self._checked(tokens).shape
         with self._alone():
             self._check_whole()
+            self._settle()
             before, self._failed = self.logits, True
             wide = self._widened(tokens)
             rows = np.tile(np.arange(width), (len(wide), 1))
@@ -249,6 +253,7 @@ class Session:
         # A stop string is known by its last token; those before have been read by then, and are taken back.
         start = self.snapshot() if continuation.options.stops else None
         changes, made = self._changes, 0
+        speculation = Speculation(self.model.backend, continuation.options.speculate, stats)
         while continuation.finish is None:
             began = time.perf_counter()
             with self._alone():
@@ -260,13 +265,16 @@ class Session:
                     break
                 piece = continuation.accept(token)
                 accepted = time.perf_counter()
+                ran = False
                 if not continuation.stopped_in_text:
-                    self._advance(np.array([[token]]))
+                    ran = self._read_chosen(token, speculation, continuation.left)
                     made += 1
                 changes = self._changes
             stepped = time.perf_counter()
-            if stats is not None:
+            if stats is not None and ran:
                 stats.add_step(1e3 * (stepped - accepted), 1e3 * (chosen - began), 1e3 * (stepped - began))
+            elif stats is not None:
+                stats.add_to_step(1e3 * (chosen - began), 1e3 * (stepped - began))
             if start is not None and continuation.stopped_in_text:
                 self._go_back(start, made, *continuation.before_stop())
             yield piece
@@ -276,6 +284,47 @@ class Session:
             self._go_back(start, made, *continuation.before_stop())
         if text:
             yield Piece(None, text)
+
+    def _read_chosen(self, token: int, speculation: Speculation, left: int) -> bool:
+        """Read the token chosen for the only sequence, of which `left` more may come; returns whether a graph ran for it.
+
+        The stream takes it in with the next pass if the last one has shown what follows it.
+        """
+        self._check_whole()
+        self._changes += 1
+        self._tops.clear()
+        history = self._histories[0]
+        if speculation.most:
+            history.follow(token)
+        else:
+            history.extend([token])
+        self._note(0, np.array([token]))
+        if (row := speculation.row_after(token)) is not None:
+            self._ahead.append(token)
+            self._restored = row[None]
+            return False
+        taken, self._failed = [*self._ahead, token], True
+        draft = history.draft(speculation.cost, min(speculation.most, left, self._chunk - len(taken)))
+        tokens, lengths = np.array([[*taken, *draft]]), np.array([len(taken)])
+        if draft:
+            rows = np.arange(len(taken) - 1, tokens.shape[1])[None]
+            self._restored = speculation.check(draft, self._stream.score(tokens, lengths, rows)[0])[None]
+        elif len(taken) > 1:
+            self._stream.prefill(tokens, lengths)
+            self._restored = None
+        else:
+            self._stream.step(tokens[0])
+            self._restored = None
+        self._ahead, self._failed = [], False
+        return True
+
+    def _settle(self) -> None:
+        """Let the stream take in what was chosen from logits that a pass has shown; those logits stay."""
+        if self._ahead:
+            self._check_whole()
+            self._failed = True
+            self._stream.prefill(np.array([self._ahead]), np.array([len(self._ahead)]))
+            self._ahead, self._failed = [], False
 
     def _go_back(self, start: Snapshot, made: int, tokens: list[int], text: str) -> None:
         """Stand after `tokens` and `text`, behind `start`; `made` tokens have been read since."""
@@ -290,6 +339,7 @@ class Session:
         """A copy of one sequence: state, position and logits, independent of the backend."""
         with self._alone():
             self._check_whole()
+            self._settle()
             logits = self.logits
             return Snapshot(
                 model=model_hash(self.model.bundle.manifest),
@@ -298,6 +348,7 @@ class Session:
                 read=self._read[slot].copy(),
                 tail=tuple(self._tails[slot]),
                 unread=self._unread[slot],
+                history=self._histories[slot].tokens,
             )
 
     def restore(self, snapshot: Snapshot, slot: int = 0) -> None:
@@ -310,6 +361,7 @@ class Session:
         with self._alone():
             if self.batch > 1:
                 self._check_whole()
+            self._ahead = []
             logits = self.logits
             self._restored = np.zeros((self.batch, self._vocab_size), np.float32) if logits is None else logits.copy()
             if snapshot.logits is not None:
@@ -319,6 +371,7 @@ class Session:
             self._read[slot] = snapshot.read.copy()
             self._tails[slot] = deque(snapshot.tail, TAIL)
             self._unread[slot] = snapshot.unread
+            self._histories[slot] = History(snapshot.history.tolist() or snapshot.tail)
             if not self._positions.any():
                 self._restored = None
             self._failed = False
@@ -375,6 +428,7 @@ class Session:
     def _advance(self, tokens: Tokens, lengths: NDArray[np.int64] | None = None) -> None:
         """Read tokens (B, C), of each row the first `lengths` (B,); a step if they are None, then C is 1."""
         self._check_whole()
+        self._settle()
         self._failed = True
         wide = self._widened(tokens)
         if lengths is None:
@@ -389,13 +443,18 @@ class Session:
         self._tops.clear()
         for slot, row in enumerate(tokens):
             real = row if lengths is None else row[: lengths[slot]]
-            np.add.at(self._read[slot], real, 1)
-            self._tails[slot].extend(real[-TAIL:].tolist())
-            if len(real):
-                self._unread[slot] = ""
-            self._positions[slot] += len(real)
+            self._note(slot, real)
+            self._histories[slot].extend(real.tolist())
         self._restored = None
         self._failed = False
+
+    def _note(self, slot: int, tokens: Tokens) -> None:
+        """Count tokens (T,) as read by a sequence."""
+        np.add.at(self._read[slot], tokens, 1)
+        self._tails[slot].extend(tokens[-TAIL:].tolist())
+        if len(tokens):
+            self._unread[slot] = ""
+        self._positions[slot] += len(tokens)
 
     def _widened(self, tokens: Tokens) -> Tokens:
         """Tokens (n, C) of the first n sequences as the stream wants them: as they are if it can leave the others out."""
@@ -413,6 +472,8 @@ class Session:
             self._read[target], self._read[source] = self._read[source], np.zeros(self._vocab_size, np.int32)
             self._tails[target] = deque(self._tails[source], TAIL)
             self._unread[target] = self._unread[source]
+            self._histories[target] = self._histories[source]
+            self._histories[source] = History()
             self._changes += 1
 
     def continuation(self, options: Options, with_text: bool, slot: int = 0) -> Continuation:

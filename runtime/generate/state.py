@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +52,7 @@ class Snapshot:
         logits: float32 (V,), after the last token read; None if nothing was read yet.
         read: int32 (V,), how often each token was read; repetition penalties need it.
         tail: the last tokens read, which the next piece of text joins on to.
+        history: int32 (n,), more of the last tokens, which drafts are looked up in (speculation.py); of bounded length.
         unread: spaces at the end of the text, for a tokenizer that reads them with what follows only.
         source: the file it was loaded from, or "a snapshot", for messages.
     """
@@ -61,6 +62,7 @@ class Snapshot:
     logits: NDArray[np.float32] | None
     read: NDArray[np.int32]
     tail: tuple[int, ...] = ()
+    history: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
     unread: str = ""
     source: str = "the snapshot"
 
@@ -160,6 +162,8 @@ class Snapshot:
 
     def _tensors(self) -> dict[str, NDArray[np.generic]]:
         extra = {"session.read": self.read, "session.tail": np.array(self.tail, np.int64)}
+        if len(self.history):
+            extra["session.history"] = self.history
         if self.logits is not None:
             extra["session.logits"] = self.logits
         return {name: np.ascontiguousarray(array) for name, array in {**self.state, **extra}.items()}
@@ -180,6 +184,9 @@ def _snapshot_from_tensors(model: str, tensors: Mapping[str, NDArray[np.generic]
         logits=None if logits is None else logits.astype(np.float32, copy=False),
         read=part("session.read", np.int32, 1).astype(np.int32, copy=False),
         tail=tuple(int(token) for token in part("session.tail", np.int64, 1)),
+        history=part("session.history", np.int32, 1).astype(np.int32, copy=False)
+        if "session.history" in tensors
+        else np.zeros(0, np.int32),
         source=source,
     )
 

@@ -17,13 +17,16 @@ class Stats:
         prompt_tokens, prompt_seconds: reading prompts.
         first_token_ms: from the start of the first prompt to the first piece of text; None before that.
         new_tokens: generated, in all sequences.
-        graph_ms, sampling_ms, total_ms: per step, from one token to the next: in the graph, in sampling, and all together.
+        drafted, accepted: tokens guessed ahead, and those of them that were then chosen (speculation.py).
+        graph_ms, sampling_ms, total_ms: per step, a run of the graph: in the graph, in sampling, and all together.
     """
 
     prompt_tokens: int = 0
     prompt_seconds: float = 0.0
     first_token_ms: float | None = None
     new_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
     graph_ms: list[float] = field(default_factory=list)
     sampling_ms: list[float] = field(default_factory=list)
     total_ms: list[float] = field(default_factory=list)
@@ -42,6 +45,15 @@ class Stats:
         self.sampling_ms.append(sampling_ms)
         self.total_ms.append(total_ms)
 
+    def add_to_step(self, sampling_ms: float, total_ms: float) -> None:
+        """Count one more token of the last step, which had shown its logits already."""
+        if not self.total_ms:
+            self.add_step(0.0, sampling_ms, total_ms)
+            return
+        self.new_tokens += 1
+        self.sampling_ms[-1] += sampling_ms
+        self.total_ms[-1] += total_ms
+
     def summary(self, state_bytes: int) -> dict[str, float | None]:
         """All figures by name, with their units; None where there was nothing to measure.
 
@@ -55,6 +67,9 @@ class Stats:
             "prompt_tokens": self.prompt_tokens,
             "prompt_tokens_per_second": self.prompt_tokens / self.prompt_seconds if self.prompt_seconds else None,
             "new_tokens": self.new_tokens,
+            "steps": len(self.total_ms),
+            "drafted": self.drafted,
+            "accepted": self.accepted,
             "tokens_per_second": self.new_tokens / decode_seconds if decode_seconds else None,
             "token_ms_p50": total,
             "token_ms_p95": _percentile(self.total_ms, 95),

@@ -169,3 +169,27 @@ def test_interrupting_a_reply_keeps_the_conversation(bundle):
     assert chat.returncode == 0, errors
     assert said + output
     assert b"back to 0 tokens" in errors
+
+
+def test_speculation_gives_the_same_text_and_says_what_came_of_it(bundle):
+    arguments = (
+        bundle,
+        "--prompt",
+        "one two three one two three one two",
+        "--seed",
+        3,
+        "--temperature",
+        0.5,
+        "--max-new-tokens",
+        40,
+    )
+    off, on = (generated(*arguments, "--speculate", value) for value in ("off", "8"))
+    assert on["text"] == off["text"]
+    assert off["stats"]["drafted"] == 0 < on["stats"]["drafted"]
+    assert on["stats"]["steps"] == 40 - on["stats"]["accepted"]
+    assert "guessed ahead" in run("generate", *arguments, "--speculate", 8, "--stats").stderr
+
+
+def test_a_misspelt_speculation_is_refused(bundle):
+    result = run("generate", bundle, "--prompt", "a", "--speculate", "on", code=1)
+    assert "--speculate is 'on', expected auto, off, or the most tokens to guess at once" in " ".join(result.output.split())

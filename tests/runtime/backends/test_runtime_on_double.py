@@ -10,6 +10,7 @@ from pathlib import Path
 TESTS = Path(__file__).parents[2]
 SUITE = (
     "runtime/generate/test_session.py",
+    "runtime/generate/test_speculation.py",
     "runtime/generate/test_state.py",
     "runtime/generate/test_batching.py",
     "runtime/generate/test_conversation.py",

@@ -1,0 +1,163 @@
+"""Drafts by prompt lookup: what may follow, guessed from what the sequence has read or written before.
+
+Rule: a draft is only a guess at what will be chosen. It is checked by one pass over [tokens to take in, draft], which gives logits
+after every one of them (`Stream.score`); each place then draws from its own logits, and the next place counts if the draw is what
+the draft has there. So the text is the same as without, token by token, and a draft that fails has touched no state.
+
+How much to draft follows from how often such guesses were right. That is learned without drafting: after every token it is known
+what the lookup would have said, by the length of the match. Nothing here looks at a clock, so that a seed gives the same passes
+every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retnet_export.runtime.backends.base import Backend, Checking, PassCost
+from retnet_export.runtime.generate.stats import Stats
+
+HISTORY = 4096
+"""Tokens of a sequence that are remembered literally at least; twice as many at most."""
+ORDERS = (5, 4, 3, 2)
+"""Lengths of the runs that are looked up, the longest first."""
+MOST = 16
+"""Tokens drafted at most."""
+BOUNDS = (3, 4, 5, 8, 16)
+"""Matches are told apart by length: below 3, 4, 5, 8, 16, and longer."""
+PRIOR = (0.2, 0.3, 0.4, 0.6, 0.8, 0.9)
+"""How often a match of each class is taken to foretell the next token before anything is known."""
+RATE = 1 / 16
+"""Weight of the newest guess in those shares."""
+GAIN = 1.1
+"""Tokens for the time of one that a pass must promise; less is not worth the risk."""
+
+
+class History:
+    """The last tokens of a sequence, and where it has been before.
+
+    Args:
+        tokens: read so far; the last `HISTORY` of them count.
+    """
+
+    def __init__(self, tokens: Sequence[int] = ()) -> None:
+        self._tokens = list(tokens[-HISTORY:])
+        self._shares = list(PRIOR)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._after: dict[tuple[int, ...], int] = {}  # where the token after a run stands, for its last occurrence
+        self._indexed = 0
+        self._next: int | None = None  # the place of the token that is expected next
+        self._matched = 0
+
+    @property
+    def tokens(self) -> NDArray[np.int32]:
+        """Int32 (n,), n at most `HISTORY`."""
+        return np.array(self._tokens[-HISTORY:], np.int32)
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Note tokens that were read."""
+        self._tokens.extend(tokens)
+        self._next = None
+        if len(self._tokens) > 2 * HISTORY:
+            del self._tokens[:-HISTORY]
+            self._forget()
+
+    def follow(self, token: int) -> None:
+        """Note a token that was chosen, and whether it was expected."""
+        expected, matched = self._next, self._matched
+        right = expected is not None and self._tokens[expected] == token
+        if expected is not None:
+            kind = _kind(matched)
+            self._shares[kind] += RATE * (right - self._shares[kind])
+        self.extend([token])
+        if expected is not None and right and matched >= ORDERS[0] and self._indexed:
+            self._index()
+            self._next, self._matched = expected + 1, matched + 1
+        else:
+            self._look_up()
+
+    def draft(self, cost: PassCost, most: int) -> list[int]:
+        """The tokens that are worth checking, `most` at most; none if a step is the better choice."""
+        if self._next is None and not self._indexed:
+            self._look_up()
+        if self._next is None:
+            return []
+        survives, expected, best, count = 1.0, 0.0, GAIN, 0
+        for number in range(1, most + 1):
+            survives *= self._shares[_kind(self._matched + number - 1)]
+            expected += survives
+            # What is accepted is read again by the next pass, into the state.
+            gain = (1 + expected) / (1 + cost.fixed + cost.token * (number + expected))
+            if gain > best:
+                best, count = gain, number
+            if survives < 0.1:
+                break
+        draft = self._tokens[self._next : self._next + count]
+        for place in range(count - len(draft)):  # it runs into its own beginning: what repeats goes on
+            draft.append(draft[place])
+        return draft
+
+    def _index(self) -> None:
+        """Enter the runs that end before the last token."""
+        tokens, last = self._tokens, len(self._tokens) - 1
+        for place in range(max(self._indexed, 1), last):
+            for order in ORDERS:
+                if place + 1 >= order:
+                    self._after[tuple(tokens[place + 1 - order : place + 1])] = place + 1
+        self._indexed = max(last, self._indexed)
+
+    def _look_up(self) -> None:
+        self._index()
+        for order in ORDERS:
+            if len(self._tokens) >= order and (place := self._after.get(tuple(self._tokens[-order:]))) is not None:
+                self._next, self._matched = place, order
+                return
+        self._next = None
+
+
+class Speculation:
+    """What one generation drafts, and what its last pass over a draft has shown.
+
+    Args:
+        backend: where it runs.
+        speculate: as in `Options`; a number asks for so many tokens whenever there is a guess.
+        stats: told what was drafted and what came of it.
+
+    Attributes:
+        cost: of a pass.
+        most: tokens drafted at most; 0 if none should be.
+    """
+
+    def __init__(self, backend: Backend, speculate: int | None, stats: Stats | None) -> None:
+        self.cost, self.most = PassCost(0.0, 0.0), 0 if speculate is None else speculate
+        if speculate is None and isinstance(backend, Checking):
+            self.cost, self.most = backend.pass_cost, MOST
+        self._stats = Stats() if stats is None else stats
+        self._draft: Sequence[int] = ()
+        self._rows: NDArray[np.float32] | None = None
+        self._used = 0
+
+    def check(self, draft: Sequence[int], rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Take the logits (R, V) of a pass: after the tokens taken in, (V,), which is returned, and after each of the draft."""
+        self._draft, self._rows, self._used = draft, rows, 0
+        self._stats.drafted += len(draft)
+        first: NDArray[np.float32] = rows[0]
+        return first
+
+    def row_after(self, token: int) -> NDArray[np.float32] | None:
+        """Logits (V,) after a token that was chosen, if it is the draft's next; otherwise the draft has come to its end."""
+        if self._rows is None or self._used == len(self._draft) or self._draft[self._used] != token:
+            self._draft, self._rows = (), None
+            return None
+        self._used += 1
+        self._stats.accepted += 1
+        row: NDArray[np.float32] = self._rows[self._used]
+        return row
+
+
+def _kind(matched: int) -> int:
+    return next((kind for kind, bound in enumerate(BOUNDS) if matched < bound), len(BOUNDS))

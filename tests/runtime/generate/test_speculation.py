@@ -1,0 +1,223 @@
+"""Guessing ahead changes the time and nothing else: whatever is guessed, the same seed gives the same text and the same state."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retnet_export.runtime.backends.base import PassCost
+from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.generate.generation import Options
+from retnet_export.runtime.generate.speculation import HISTORY, ORDERS, History
+from retnet_export.runtime.generate.state import Snapshot
+from retnet_export.runtime.generate.stats import Stats
+from retnet_export.runtime.numerics import TOLERANCES, measure
+
+REPEATING = [3, 1, 4, 1, 5, 9, 2, 6, 3, 1, 4, 1, 5, 9, 2, 6, 3, 1, 4]
+PATTERN = "One apple, two apples. One pear, two pears. One plum, two plums. One"
+FREE = PassCost(0.0, 0.0)
+
+SAMPLINGS = st.builds(
+    Options,
+    temperature=st.sampled_from([0.0, 0.05, 0.3, 0.7, 1.0, 2.0]),
+    top_k=st.sampled_from([0, 1, 3, 20]),
+    top_p=st.sampled_from([1.0, 0.9, 0.5]),
+    min_p=st.sampled_from([0.0, 0.1]),
+    repetition_penalty=st.sampled_from([1.0, 1.3, 0.7]),
+    presence_penalty=st.sampled_from([0.0, 0.5]),
+    frequency_penalty=st.sampled_from([0.0, 0.2, -0.3]),
+    logit_bias=st.sampled_from([{}, {5: 2.0, 7: float("-inf")}]),
+    logprobs=st.sampled_from([None, 0, 3]),
+    stop_tokens=st.sampled_from([(), (11,), (3, 17)]),
+    max_new_tokens=st.integers(0, 40),
+    seed=st.integers(0, 2**32),
+)
+
+
+def fed(model, prompt):
+    session = model.session()
+    session.feed(prompt)
+    return session
+
+
+def outcome(model, prompt, options):
+    """Everything that a generation leaves behind."""
+    session = fed(model, prompt)
+    generation = session.pieces(options, with_text=isinstance(prompt, str))
+    pieces = list(generation)
+    return pieces, generation.finish, generation.ended_by, session.snapshot()
+
+
+def assert_same(found, expected):
+    assert [(piece.token, piece.text) for piece in found[0]] == [(piece.token, piece.text) for piece in expected[0]]
+    for ours, theirs in zip(found[0], expected[0], strict=True):
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+        assert [token for token, _ in ours.top] == [token for token, _ in theirs.top]
+    assert found[1:3] == expected[1:3]
+    assert_same_place(found[3], expected[3])
+
+
+def assert_same_place(ours: Snapshot, theirs: Snapshot):
+    assert (ours.position, ours.tail, ours.unread) == (theirs.position, theirs.tail, theirs.unread)
+    np.testing.assert_array_equal(ours.read, theirs.read)
+    np.testing.assert_array_equal(ours.history, theirs.history)
+    for name, value in theirs.state.items():
+        assert name == "position" or measure(ours.state[name], value).relative < TOLERANCES["chunkwise-float32"].relative
+    assert measure(ours.logits, theirs.logits).relative < TOLERANCES["onnxruntime-float32"].relative
+
+
+@settings(deadline=None, max_examples=120)
+@given(options=SAMPLINGS, speculate=st.sampled_from([1, 2, 5, 16, None]))
+def test_the_same_seed_gives_the_same_text_and_state(model, options, speculate):
+    expected = outcome(model, REPEATING, replace(options, speculate=0))
+    assert_same(outcome(model, REPEATING, replace(options, speculate=speculate)), expected)
+
+
+@settings(deadline=None, max_examples=40)
+@given(options=SAMPLINGS, draws=st.integers(0, 2**32))
+def test_whatever_is_guessed_the_text_is_the_same(model, options, draws):
+    expected = outcome(model, REPEATING, replace(options, speculate=0))
+    random = np.random.default_rng(draws)
+    tokens = [piece.token for piece in expected[0] if piece.token is not None]
+
+    def guess(self, cost, most):
+        """The truth, up to a place where it goes wrong."""
+        count = int(random.integers(0, most + 1)) if most > 0 else 0
+        start = len(self._tokens) - len(REPEATING)
+        right = tokens[start : start + count]
+        place = int(random.integers(0, count + 1))
+        return [*right[:place], *random.integers(0, 50, count - len(right[:place])).tolist()]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(History, "draft", guess)
+        assert_same(outcome(model, REPEATING, replace(options, speculate=7)), expected)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    temperature=st.sampled_from([0.0, 0.4, 0.8]),
+    stop=st.sampled_from([(), ("plum",), (" two", "pears."), (".",), ("e, t",)]),
+    speculate=st.sampled_from([3, 16, None]),
+    seed=st.integers(0, 2**32),
+)
+def test_stop_strings_end_it_at_the_same_place(writer, temperature, stop, speculate, seed):
+    options = Options(temperature=temperature, top_p=0.95, stop=stop, max_new_tokens=40, seed=seed, speculate=0)
+    assert_same(outcome(writer, PATTERN, replace(options, speculate=speculate)), outcome(writer, PATTERN, options))
+
+
+def test_a_text_that_repeats_itself_takes_fewer_passes(model):
+    texts = {}
+    for speculate in (0, 8):
+        session, stats = fed(model, REPEATING), Stats()
+        options = Options(temperature=0.0, max_new_tokens=200, speculate=speculate)
+        texts[speculate] = list(session.generate_tokens(options, stats=stats)), stats
+    (plain, without), (guessed, stats) = texts.values()
+    assert plain == guessed
+    assert (without.drafted, without.accepted, len(without.total_ms)) == (0, 0, 200)
+    assert stats.new_tokens == stats.accepted + len(stats.total_ms) == 200
+    assert stats.accepted > 25
+    assert stats.summary(1)["accepted"] == stats.accepted
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    taken=st.integers(0, 24),
+    then=st.sampled_from(["snapshot", "feed", "step", "score", "generate", "fork"]),
+    seed=st.integers(0, 99),
+)
+def test_a_session_stands_where_the_text_does_after_any_piece(model, taken, then, seed):
+    snapshots = []
+    for speculate in (0, 6):
+        session = fed(model, REPEATING)
+        pieces = session.generate_tokens(temperature=0.2, seed=seed, max_new_tokens=24, speculate=speculate)
+        for _ in range(taken):
+            next(pieces)
+        assert session.position == len(REPEATING) + taken
+        if then == "feed":
+            session.feed([7, 8, 9])
+        elif then == "step":
+            session.step([7])
+        elif then == "generate":
+            list(session.generate_tokens(temperature=0, max_new_tokens=5, speculate=speculate))
+        elif then == "score":
+            session.score(np.array([[7, 8, 9]]))
+        elif then == "fork":
+            session = session.fork()
+        snapshots.append(session.snapshot())
+        if then == "snapshot":  # which does not disturb the generation
+            list(pieces)
+            snapshots.append(session.snapshot())
+    half = len(snapshots) // 2
+    for ours, theirs in zip(snapshots[half:], snapshots[:half], strict=True):
+        assert_same_place(ours, theirs)
+
+
+def test_the_history_is_saved_with_the_state_and_bounded(model, tmp_path):
+    session = fed(model, REPEATING * (HISTORY // len(REPEATING) + 2))
+    session.snapshot().save(tmp_path / "it.state")
+    loaded = Snapshot.load(tmp_path / "it.state")
+    assert len(loaded.history) == HISTORY
+    again = model.session()
+    again.restore(loaded)
+    stats = Stats()
+    list(again.generate_tokens(temperature=0, max_new_tokens=20, speculate=4, stats=stats))
+    assert stats.drafted > 0
+    np.testing.assert_array_equal(again.snapshot().history[:-20], loaded.history[20:])
+
+
+def test_a_number_below_zero_is_refused():
+    with pytest.raises(UserError, match="speculate is -1, expected 0 or more"):
+        Options(speculate=-1)
+
+
+@settings(max_examples=200)
+@given(tokens=st.lists(st.integers(0, 3), max_size=60), most=st.integers(0, 9))
+def test_a_draft_is_what_followed_the_longest_run_the_last_time(tokens, most):
+    history = History(tokens)
+    draft = history.draft(FREE, most)
+    places = next(
+        (
+            found
+            for order in ORDERS
+            if (found := [end for end in range(order, len(tokens)) if tokens[end - order : end] == tokens[len(tokens) - order :]])
+        ),
+        [],
+    )
+    if not places or not most:
+        assert draft == []
+        return
+    assert 0 < len(draft) <= most
+    line = tokens + draft  # which repeats itself where the draft reaches its own beginning
+    assert draft == [line[places[-1] + offset] for offset in range(len(draft))]
+
+
+def test_nothing_is_drafted_where_guesses_fail_and_much_where_they_hold():
+    random, cost = np.random.default_rng(0), PassCost(0.5, 0.13)
+    wild, tame = History(), History()
+    for index, token in enumerate(random.integers(0, 6, 600).tolist()):
+        wild.follow(token)
+        tame.follow(index % 7)
+    assert wild.draft(cost, 16) == []
+    assert tame.draft(cost, 16) == [(600 + index) % 7 for index in range(16)]
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_a_history_is_the_last_tokens_however_they_came(data):
+    history, tokens = History(), []
+    for _ in range(data.draw(st.integers(1, 12))):
+        part = np.random.default_rng(data.draw(st.integers(0, 99))).integers(0, 9, data.draw(st.integers(1, 2000))).tolist()
+        if len(part) % 2:
+            history.extend(part)
+        else:
+            for token in part[:300]:
+                history.follow(token)
+            history.extend(part[300:])
+        tokens += part
+    np.testing.assert_array_equal(history.tokens, tokens[-HISTORY:])
+    assert len(history._tokens) <= 2 * HISTORY
+    assert all(0 < place < len(history._tokens) for place in history._after.values())
