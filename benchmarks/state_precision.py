@@ -55,7 +55,6 @@ from retnet_export.export.pipeline import export_bundle
 from retnet_export.graph.weights import random_weights
 from retnet_export.quantize.evaluation import evaluate_all
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
-from retnet_export.runtime.backends.base import Stream
 from retnet_export.runtime.bundle.bundle import Bundle, open_bundle
 from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.model import Model
@@ -119,12 +118,6 @@ def rewritten(
     return StateBackend(config, form, *paths, threads=threads)
 
 
-def read_by_prefill(stream: Stream, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-    assert isinstance(stream, StateStream)
-    logits: NDArray[np.float32] = stream.read(tokens)
-    return logits
-
-
 def report(stage: str, share: float) -> None:
     print(f"{stage} {share:.0%}", flush=True)
 
@@ -143,8 +136,7 @@ def judge(
         for number, (name, form) in enumerate(forms.items())
     }
     reference = models.pop("fp32")
-    read = read_by_prefill if prefill else None
-    results = evaluate_all(list(models.values()), text, against=reference, tokens=tokens, read=read, progress=report)
+    results = evaluate_all(list(models.values()), text, against=reference, tokens=tokens, steps=not prefill, progress=report)
     return {
         name: {"bytes": state_bytes(config, forms[name]), "evaluation": asdict(result)}
         for name, result in zip(models, results, strict=True)

@@ -21,18 +21,26 @@ def evaluate(
         Path | None, typer.Option(metavar="BUNDLE", help="Compare with this bundle, token by token.", show_default=False)
     ] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Read at most so many; all if not given.", show_default=False)] = None,
+    steps: Annotated[
+        bool | None,
+        typer.Option(
+            "--steps/--chunks",
+            help="Read token by token, as a device decodes, or in chunks. In chunks if not given, unless the state is float16.",
+            show_default=False,
+        ),
+    ] = None,
     backend: BackendName = "auto",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Say how well a bundle foretells a text: perplexity, and with --against how far it is from another bundle."""
+    """Say how well a bundle predicts a text: perplexity, and with --against how far it is from another bundle."""
     from retnet_export.quantize.evaluation import evaluate as run
     from retnet_export.runtime.model import load
 
     model = load(bundle, backend, threads=threads)
     other = None if against is None else load(against, backend, threads=threads)
     with progress("evaluate", quiet=as_json) as update:
-        result = run(model, text, against=other, tokens=tokens, progress=update)
+        result = run(model, text, against=other, tokens=tokens, steps=steps, progress=update)
     if as_json:
         print_json({"bundle": str(bundle), **encode_evaluation(result)})
     else:
@@ -68,4 +76,5 @@ def print_evaluation(bundle: Path, evaluation: Evaluation) -> None:
                 "relative error by head, fastest decay first: " + ", ".join(f"{error:.1e}" for error in last.by_head),
             ),
         ]
-    print_table(f"{bundle}: {evaluation.tokens:,} tokens of {evaluation.text}", rows)
+    how = "token by token" if evaluation.by_steps else "in chunks"
+    print_table(f"{bundle}: {evaluation.tokens:,} tokens of {evaluation.text}, read {how}", rows)

@@ -1,7 +1,7 @@
 """What a bundle is worth on a text, and how far it is from another one: the judge of every quantization.
 
-Rule: the text is read token by token through the decode graph, as on the device, so that what rounding does to the state adds
-up as it will there. Bundles take turns by chunks: each keeps its threads to itself while it runs.
+Rule: every token is predicted from all those before it, through the graphs that the device runs (reading.py says by which of
+them). Bundles take turns by chunks: each keeps its threads to itself while it runs.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retnet_export.quantize.calibration import CHUNK, encode
-from retnet_export.runtime.backends.base import State, Stream
+from retnet_export.quantize.reading import Logits, by_chunks, by_steps, wants_steps
+from retnet_export.runtime.backends.base import State
 from retnet_export.runtime.bundle.files import read_text
 from retnet_export.runtime.bundle.manifest import POSITION
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.model import Model
 
-Logits = NDArray[np.float32]
 Progress = Callable[[str, float], None]
-Read = Callable[[Stream, NDArray[np.int64]], Logits]
 GREEDY_PROMPTS = 8
 GREEDY_TOKENS = 128
 
@@ -72,6 +71,7 @@ class Evaluation:
     Attributes:
         text: the file's name.
         tokens: read, all but the first predicted.
+        by_steps: whether token by token; in chunks otherwise.
         bytes: of the text that was predicted.
         perplexity: per token.
         bits_per_byte: the text's length in bits under the model over its bytes; comparable between tokenizers.
@@ -80,6 +80,7 @@ class Evaluation:
 
     text: str
     tokens: int
+    by_steps: bool
     bytes: int
     perplexity: float
     bits_per_byte: float
@@ -92,21 +93,23 @@ def evaluate(
     *,
     against: Model | None = None,
     tokens: int | None = None,
+    steps: bool | None = None,
     progress: Progress = lambda stage, share: None,
 ) -> Evaluation:
-    """Read a text and say how well the bundle foretells it.
+    """Read a text and say how well the bundle predicts it.
 
     Args:
         model: the bundle, loaded.
         path: a text file.
         against: another bundle, of the same vocabulary and state.
         tokens: read at most so many; all when None.
+        steps: token by token, or in chunks; None: in chunks unless a state is stored in fewer bits (reading.py).
         progress: is told what goes on.
 
     Raises:
         UserError: the file is empty, not UTF-8 or shorter than one chunk, or the bundles do not go together.
     """
-    return evaluate_all([model], path, against=against, tokens=tokens, progress=progress)[0]
+    return evaluate_all([model], path, against=against, tokens=tokens, steps=steps, progress=progress)[0]
 
 
 def evaluate_all(
@@ -115,7 +118,7 @@ def evaluate_all(
     *,
     against: Model | None = None,
     tokens: int | None = None,
-    read: Read | None = None,
+    steps: bool | None = None,
     progress: Progress = lambda stage, share: None,
 ) -> list[Evaluation]:
     """`evaluate` for several bundles of one vocabulary on one text, which the one they are compared with reads once.
@@ -125,13 +128,12 @@ def evaluate_all(
         path: a text file.
         against: another bundle, of the same vocabulary and state.
         tokens: read at most so many; all when None.
-        read: how a stream reads a chunk of tokens (T,), giving logits (T, V); token by token when None.
+        steps: as in `evaluate`; all bundles are read alike.
         progress: is told what goes on.
 
     Raises:
         UserError: as `evaluate`.
     """
-    read = _read if read is None else read
     if tokens is not None and tokens < CHUNK:
         raise UserError(f"--tokens {tokens} is less than one chunk of {CHUNK}; read more of the text")
     text = read_text(path)
@@ -142,15 +144,17 @@ def evaluate_all(
     for other in [*models[1:], *([] if against is None else [against])]:
         _check_tokens(models[0], other, text, ids)
     ids = ids[:tokens]
-    readings = [_Reading(model) for model in models]
-    reference = None if against is None else _Reading(against)
+    if steps is None:
+        steps = wants_steps([model.bundle.manifest for model in (*models, *([] if against is None else [against]))])
+    readings = [_Reading(model, steps) for model in models]
+    reference = None if against is None else _Reading(against, steps)
     marks = _marks(len(ids))
     for start in range(0, len(ids) - 1, CHUNK):
         progress("reading", start / len(ids))
         part, following = ids[start : start + CHUNK], ids[start + 1 : start + CHUNK + 1]
-        expected = None if reference is None else reference.advance(read, part, following)
+        expected = None if reference is None else reference.advance(part, following)
         for reading in readings:
-            log_p = reading.advance(read, part, following)
+            log_p = reading.advance(part, following)
             if expected is not None:
                 reading.compare(log_p, expected)
         if reference is not None and start + len(part) in marks:
@@ -167,6 +171,7 @@ def evaluate_all(
         Evaluation(
             text=path.name,
             tokens=len(ids),
+            by_steps=steps,
             bytes=size,
             perplexity=float(np.exp(reading.loss)),
             bits_per_byte=reading.loss * predicted / np.log(2) / size,
@@ -185,17 +190,19 @@ class _Reading:
         state: how far it was from the reference's, at the marks.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, steps: bool) -> None:
         self.model, self.stream = model, model.backend.open_stream(1)
+        self._read_logits = by_steps if steps else by_chunks
+        self._chunk_size = model.bundle.manifest.graphs["prefill"].chunk_size
         self.state: list[StateError] = []
         self._read = 0
         self._losses: list[NDArray[np.float64]] = []
         self._divergences: list[NDArray[np.float64]] = []
         self._agreements: list[NDArray[np.bool_]] = []
 
-    def advance(self, read: Read, part: NDArray[np.int64], following: NDArray[np.int64]) -> NDArray[np.float64]:
+    def advance(self, part: NDArray[np.int64], following: NDArray[np.int64]) -> NDArray[np.float64]:
         """Read a chunk (T,), note what the following tokens cost, and give log p, (T, V); of the last chunk without the end."""
-        log_p = _log_softmax(read(self.stream, part))[: len(following)]
+        log_p = _log_softmax(self._read_logits(self.stream, part, self._chunk_size))[: len(following)]
         losses = -log_p[np.arange(len(following)), following]
         if not (finite := np.isfinite(losses)).all():
             count = self._read + int(finite.argmin()) + 1
@@ -259,18 +266,9 @@ def _marks(count: int) -> set[int]:
     return marks
 
 
-def _read(stream: Stream, tokens: NDArray[np.int64]) -> Logits:
-    """Logits (T, V) after each token."""
-    rows = []
-    for token in tokens:
-        stream.step(np.array([token]))
-        rows.append(stream.logits()[0].copy())
-    return np.stack(rows)
-
-
 def _log_softmax(logits: Logits) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
+    top = logits.max(-1, keepdims=True)
+    return np.asarray(logits - (top + np.log(np.exp(logits - top).sum(-1, keepdims=True, dtype=np.float64))))
 
 
 def _state_error(tokens: int, ours: State, theirs: State) -> StateError:
@@ -299,7 +297,7 @@ def _greedy_lengths(models: Sequence[Model], against: Model, ids: NDArray[np.int
 
 def _continue(model: Model, prompt: NDArray[np.int64]) -> Sequence[int]:
     stream = model.backend.open_stream(1)
-    token = int(_read(stream, prompt)[-1].argmax())
+    token = int(by_chunks(stream, prompt, model.bundle.manifest.graphs["prefill"].chunk_size)[-1].argmax())
     tokens = [token]
     while len(tokens) < GREEDY_TOKENS:
         stream.step(np.array([token]))

@@ -16,7 +16,9 @@ from retnet_export.export.pipeline import export_bundle
 from retnet_export.export.verify import PASSAGE
 from retnet_export.quantize.evaluation import _state_error, evaluate, evaluate_all
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
+from retnet_export.quantize.reading import by_chunks, by_steps
 from retnet_export.runtime.model import load
+from retnet_export.runtime.numerics import TOLERANCES, measure
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "classics"
 TOKENS = 256
@@ -62,6 +64,34 @@ def test_perplexity_and_bits_per_byte_are_those_of_the_logits(folder):
     result = evaluate(model, folder / "text.txt", tokens=TOKENS)
     assert result.perplexity == pytest.approx(np.exp(loss / (TOKENS - 1)), rel=1e-5)
     assert result.bits_per_byte == pytest.approx(loss / np.log(2) / len(model.tokenizer.decode(tokens[1:]).encode()), rel=1e-5)
+
+
+@pytest.mark.parametrize(("weights", "tolerance"), [("float", "chunkwise-float32"), ("int4", "onnxruntime-quantized")])
+def test_reading_in_chunks_is_reading_by_steps(folder, weights, tolerance):
+    model = load(folder / "float.retnet", threads=1) if weights == "float" else small(folder, weights)
+    tokens = np.array(model.tokenizer.encode(PASSAGE)[:200])
+    chunked, stepped = (model.backend.open_stream(1) for _ in range(2))
+    assert measure(by_chunks(chunked, tokens, 64), by_steps(stepped, tokens)).relative < TOLERANCES[tolerance].relative
+    for name, value in stepped.read_state(0).items():
+        assert name == "position" or measure(chunked.read_state(0)[name], value).relative < TOLERANCES[tolerance].relative
+    fast, slow = (evaluate(model, folder / "text.txt", tokens=TOKENS, steps=steps) for steps in (None, True))
+    assert (fast.by_steps, slow.by_steps) == (False, True)
+    assert fast.perplexity == pytest.approx(slow.perplexity, rel=1e-5 if weights == "float" else 1e-2)
+
+
+def test_a_bundle_with_a_state_of_fewer_bits_is_read_by_steps_with_the_other_one(folder):
+    reference, model = load(folder / "float.retnet", threads=1), small(folder, "int8", state="fp16")
+    assert evaluate(model, folder / "text.txt", against=reference, tokens=TOKENS).by_steps
+    assert evaluate(reference, folder / "text.txt", against=model, tokens=TOKENS).by_steps
+    assert not evaluate(model, folder / "text.txt", tokens=TOKENS, steps=False).by_steps
+
+
+@pytest.mark.parametrize(("options", "said"), [((), "read in chunks"), (("--steps",), "read token by token")])
+def test_the_command_says_how_it_read(folder, options, said):
+    arguments = ["evaluate", folder / "float.retnet", "--text", folder / "text.txt", "--tokens", 200, *options]
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    assert said in " ".join(result.output.split())
 
 
 def test_several_bundles_at_once_get_what_each_gets_alone(folder):
