@@ -30,6 +30,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # typer's boxes cut long names of options, and cost a third of the time
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Run trained RetNets on embedded GPUs: export to a recurrent ONNX graph, quantize, compile, generate.",
 )

@@ -11,11 +11,14 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from retnet_export.runtime.errors import CheckpointWarning, PrecisionWarning, UserError
+from retnet_export.runtime.errors import CheckpointWarning, PrecisionWarning, UserError, missing_extra
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle: the folder that `export` wrote.", show_default=False)]
 CheckpointPath = Annotated[
@@ -28,6 +31,8 @@ BackendName = Annotated[str, typer.Option("--backend", help="What runs the graph
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, help="CPU threads; the backend's choice if not given.", show_default=False)
 ]
+WIDE = 1000
+"""Columns of a table that no terminal shows: enough that nothing is folded."""
 LowMemory = Annotated[
     bool | None,
     typer.Option("--low-memory/--no-low-memory", help="Prefer memory, or speed; weighed if not given.", show_default=False),
@@ -37,6 +42,12 @@ LowMemory = Annotated[
 class Commands(typer.core.TyperGroup):
     """Turns a fault that the user can mend into one message on stderr and exit code 1."""
 
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """The commands with all that they say of themselves; click cuts it to one line."""
+        found = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, command.help or "") for name, command in found if command is not None])
+
     def invoke(self, ctx: Any) -> Any:
         try:
             with warnings.catch_warnings():
@@ -44,6 +55,11 @@ class Commands(typer.core.TyperGroup):
                 return super().invoke(ctx)
         except UserError as error:
             print_error(str(error))
+            raise typer.Exit(1) from error
+        except ModuleNotFoundError as error:
+            if (missing := missing_extra(error, f"`{ctx.info_name} {ctx.invoked_subcommand}`")) is None:
+                raise
+            print_error(str(missing))
             raise typer.Exit(1) from error
         except BrokenPipeError as error:
             # The reader of our output went away, as in `generate … | head`: nothing to say and nobody to say it to.
@@ -77,7 +93,6 @@ def print_json(document: object) -> None:
 
 def print_table(title: str, rows: Iterable[tuple[str, str]], *, err: bool = False) -> None:
     """Two columns: what, and its value; on stdout, or stderr with `err`."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title or None, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -85,20 +100,36 @@ def print_table(title: str, rows: Iterable[tuple[str, str]], *, err: bool = Fals
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(name, value)
-    Console(highlight=False, markup=False, stderr=err).print(table)
+    _print_whole(table, err=err)
 
 
 def print_columns(title: str, head: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
     """A table of figures on stdout: names on the left, everything else on the right."""
-    from rich.console import Console
     from rich.table import Table
 
+    lines = [tuple(line) for line in lines]
     table = Table(title=f"\n{title}", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), header_style="dim")
     for index, name in enumerate(head):
-        table.add_column(name, justify="left" if index == 0 else "right")
+        # The first column has the names, which are what is typed: they stay whole, whatever the others must do.
+        whole = max(len(line[0]) for line in lines) if index == 0 and lines else None
+        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold", no_wrap=index == 0, min_width=whole)
     for line in lines:
         table.add_row(*line)
-    Console(highlight=False, markup=False).print(table)
+    _print_whole(table)
+
+
+def _print_whole(table: Table, *, err: bool = False) -> None:
+    """Print a table as wide as the terminal; to a file or a pipe, as wide as it is."""
+    from rich.console import Console
+
+    stream = sys.stderr if err else sys.stdout
+    if stream.isatty():
+        Console(highlight=False, markup=False, file=stream).print(table)
+        return
+    wide = Console(highlight=False, markup=False, file=stream, width=WIDE)
+    with wide.capture() as printed:
+        wide.print(table)
+    typer.echo("\n".join(line.rstrip() for line in printed.get().rstrip("\n").split("\n")), err=err)
 
 
 @contextlib.contextmanager

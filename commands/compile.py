@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 import typer
 
 from retnet_export.commands.common import BundlePath, Json, print_json, print_table, progress, size
-from retnet_export.runtime.bundle.bundle import open_bundle
 
 if TYPE_CHECKING:
     from retnet_export.runtime.bundle.bundle import Bundle
@@ -40,6 +39,7 @@ def compile_(
 ) -> None:
     """Build TensorRT engines of a bundle, decode and prefill; they go into its folder engines/."""
     from retnet_export.export.tensorrt import CompileOptions, compile_bundle
+    from retnet_export.runtime.bundle.bundle import open_bundle
     from retnet_export.runtime.bundle.schema import encode
 
     options = CompileOptions(

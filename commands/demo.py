@@ -37,7 +37,7 @@ def demo(
     from retnet_export.commands.export import export
     from retnet_export.commands.generate import generate
     from retnet_export.commands.verify import verify
-    from retnet_export.quantize.calibration import encode
+    from retnet_export.quantize.texts import encode
     from retnet_export.runtime.bundle.files import read_text
     from retnet_export.runtime.model import load
 

@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
+import typer
+
 from retnet_export.commands.common import Json, print_json, print_table
 
+WRITE = ("onnx", "onnx_ir", "ml_dtypes")
+"""What writes graphs."""
+NEEDS: Mapping[str, tuple[str, ...]] = {
+    "export": WRITE,
+    "export (from .pt, .pth, .bin or .ckpt files)": (*WRITE, "torch"),
+    "export (from the Hugging Face Hub)": (*WRITE, "huggingface_hub"),
+    "verify": (*WRITE, "torch", "onnxruntime"),
+    "quantize": WRITE,
+    "quantize (--method gptq or awq, --evaluate)": (*WRITE, "onnxruntime"),
+    "quantize (--activations)": (*WRITE, "onnxruntime", "modelopt"),
+    "evaluate": ("onnxruntime",),
+    "convert": ("onnx_ir",),
+    "compile (--target tensorrt-rtx)": ("tensorrt_rtx",),
+    "generate": ("onnxruntime",),
+    "chat": ("onnxruntime",),
+    "inspect": (),
+    "compare": (*WRITE, "onnxruntime", "matplotlib"),
+    "compare (--peer llama.cpp)": (*WRITE, "onnxruntime", "matplotlib", "gguf"),
+    "plan": (),
+    "doctor": (),
+    "demo": (*WRITE, "onnxruntime", "torch", "matplotlib"),
+}
+"""The optional modules of each command, and of what it does only when asked; on the CPU. GPUs have rows of their own."""
 
-def doctor(as_json: Json = False) -> None:
-    """Say what works on this machine and, where something does not, the command that would mend it."""
+
+def doctor(ctx: typer.Context, as_json: Json = False) -> None:
+    """Say what works on this machine and, where something does not, the command that would fix it."""
     from retnet_export.runtime.device.doctor import examine
 
-    report = examine()
+    report = {**examine(), "commands": commands_that_work(_registered(ctx))}
     if as_json:
         print_json(report)
         return
@@ -18,4 +46,21 @@ def doctor(as_json: Json = False) -> None:
         if facts:
             print_table(f"\n{title}", list(facts.items()))
     print_table("\npackages", [(name, str(value)) for name, value in report["packages"].items()])
-    print_table("\nwhat works", [(name, "yes" if mend is None else f"no: {mend}") for name, mend in report["works"].items()])
+    for title, rows in (("commands", report["commands"]), ("what runs them", report["works"])):
+        print_table(f"\n{title}", [(name, "yes" if fix is None else f"no: {fix}") for name, fix in rows.items()])
+
+
+def _registered(ctx: typer.Context) -> list[str]:
+    """The names of all commands."""
+    assert ctx.parent is not None
+    group = ctx.parent.command
+    assert isinstance(group, typer.core.TyperGroup)
+    return group.list_commands(ctx.parent)
+
+
+def commands_that_work(names: Iterable[str]) -> dict[str, str | None]:
+    """For each command, and for each of its uses that needs more: None, or what to install."""
+    from retnet_export.runtime.device.doctor import what_is_missing
+
+    names = list(names)
+    return {use: what_is_missing(modules) for use, modules in NEEDS.items() if use.partition(" ")[0] in names}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from retnet_export.commands.common import CheckpointPath, Force, Json, Output, print_json, print_table, progress, size
-from retnet_export.runtime.bundle.bundle import Bundle
+
+if TYPE_CHECKING:
+    from retnet_export.runtime.bundle.bundle import Bundle
 
 
 def export(

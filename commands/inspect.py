@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from retnet_export.commands.common import BundlePath, Json, print_json, print_table, size
 from retnet_export.commands.export import print_summary
-from retnet_export.runtime.bundle.bundle import open_bundle
-from retnet_export.runtime.bundle.schema import encode
 
 
 def inspect(bundle: BundlePath, as_json: Json = False) -> None:
     """Check every file of a bundle against its hash and say what the bundle is."""
+    from retnet_export.runtime.bundle.bundle import open_bundle
+    from retnet_export.runtime.bundle.schema import encode
+
     opened = open_bundle(bundle)
     if as_json:
         print_json(encode(opened.manifest))

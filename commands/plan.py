@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retnet_export.commands.common import Json, print_json, print_table, size
+from retnet_export.commands.common import Json, print_columns, print_json, print_table, size
 from retnet_export.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from retnet_export.plan.outlook import Outlook
     from retnet_export.plan.sizes import Sizes
 
-DEFAULT_CHUNK = 256
+HEAD = ("device", "fits", "peak", "tokens/s", "range", "Transformer at 8k", "largest batch")
 
 
 def plan(
@@ -33,9 +33,16 @@ def plan(
         int | None, typer.Option(min=1, help="Heads; one for each 256 of the width if not given.", show_default=False)
     ] = None,
     ffn: Annotated[int | None, typer.Option(min=1, help="Inner width of the FFN; twice the width if not given.")] = None,
-    vocabulary: Annotated[int, typer.Option(min=1, help="Size of the vocabulary.")] = 32000,
-    weights: Annotated[str, typer.Option(help="Format of the weights: fp32, fp16, bf16, int8, int4, fp8, fp4.")] = "fp16",
-    state: Annotated[str, typer.Option(help="Of the stored state: fp32 or fp16.")] = "fp32",
+    vocabulary: Annotated[
+        int | None, typer.Option(min=1, help="Size of the vocabulary; 32000 if not given.", show_default=False)
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Of the weights: fp32, fp16, bf16, int8, int4, fp8, fp4; fp16 if not given.", show_default=False),
+    ] = None,
+    state: Annotated[
+        str | None, typer.Option(help="Of the stored state: fp32 or fp16; fp32 if not given.", show_default=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Say what a model needs on a device, and how fast it will be there, without running it."""
@@ -73,30 +80,41 @@ def _model(
     width: int | None,
     heads: int | None,
     ffn: int | None,
-    vocabulary: int,
-    weights: str,
-    state: str,
+    vocabulary: int | None,
+    weights: str | None,
+    state: str | None,
 ) -> tuple[Sizes, int, str, tuple[str, ...]]:
     """The model's sizes, the tokens of a chunk, a name, and the formats of its weights and products."""
+    from retnet_export.export.pipeline import DEFAULT_CHUNK
     from retnet_export.plan.sizes import sizes_of_bundle, sizes_of_model
     from retnet_export.runtime.bundle.bundle import open_bundle
     from retnet_export.runtime.bundle.config import ModelConfig
 
     if bundle is not None:
-        if layers is not None or width is not None:
-            raise UserError("either a bundle or --layers and --width, not both")
+        given = {
+            "--layers": layers,
+            "--width": width,
+            "--heads": heads,
+            "--ffn": ffn,
+            "--vocabulary": vocabulary,
+            "--weights": weights,
+            "--state": state,
+        }
+        if others := [option for option, value in given.items() if value is not None]:
+            raise UserError(f"{', '.join(others)} cannot be given with a bundle, which says itself what it is; give one of the two")
         manifest = open_bundle(bundle, check_hashes=False).manifest
         precision = (manifest.precision.weights, manifest.precision.compute)
         return sizes_of_bundle(manifest), manifest.graphs["prefill"].chunk_size, str(bundle), precision
     if layers is None or width is None:
         raise UserError("what model? give a bundle, or its sizes: --layers 24 --width 2048")
+    weights, state = weights or "fp16", state or "fp32"
     if weights not in FORMATS or state not in ("fp32", "fp16"):
         raise UserError(f"--weights is {weights!r} and --state {state!r}, expected {', '.join(FORMATS)} and fp32 or fp16")
     heads = heads or max(1, width // 256)
     if width % (2 * heads):
         raise UserError(f"--width {width} with {heads} heads: a head's keys must be an even number; give --heads")
     config = ModelConfig(
-        vocab_size=vocabulary,
+        vocab_size=vocabulary or 32000,
         hidden_size=width,
         num_layers=layers,
         num_heads=heads,
@@ -120,8 +138,8 @@ def _record(spec: DeviceSpec, result: Outlook) -> dict[str, object]:
         "memory_usable_bytes": round(spec.usable_bytes),
         "largest_batch": result.largest_batch,
         "bytes_per_step": round(result.prediction.bytes_per_step),
-        "tokens_per_second": round(result.prediction.tokens_per_second, 1),
-        "range": [round(result.prediction.low, 1), round(result.prediction.high, 1)],
+        "tokens_per_second": round(result.prediction.tokens_per_second, 1) if result.fits else None,
+        "range": [round(result.prediction.low, 1), round(result.prediction.high, 1)] if result.fits else None,
         "transformer_tokens_per_second": {
             str(context): None if rate is None else round(rate, 1) for context, rate in result.prediction.transformer.items()
         },
@@ -142,7 +160,9 @@ def _print_one(name: str, sizes: Sizes, batch: int, spec: DeviceSpec, result: Ou
         ("largest batch", f"{result.largest_batch:,}"),
         (
             "tokens/s",
-            f"{prediction.tokens_per_second:.0f} at batch {batch}, between {prediction.low:.0f} and {prediction.high:.0f}",
+            f"{prediction.tokens_per_second:.0f} at batch {batch}, between {prediction.low:.0f} and {prediction.high:.0f}"
+            if result.fits
+            else "none: it does not fit",
         ),
         ("a Transformer, by context", rates),
         ("from", result.basis),
@@ -151,22 +171,21 @@ def _print_one(name: str, sizes: Sizes, batch: int, spec: DeviceSpec, result: Ou
 
 
 def _print_all(name: str, sizes: Sizes, batch: int, outlooks: list[tuple[DeviceSpec, Outlook]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{name}: {sizes.parameters / 1e6:,.0f} million parameters, batch {batch}", title_justify="left", box=None)
-    for column in ("device", "fits", "peak", "tokens/s", "range", "Transformer at 8k", "largest batch"):
-        table.add_column(column, justify="left" if column in ("device", "fits") else "right")
+    lines = []
     for spec, result in outlooks:
         prediction = result.prediction
         rate = prediction.transformer[8192]
-        table.add_row(
-            spec.key,
-            "yes" if result.fits else "no",
-            size(result.at_peak),
-            f"{prediction.tokens_per_second:.0f}",
-            f"{prediction.low:.0f}–{prediction.high:.0f}",
-            "does not fit" if rate is None else f"{rate:.0f}",
-            f"{result.largest_batch:,}",
+        speed = (
+            (f"{prediction.tokens_per_second:.0f}", f"{prediction.low:.0f}–{prediction.high:.0f}") if result.fits else ("—", "—")
         )
-    Console(highlight=False, markup=False).print(table)
+        lines.append(
+            (
+                spec.key,
+                "yes" if result.fits else "no",
+                size(result.at_peak),
+                *speed,
+                "does not fit" if rate is None else f"{rate:.0f}",
+                f"{result.largest_batch:,}",
+            )
+        )
+    print_columns(f"{name}: {sizes.parameters / 1e6:,.0f} million parameters, batch {batch}", HEAD, lines)

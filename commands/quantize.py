@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from retnet_export.commands.common import BundlePath, Force, Json, Output, print_json, print_table, progress, size
-from retnet_export.runtime.bundle.bundle import Bundle, open_bundle
 
 if TYPE_CHECKING:
     from retnet_export.quantize.evaluation import Evaluation
+    from retnet_export.runtime.bundle.bundle import Bundle
 
 
 def quantize(
@@ -49,9 +49,10 @@ def quantize(
 ) -> None:
     """Make a bundle smaller and faster: integer weights in standard ONNX; says what that costs in quality."""
     from retnet_export.commands.evaluate import encode_evaluation, print_evaluation
-    from retnet_export.quantize.calibration import encode
     from retnet_export.quantize.evaluation import evaluate as run_evaluation
     from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
+    from retnet_export.quantize.texts import encode
+    from retnet_export.runtime.bundle.bundle import open_bundle
     from retnet_export.runtime.bundle.files import read_text
     from retnet_export.runtime.model import load
 

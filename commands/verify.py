@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from retnet_export.commands.common import BackendName, BundlePath, Json, print_json, print_table, print_warning, progress, size
-from retnet_export.runtime.bundle.files import read_text
 from retnet_export.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,6 +38,7 @@ def verify(
     from retnet_export.export.verify import memory_needed, verify_by_layer
     from retnet_export.export.verify import verify as verify_whole
     from retnet_export.runtime.bundle.bundle import open_bundle
+    from retnet_export.runtime.bundle.files import read_text
     from retnet_export.runtime.device.doctor import available_memory
     from retnet_export.runtime.model import load
 

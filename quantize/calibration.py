@@ -17,18 +17,16 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from retnet_export.quantize.methods import Gram
+from retnet_export.quantize.texts import CHUNK, encode
 from retnet_export.runtime.backends.base import NUMPY_DTYPES
 from retnet_export.runtime.backends.onnxruntime_api import read_weights_from
 from retnet_export.runtime.bundle.files import read_text
 from retnet_export.runtime.bundle.manifest import StateSpec, state_name
-from retnet_export.runtime.errors import MissingExtraError, UserError
-from retnet_export.runtime.generate.tokenizer import UnknownCharacterError
+from retnet_export.runtime.errors import MissingExtraError
 from retnet_export.runtime.model import Model
 
 Array = NDArray[np.generic]
 
-CHUNK = 128
-"""The fewest tokens that calibration and evaluation take; shorter texts say too little."""
 SEQUENCES = 16
 """Sequences that run side by side in calibration."""
 LONGEST = 512
@@ -52,33 +50,6 @@ def calibration_tokens(model: Model, path: Path) -> NDArray[np.int64]:
     starts = np.linspace(0, len(text) - passage, SEQUENCES).astype(np.int64)
     passages = [encode(model, text, path, slice(start, start + passage))[:LONGEST] for start in starts]
     return np.stack([tokens[: min(map(len, passages))] for tokens in passages])
-
-
-def encode(model: Model, text: str, path: Path, part: slice = slice(None)) -> NDArray[np.int64]:
-    """Token ids of a text from a file, or of a part of it.
-
-    Raises:
-        UserError: it is empty or shorter than one chunk, or holds a character that the tokenizer does not know.
-    """
-    passage, start = text[part], part.indices(len(text))[0]
-    if not passage.strip():
-        what = "empty" if not text else "blank" if passage == text else f"blank from line {_line(text, start)} on"
-        raise UserError(f"{path}: {what}; give a text of the kind that the model is to continue")
-    try:
-        tokens = np.asarray(model.tokenizer.encode(passage), np.int64)
-    except UnknownCharacterError as error:
-        line = _line(text, start + error.position)
-        raise UserError(
-            f"{path}: line {line}: {model.bundle.path} has a tokenizer that does not know {error.character!r} and has no byte "
-            "fallback; remove the character"
-        ) from error
-    if len(tokens) < CHUNK:
-        raise UserError(f"{path}: {len(tokens)} tokens, shorter than one chunk of {CHUNK}; give a longer text")
-    return tokens
-
-
-def _line(text: str, position: int) -> int:
-    return text.count("\n", 0, position) + 1
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet_export.quantize.calibration import CHUNK, encode
 from retnet_export.quantize.reading import Logits, by_chunks, by_steps, wants_steps
+from retnet_export.quantize.texts import CHUNK, encode
 from retnet_export.runtime.backends.base import State
 from retnet_export.runtime.bundle.files import read_text
 from retnet_export.runtime.bundle.manifest import POSITION

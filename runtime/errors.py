@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class UserError(Exception):
@@ -17,6 +17,32 @@ class MissingExtraError(UserError):
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs the package '{package}', which is not installed: pip install 'retnet-export[{extra}]'")
+
+
+EXTRAS: Mapping[str, tuple[str, str]] = {
+    "gguf": ("gguf", "compare"),
+    "huggingface_hub": ("huggingface-hub", "hub"),
+    "matplotlib": ("matplotlib", "compare"),
+    "ml_dtypes": ("ml-dtypes", "export"),
+    "modelopt": ("nvidia-modelopt", "activations"),
+    "onnx": ("onnx", "export"),
+    "onnx_ir": ("onnx-ir", "export"),
+    "onnxruntime": ("onnxruntime", "cpu"),
+    "tensorrt_rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx"),
+    "torch": ("torch", "torch"),
+}
+"""Modules of optional packages: the package's name, and the extra that brings it."""
+
+
+def missing_extra(error: ModuleNotFoundError, purpose: str) -> MissingExtraError | None:
+    """What to install if an import failed that an extra brings; None: the fault is another, and a bug.
+
+    Args:
+        error: the failed import.
+        purpose: what needs it, for the message.
+    """
+    module = (error.name or "").partition(".")[0]
+    return MissingExtraError(*EXTRAS[module], purpose) if module in EXTRAS else None
 
 
 class CheckpointWarning(UserWarning):

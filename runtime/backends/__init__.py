@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from retnet_export.runtime.errors import UserError
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     from retnet_export.runtime.backends.base import Backend
     from retnet_export.runtime.bundle.bundle import Bundle
 
+THREADS_PER_CORE = 4
 NAMES = ("auto", "onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 
 
@@ -22,6 +24,7 @@ def open_backend(name: str, bundle: Bundle, threads: int | None = None, low_memo
     Raises:
         UserError: no such backend, or it does not work here.
     """
+    check_threads(threads)
     if name not in NAMES:
         raise UserError(f"no backend {name!r}; there are {', '.join(NAMES)}")
     if name == "auto":
@@ -44,6 +47,20 @@ def open_backend(name: str, bundle: Bundle, threads: int | None = None, low_memo
     from retnet_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(bundle, threads, low_memory)
+
+
+def check_threads(threads: int | None) -> None:
+    """Refuse threads that a machine can only spend on one another: a hundred thousand of them never come to an end.
+
+    Raises:
+        UserError: there are more than four a core, or none.
+    """
+    cores = os.cpu_count() or 1
+    if threads is not None and not 1 <= threads <= THREADS_PER_CORE * cores:
+        raise UserError(
+            f"--threads is {threads}, expected 1 to {THREADS_PER_CORE * cores}: this machine has {cores} cores, and more threads "
+            f"than cores only wait for one another; give {cores}, or leave it out"
+        )
 
 
 def _on_gpu(bundle: Bundle, low_memory: bool | None) -> Backend | None:

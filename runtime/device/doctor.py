@@ -5,22 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypedDict
 
 from retnet_export.runtime.backends.onnxruntime_api import slow_when_quantized
 from retnet_export.runtime.device import jetson
-from retnet_export.runtime.errors import UserError
-
-PURPOSES: Mapping[str, tuple[tuple[str, ...], str]] = {
-    "generate on the CPU (onnxruntime)": (("onnxruntime", "numpy", "tokenizers"), "cpu"),
-    "export safetensors checkpoints": (("onnx", "onnx_ir", "ml_dtypes", "safetensors"), "export"),
-    "compare with a Transformer": (("matplotlib", "onnx_ir", "onnxruntime"), "compare"),
-    "verify against the parallel form": (("torch",), "torch"),
-}
-"""What users want to do, the modules it needs, and the extra that brings them."""
+from retnet_export.runtime.errors import EXTRAS, UserError
 
 DISTRIBUTIONS = ("retnet-export", "numpy", "onnxruntime", "onnx", "onnx-ir", "torch", "tokenizers", "safetensors")
 
@@ -40,10 +32,7 @@ class Report(TypedDict):
 
 def examine() -> Report:
     """Look at the machine; never raises because something is missing or unknown."""
-    works: dict[str, str | None] = {}
-    for purpose, (modules, extra) in PURPOSES.items():
-        missing = [module for module in modules if importlib.util.find_spec(module) is None]
-        works[purpose] = f"pip install 'retnet-export[{extra}]' (missing: {', '.join(missing)})" if missing else None
+    works: dict[str, str | None] = {"generate on the CPU (onnxruntime)": what_is_missing(("onnxruntime",))}
     works["run quantized bundles fast on the CPU"] = works["generate on the CPU (onnxruntime)"] or slow_when_quantized(
         _version("onnxruntime")
     )
@@ -68,6 +57,16 @@ def examine() -> Report:
         packages={name: _version(name) for name in DISTRIBUTIONS},
         works=works,
     )
+
+
+def what_is_missing(modules: Iterable[str]) -> str | None:
+    """The command that installs what is missing of some modules of `EXTRAS`; None if all are there."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if not missing:
+        return None
+    extras = dict.fromkeys(EXTRAS[module][1] for module in missing)
+    packages = ", ".join(EXTRAS[module][0] for module in missing)
+    return f"pip install 'retnet-export[{','.join(extras)}]' (missing: {packages})"
 
 
 def _gpu() -> tuple[dict[str, str], str | None]:
