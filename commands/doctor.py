@@ -37,16 +37,16 @@ def doctor(ctx: typer.Context, as_json: Json = False) -> None:
     """Say what works on this machine and, where something does not, the command that would fix it."""
     from retnet_export.runtime.device.doctor import examine
 
-    report = {**examine(), "commands": commands_that_work(_registered(ctx))}
+    report, commands = examine(), commands_that_work(_registered(ctx))
     if as_json:
-        print_json(report)
+        print_json({**report, "commands": commands})
         return
     print_table("machine", [(name, str(value)) for name, value in report["machine"].items()])
     for title, facts in (("GPU", report["gpu"]), ("Jetson", report["jetson"])):
         if facts:
             print_table(f"\n{title}", list(facts.items()))
     print_table("\npackages", [(name, str(value)) for name, value in report["packages"].items()])
-    for title, rows in (("commands", report["commands"]), ("what runs them", report["works"])):
+    for title, rows in (("commands", commands), ("what runs them", report["works"])):
         print_table(f"\n{title}", [(name, "yes" if fix is None else f"no: {fix}") for name, fix in rows.items()])
 
 
