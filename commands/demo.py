@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -33,10 +36,6 @@ def demo(
     force: Force = False,
 ) -> None:
     """The whole path on the bundled model: export, verify, generate, quantize, weigh size, speed and quality, compile, compare."""
-    from retnet_export.commands.compare import compare
-    from retnet_export.commands.export import export
-    from retnet_export.commands.generate import generate
-    from retnet_export.commands.verify import verify
     from retnet_export.quantize.texts import encode
     from retnet_export.runtime.bundle.files import read_text
     from retnet_export.runtime.model import load
@@ -51,37 +50,29 @@ def demo(
         raise UserError("the bundled excerpt is part of the source tree and not of the installed package: give --text FILE")
     text = text or HELD_OUT
     texts = {path: read_text(path) for path in (text, calibration) if path is not None}
-    _announce(f"retnet-export export {source} -o {output}")
-    export(source, output, force=force)
+    again = ["--force"] if force else []
+    _run("export", source, "-o", output, *again)
     model = load(output, check_hashes=False)
     for path, content in texts.items():
         encode(model, content, path)  # a text that is of no use should be known before the work, not after
-    _announce(f"retnet-export verify {output} --checkpoint {source}")
-    verify(output, source)
-    _announce(f"retnet-export generate {output} --prompt {PROMPT!r} --seed 1 --stats")
-    generate(output, prompt=PROMPT, max_new_tokens=160, seed=1, stats=True)
-    bundles = {"fp32": output, **_quantize(output, calibration, force)}
-    _announce(f"retnet-export generate {bundles['INT8']} --prompt {PROMPT!r} --seed 1 --stats")
-    generate(bundles["INT8"], prompt=PROMPT, max_new_tokens=160, seed=1, stats=True)
+    _run("verify", output, "--checkpoint", source)
+    _run("generate", output, "--prompt", PROMPT, "--max-new-tokens", 160, "--seed", 1, "--stats")
+    bundles = {"fp32": output, **_quantize(output, calibration, again)}
+    _run("generate", bundles["INT8"], "--prompt", PROMPT, "--max-new-tokens", 160, "--seed", 1, "--stats")
     _print_trade_offs(bundles, text)
     _compile(output)
     report = output.with_suffix(".comparison")
-    contexts = "0,512,2048,8192"
-    _announce(f"retnet-export compare {output} -o {report} --contexts {contexts} --prompts 512 --batches 1,4 --seconds 0.3")
-    compare(output, report, contexts=contexts, prompts="512", batches="1,4", seconds=0.3, force=force)
+    measured = ("--contexts", "0,512,2048,8192", "--prompts", "512", "--batches", "1,4", "--seconds", 0.3)
+    _run("compare", output, "-o", report, *measured, *again)
 
 
-def _quantize(bundle: Path, calibration: Path | None, force: bool) -> dict[str, Path]:
+def _quantize(bundle: Path, calibration: Path | None, again: Sequence[str]) -> dict[str, Path]:
     """Quantized copies by name; INT4 by the best method that there is a text for."""
-    from retnet_export.commands.quantize import quantize
-
     method = "rtn" if calibration is None else "gptq"
     int8, int4 = (bundle.with_name(f"{bundle.stem}-{weights}.retnet") for weights in ("int8", "int4"))
-    _announce(f"retnet-export quantize {bundle} -o {int8} --weights int8")
-    quantize(bundle, int8, weights="int8", force=force)
-    calibrated = "" if calibration is None else f" --method gptq --calibration {calibration}"
-    _announce(f"retnet-export quantize {bundle} -o {int4} --weights int4{calibrated}")
-    quantize(bundle, int4, weights="int4", method=method, calibration=calibration, force=force)
+    _run("quantize", bundle, "-o", int8, "--weights", "int8", *again)
+    calibrated = [] if calibration is None else ["--method", "gptq", "--calibration", calibration]
+    _run("quantize", bundle, "-o", int4, "--weights", "int4", *calibrated, *again)
     return {"INT8": int8, f"INT4, {method}": int4}
 
 
@@ -120,17 +111,26 @@ def _print_trade_offs(bundles: Mapping[str, Path], text: Path) -> None:
 
 def _compile(bundle: Path) -> None:
     """TensorRT-RTX builds for GPUs that are not here; without it the demo says so and goes on."""
-    from retnet_export.commands.compile import compile_
     from retnet_export.runtime.backends.tensorrt_api import load_module
 
-    _announce(f"retnet-export compile {bundle} --target tensorrt-rtx --compute-capability 8.6 --compute-capability 12.0")
+    command = ("compile", bundle, "--target", "tensorrt-rtx", "--compute-capability", "8.6", "--compute-capability", "12.0")
     try:
         load_module("tensorrt-rtx")
     except UserError as error:
+        _announce(command)
         typer.echo(f"skipped: {error}")
         return
-    compile_(bundle, target="tensorrt-rtx", compute_capability=["8.6", "12.0"])
+    _run(*command)
 
 
-def _announce(command: str) -> None:
-    typer.secho(f"\n$ {command}", fg="cyan", bold=True)
+def _run(*command: object) -> None:
+    """Run a command as it is printed, in a process of its own: its time and its memory are what a user's would be."""
+    _announce(command)
+    sys.stdout.flush()
+    done = subprocess.run([sys.executable, "-m", "retnet_export", *map(str, command)], check=False)
+    if done.returncode:
+        raise typer.Exit(done.returncode)
+
+
+def _announce(command: Sequence[object]) -> None:
+    typer.secho(f"\n$ retnet-export {shlex.join(map(str, command))}", fg="cyan", bold=True)

@@ -23,6 +23,8 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
     "compile (--target tensorrt-rtx)": ("tensorrt_rtx",),
     "generate": ("onnxruntime",),
     "chat": ("onnxruntime",),
+    "chat (with the bundle's chat template)": ("onnxruntime", "jinja2"),
+    "serve": ("onnxruntime", "starlette", "uvicorn", "prometheus_client", "pydantic"),
     "inspect": (),
     "compare": (*WRITE, "onnxruntime", "matplotlib"),
     "compare (--peer llama.cpp)": (*WRITE, "onnxruntime", "matplotlib", "gguf"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from retnet_export.compare.results import GENAI, RETNET, TRANSFORMER, Cell, Comparison, Measurement
+from retnet_export.compare.transformer import PARAMETER_MATCH
 
 PEER_MARGIN = 1.10
 """If onnxruntime-genai runs the baseline faster than ours by more than this, its figure is the one compared with."""
@@ -193,8 +194,18 @@ def _capacity(comparison: Comparison) -> list[str]:
     ]
 
 
+def parameter_difference(comparison: Comparison) -> float:
+    """The Transformer's parameters over the RetNet's, less one."""
+    return comparison.transformer.parameters / comparison.retnet.parameters - 1
+
+
 def _caveats(comparison: Comparison) -> list[str]:
     sentences = ["The Transformer's weights are random, which its speed does not depend on, so nothing is said of its quality."]
+    if abs(difference := parameter_difference(comparison)) > PARAMETER_MATCH:
+        sentences.append(
+            f"The Transformer has {100 * abs(difference):.1f} % {'more' if difference > 0 else 'fewer'} parameters than the "
+            "RetNet: no feed-forward width that its groups of quantized weights divide comes closer."
+        )
     if comparison.perplexity is not None:
         sentences.append(f"The RetNet's perplexity on {comparison.text} is {comparison.perplexity:.2f}.")
     if slower_than_peer(comparison):

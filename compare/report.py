@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from retnet_export.compare.analysis import Row, batch_rows, decode_rows, paragraph, rows, slower_than_peer
+from retnet_export.compare.analysis import Row, batch_rows, decode_rows, paragraph, parameter_difference, rows, slower_than_peer
 from retnet_export.compare.plots import plots, png, svg
 from retnet_export.compare.results import GENAI, LLAMA_CPP, RETNET, TRANSFORMER, Comparison, Measurement, Model
 from retnet_export.runtime.bundle.schema import decode, encode
@@ -142,7 +142,7 @@ def model_table(comparison: Comparison) -> Table:
     sides = (comparison.retnet, comparison.transformer)
     shapes = dict.fromkeys(name for side in sides for name in side.shape)
     lines = [
-        ["parameters", *(f"{side.parameters:,}" for side in sides)],
+        ["parameters", f"{sides[0].parameters:,}", f"{sides[1].parameters:,} ({100 * parameter_difference(comparison):+.1f} %)"],
         ["weights", *(f"{side.weights}, {side.weights_bytes / 1e6:,.1f} MB" for side in sides)],
         ["one sequence", *(_sequence(side) for side in sides)],
         *([name, *(f"{side.shape[name]:,}" if name in side.shape else "–" for side in sides)] for name in shapes),

@@ -18,7 +18,7 @@ from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.errors import UserError
 
 PARAMETER_MATCH = 0.01
-"""The parameter counts differ by at most this share."""
+"""The parameter counts differ by at most this share if a feed-forward width allows it; else the report says by how much."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def transformer_like(config: ModelConfig, kv_heads: int | None = None, group: in
         group: inputs of a matrix that share a scale, which must divide the feed-forward width.
 
     Raises:
-        UserError: `kv_heads` does not divide the query heads, or no feed-forward width matches the parameter count.
+        UserError: `kv_heads` does not divide the query heads, or the attention alone has more parameters than the RetNet.
     """
     # Heads of 64 up to Llama 3.2's 1B (width 2048), of 128 above, as is usual. Their product need not be the width.
     head_dim = 64 if config.hidden_size <= 2048 else 128
@@ -116,11 +116,8 @@ def transformer_like(config: ModelConfig, kv_heads: int | None = None, group: in
         size = multiple * round(exact / multiple)
         if size > 0 and size % group == 0 and abs(with_ffn(size).parameters - wanted) <= PARAMETER_MATCH * wanted:
             return with_ffn(size)
-    if exact > group > 1:
-        raise UserError(
-            f"no feed-forward width that is a multiple of {group} gives the Transformer the RetNet's {wanted:,} parameters within "
-            f"{100 * PARAMETER_MATCH:.0f} %; compare a bundle that was quantized with a smaller --group-size"
-        )
+    if exact > 0:
+        return with_ffn(group * max(1, round(exact / group)))
     raise UserError(
         f"no Transformer of width {config.hidden_size} and {config.num_layers} layers has the RetNet's {wanted:,} parameters: "
         "its attention alone has more. There is nothing fair to compare with"

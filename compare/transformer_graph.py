@@ -91,10 +91,9 @@ def build_transformer(
         with b.scope(f"layers.{index}"):
             x = residual(w, x, "attention", partial(attention, index))
             x = residual(w, x, "ffn", partial(feed_forward, w))
-    # Only the last token's logits are wanted: (B, T, D) -> (B, D) before the head, as the RetNet's prefill does.
-    x = b.op("Gather", x, b.constant(np.array(-1, np.int64), "last"), name="last_token", axis=1)
-    scores = b.op("Unsqueeze", logits(w, x), b.axes(1), name="logits_row")
-    b.output(scores, "logits", ir.DataType.FLOAT, ("batch", 1, config.vocab_size))
+    # Only the last token's logits are wanted: (B, T, D) -> (B, 1, D) before the head, as the RetNet's prefill does.
+    x = b.op("Gather", x, b.constant(np.array([-1], np.int64), "last"), name="last_token", axis=1)
+    b.output(logits(w, x), "logits", ir.DataType.FLOAT, ("batch", 1, config.vocab_size))
     for index, present in enumerate(presents):
         for value, part in zip(present, ("key", "value"), strict=True):
             b.output(value, f"present.{index}.{part}", cache_type, cache_shape)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retnet_export.runtime.backends.base import initial_state
-from retnet_export.runtime.backends.onnxruntime_api import read_weights_from
+from retnet_export.runtime.backends.onnxruntime_api import check_computes, read_weights_from
 from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.errors import MissingExtraError, UserError
 
@@ -56,6 +56,7 @@ def logits_by_layer(
         import onnx
     except ImportError as error:
         raise MissingExtraError("onnx", "export", "running a graph layer by layer") from error
+    check_computes(bundle.manifest, bundle.path)
     spec, manifest = bundle.manifest.graphs[graph], bundle.manifest
     model = onnx.load(str(bundle.file(spec.file)), load_external_data=False)
     layers = manifest.model.num_layers

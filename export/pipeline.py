@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -22,7 +23,7 @@ from retnet_export.runtime.bundle.manifest import (
     Precision,
     state_specs,
 )
-from retnet_export.runtime.errors import MissingExtraError, UserError
+from retnet_export.runtime.errors import MissingExtraError, PrecisionWarning, UserError
 
 PRECISIONS: Mapping[str, Literal["float32", "float16", "bfloat16"]] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 STATES: Mapping[str, Literal["float32", "float16"]] = {"fp32": "float32", "fp16": "float16"}
@@ -85,6 +86,12 @@ def export_bundle(
         UserError: the target exists or cannot be written; nothing is left behind.
     """
     options = options or ExportOptions()
+    if options.precision == "bf16":
+        warnings.warn(
+            "--precision bf16: ONNX Runtime has no kernels for it on a CPU; only GPUs run this bundle (onnxruntime-cuda, TensorRT)",
+            PrecisionWarning,
+            stacklevel=2,
+        )
     text = read_text_settings(checkpoint.text, checkpoint.settings, checkpoint.config.vocab_size, options.bos)
     with new_folder(target, marker=MANIFEST, force=force) as folder:
         written = _write_graphs(folder, checkpoint, options, progress)

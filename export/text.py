@@ -72,6 +72,8 @@ def read_text_settings(folder: Path | None, settings: Mapping[str, Any], vocab_s
     special = {**_named_tokens(_optional(folder / SPECIAL_TOKENS)), **_named_tokens(config)}
     content = read_text(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else None
     tokenizer = None if content is None else _parsed(content, folder / TOKENIZER)
+    if tokenizer is not None:
+        _check_vocabulary(tokenizer, folder / TOKENIZER, vocab_size)
     named = [("config.json", _ids("config.json", settings)), (GENERATION_CONFIG, _ids(GENERATION_CONFIG, generation))]
     ids = [pair for _, pairs in named for pair in pairs]
     if tokenizer is not None and "eos_token" in special:
@@ -99,6 +101,29 @@ def _parsed(content: str, path: Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _check_vocabulary(tokenizer: Tokenizer, path: Path, vocab_size: int) -> None:
+    """Compare a tokenizer with the model: its tokens must be rows of the embedding, but for those that were added and never used.
+
+    Raises:
+        UserError: tokens of its own are beyond the vocabulary; it belongs to another model.
+    """
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    beyond = {text: token for text, token in tokenizer.get_vocab(with_added_tokens=True).items() if token >= vocab_size}
+    if own := sorted(set(beyond) - added, key=beyond.__getitem__):
+        raise UserError(
+            f"{path}: {len(own):,} of its tokens, as {own[-1]!r} with the id {beyond[own[-1]]}, are beyond the model's vocabulary "
+            f"of {vocab_size:,}: it is another model's tokenizer; put the right one there, or none, for token ids in and out"
+        )
+    if beyond:
+        names = sorted(beyond, key=beyond.__getitem__)
+        warnings.warn(
+            f"{path}: the model's vocabulary of {vocab_size:,} has no room for {', '.join(map(repr, names[:4]))}"
+            f"{f' and {len(names) - 4} more' if len(names) > 4 else ''}, which were added; a text that holds one is refused",
+            CheckpointWarning,
+            stacklevel=2,
+        )
 
 
 def _named_tokens(document: Mapping[str, Any]) -> dict[str, str]:

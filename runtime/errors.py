@@ -22,14 +22,19 @@ class MissingExtraError(UserError):
 EXTRAS: Mapping[str, tuple[str, str]] = {
     "gguf": ("gguf", "compare"),
     "huggingface_hub": ("huggingface-hub", "hub"),
+    "jinja2": ("jinja2", "chat"),
     "matplotlib": ("matplotlib", "compare"),
     "ml_dtypes": ("ml-dtypes", "export"),
     "modelopt": ("nvidia-modelopt", "activations"),
     "onnx": ("onnx", "export"),
     "onnx_ir": ("onnx-ir", "export"),
     "onnxruntime": ("onnxruntime", "cpu"),
+    "prometheus_client": ("prometheus-client", "serve"),
+    "pydantic": ("pydantic", "serve"),
+    "starlette": ("starlette", "serve"),
     "tensorrt_rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx"),
     "torch": ("torch", "torch"),
+    "uvicorn": ("uvicorn", "serve"),
 }
 """Modules of optional packages: the package's name, and the extra that brings it."""
 

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retnet_export.runtime.backends.base import NUMPY_DTYPES, PassCost, State, last_rows, state_from_graph, state_to_graph, top_of
-from retnet_export.runtime.backends.onnxruntime_api import check_session
+from retnet_export.runtime.backends.onnxruntime_api import check_computes, check_session
 from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.bundle.layout import StateLayout
 from retnet_export.runtime.bundle.manifest import Manifest, StateSpec
@@ -58,6 +58,7 @@ class OnnxRuntimeBackend:
             import onnxruntime
         except ImportError as error:
             raise MissingExtraError("onnxruntime", "cpu", "running a bundle on the CPU") from error
+        check_computes(bundle.manifest, bundle.path)
         self._bundle = bundle
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3

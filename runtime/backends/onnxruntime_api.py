@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from retnet_export.runtime.backends.agreement import check_agrees
-from retnet_export.runtime.bundle.manifest import DType, GraphSpec, TensorSpec
+from retnet_export.runtime.bundle.manifest import DType, GraphSpec, Manifest, TensorSpec
 from retnet_export.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,6 +28,11 @@ WEIGHTS_FOLDER_OPTION = (1, 21)
 """The first that is told where the weights of a graph in memory lie."""
 FUSES_INTEGERS = (1, 25)
 """The first that makes one operator of an 8-bit weight's DequantizeLinear and its product, and that has LinearAttention."""
+
+BFLOAT16_REMEDY = (
+    "run it on a GPU (--backend onnxruntime-cuda, or compile it for TensorRT), or export with --precision fp32 or fp16"
+)
+"""What to do with a bundle of bfloat16."""
 
 
 def is_older(version: str, than: tuple[int, int]) -> bool:
@@ -59,6 +64,16 @@ def read_weights_from(folder: Path, options: onnxruntime.SessionOptions, purpose
             f"{purpose} needs ONNX Runtime 1.21 or later, this is {onnxruntime.__version__}: pip install --upgrade onnxruntime"
         )
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+
+
+def check_computes(manifest: Manifest, path: Path) -> None:
+    """Refuse a bundle whose products the CPU provider has no kernels for, which it would say as NOT_IMPLEMENTED.
+
+    Raises:
+        UserError: its products are bfloat16.
+    """
+    if manifest.precision.compute == "bfloat16":
+        raise UserError(f"{path}: its products are bfloat16, which ONNX Runtime does not compute on a CPU; {BFLOAT16_REMEDY}")
 
 
 def check_session(path: Path, spec: GraphSpec, session: onnxruntime.InferenceSession) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -83,7 +84,14 @@ class Stats:
 
 
 def peak_memory_bytes() -> int | None:
-    """The most memory this process ever had resident; None where the system does not tell."""
+    """The most memory this process ever had resident; None where the system does not tell.
+
+    Linux counts in `ru_maxrss` what the process was before it became this program, which is a copy of the one that started it.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        lines = status.read_text().splitlines()
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
     try:
         import resource
     except ImportError:  # not on Windows

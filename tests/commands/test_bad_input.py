@@ -182,3 +182,20 @@ def test_an_unknown_backend(example_bundle):
 def test_wrong_usage_is_exit_code_2():
     assert CliRunner().invoke(app, ["export"]).exit_code == 2
     assert CliRunner().invoke(app, ["export", "--no-such-option"]).exit_code == 2
+
+
+def test_bfloat16_is_said_to_be_for_gpus_at_export_and_refused_on_a_cpu_with_what_works(tmp_path):
+    target = tmp_path / "brain.retnet"
+    result = CliRunner().invoke(app, ["export", str(EXAMPLE), "-o", str(target), "--precision", "bf16"])
+    assert result.exit_code == 0
+    assert "warning: --precision bf16: ONNX Runtime has no kernels for it on a CPU" in result.stderr
+    for command in (
+        ("generate", target, "--prompt", "In", "--backend", "onnxruntime"),
+        ("verify", target, "--checkpoint", EXAMPLE, "--by-layer"),
+        ("evaluate", target, "--text", EXAMPLE / "held-out.txt", "--backend", "onnxruntime"),
+    ):
+        message = refused(*command)
+        assert f"{target}: its products are bfloat16, which ONNX Runtime does not compute on a CPU" in message
+        assert "--backend onnxruntime-cuda" in message
+        assert "--precision fp32 or fp16" in message
+        assert "NOT_IMPLEMENTED" not in message

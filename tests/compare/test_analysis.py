@@ -8,6 +8,7 @@ import pytest
 
 from retnet_export.compare import analysis
 from retnet_export.compare.measure import timing
+from retnet_export.compare.report import model_table
 from retnet_export.compare.results import GENAI, REPORT_FORMAT, RETNET, TRANSFORMER, Cell, Comparison, Measurement, Model
 
 
@@ -102,3 +103,11 @@ def test_quality_stands_beside_speed():
 def test_a_comparison_without_times_says_so():
     text = analysis.paragraph(comparison({}, {}))
     assert text.startswith("Neither model could be timed.")
+
+
+@pytest.mark.parametrize(("parameters", "said"), [(1_016_000, "1.6 % more"), (970_000, "3.0 % fewer"), (1_005_000, None)])
+def test_a_transformer_of_other_size_is_said_to_be_one(parameters, said):
+    made = replace(comparison({0: 1.0}, {0: 1.0}), transformer=model(parameters=parameters, bytes_per_token=10_000))
+    text = analysis.paragraph(made)
+    assert (f"The Transformer has {said} parameters than the RetNet" in text) if said else "parameters" not in text
+    assert f"({100 * (parameters / 1_000_000 - 1):+.1f} %)" in model_table(made)[1][0][2]

@@ -118,3 +118,24 @@ def test_a_bundle_brings_it_all_to_the_runtime(checkpoint, tmp_path):
         assert list(generation) == []
         assert generation.finish == "end of text"
         assert generation.ended_by == end
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder):
+    size = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+    read_text_settings(folder, {}, size)
+    with pytest.raises(
+        UserError, match=rf"3 of its tokens, as .* with the id {size - 1}, are beyond .* of {size - 3:,}: it is another"
+    ):
+        read_text_settings(folder, {}, size - 3)
+
+
+def test_an_added_token_without_a_row_is_warned_of_and_a_text_with_it_is_refused(checkpoint, tmp_path):
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<pad>"])
+    tokenizer.save(str(checkpoint / "tokenizer.json"))
+    with pytest.warns(CheckpointWarning, match=r"vocabulary of 4,096 has no room for '<pad>', which were added"):
+        bundle = export_bundle(open_checkpoint(checkpoint), tmp_path / "padded.retnet")
+    session = load(bundle.path, "onnxruntime").session()
+    session.feed("In the beginning")
+    with pytest.raises(UserError, match="4096"):
+        session.feed("In the <pad> beginning")
