@@ -23,12 +23,12 @@ from retnet_export.commands.inspect import inspect
 from retnet_export.commands.plan import plan
 from retnet_export.commands.quantize import quantize
 from retnet_export.commands.serve import serve
+from retnet_export.commands.tokenize import tokenize
 from retnet_export.commands.verify import verify
 
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # typer's boxes cut long names of options, and cost a third of the time
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -38,9 +38,9 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from retnet_export import __version__
 
-        typer.echo(f"retnet-export {version('retnet-export')}")
+        typer.echo(f"retnet-export {__version__}")
         raise typer.Exit
 
 
@@ -54,5 +54,21 @@ def _main(
 
 
 app.command("compile")(compile_)
-for command in (export, verify, quantize, evaluate, convert, generate, chat, serve, inspect, compare, plan, doctor, demo):
+COMMANDS = (
+    export,
+    verify,
+    quantize,
+    evaluate,
+    convert,
+    generate,
+    chat,
+    serve,
+    tokenize,
+    inspect,
+    compare,
+    plan,
+    doctor,
+    demo,
+)
+for command in COMMANDS:
     app.command()(command)

@@ -3,37 +3,52 @@
 from __future__ import annotations
 
 import contextlib
-import signal
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from retnet_export.commands import sampling
-from retnet_export.commands.common import BackendName, BundlePath, LowMemory, Threads, print_error, progress
-from retnet_export.runtime.errors import UserError
+from retnet_export.commands.common import (
+    BackendName,
+    BundlePath,
+    LowMemory,
+    Threads,
+    interruptible,
+    print_error,
+    print_table,
+    progress,
+)
+from retnet_export.runtime.errors import ArgumentError, UserError
 
 if TYPE_CHECKING:
     from retnet_export.runtime.generate.conversation import Conversation
+    from retnet_export.runtime.generate.generation import Options
 
 HELP = """\
-Type a message and press Enter; the model continues it. Ctrl-C stops a reply and keeps what was said. Commands:
-  /save FILE    save the conversation
+Type a message and press Enter; the model replies. Ctrl-C stops a reply and keeps what was said.
+A message of several lines stands between two lines of \"\"\", or is typed with Alt-Enter. Commands:
+  /save FILE    save the conversation; /save! overwrites
   /load FILE    go on from a saved one
   /fork         branch off: go on in a copy, the original stays as it is
   /switch N     go to branch N
   /rewind [N]   take back the last N messages and their replies (1)
   /reset        start again, after the system prompt if there is one
+  /set NAME X   change an option of the replies, as in /set temperature 0.7
+  /show         the options, and where the conversation stands
   /stats        speed and sizes of the last reply
   /help         this
   /quit         leave (or Ctrl-D)
 A message that begins with / is written //.\
 """
+QUOTES = '"""'
+HISTORY_LINES = 1000
 
 
+@sampling.with_sampling(max_new_tokens=256)
 def chat(
     bundle: BundlePath,
     system: Annotated[
@@ -42,22 +57,23 @@ def chat(
     load_state: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Go on from a saved conversation.", show_default=False)
     ] = None,
-    before: Annotated[str, typer.Option(help=r"Put before each message, as in 'User: '; \n is a new line.")] = "",
-    after: Annotated[str, typer.Option(help=r"Put after each message, as in '\nAssistant: '.")] = r"\n",
+    template: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A Jinja chat template instead of the model's own.", show_default=False),
+    ] = None,
+    before: Annotated[
+        str | None,
+        typer.Option(help=r"Without a template: put before each message, as in 'User: '; \n is a new line.", show_default=False),
+    ] = None,
+    after: Annotated[
+        str | None,
+        typer.Option(
+            help=r"Without a template: put after each message, as in '\nAssistant: '; \n if not given.", show_default=False
+        ),
+    ] = None,
     keep: Annotated[int, typer.Option(min=1, help="How many messages /rewind can take back.")] = 16,
-    max_new_tokens: sampling.MaxNewTokens = 256,
-    temperature: sampling.Temperature = 0.8,
-    top_k: sampling.TopK = 0,
-    top_p: sampling.TopP = 0.95,
-    min_p: sampling.MinP = 0.0,
-    repetition_penalty: sampling.RepetitionPenalty = 1.0,
-    presence_penalty: sampling.PresencePenalty = 0.0,
-    frequency_penalty: sampling.FrequencyPenalty = 0.0,
-    logit_bias: sampling.LogitBias = None,
-    seed: sampling.Seed = None,
-    speculate: sampling.Speculate = "auto",
-    stop: sampling.Stop = None,
-    stop_token: sampling.StopToken = None,
+    *,
+    options: Options,
     backend: BackendName = "auto",
     threads: Threads = None,
     low_memory: LowMemory = None,
@@ -65,31 +81,23 @@ def chat(
     """Talk to a model: at a terminal, or a line of stdin a message. /help lists what can be done with the conversation."""
     from retnet_export.runtime.bundle.files import read_text
     from retnet_export.runtime.generate.conversation import Conversation
-    from retnet_export.runtime.generate.generation import Options
+    from retnet_export.runtime.generate.templates import ChatTemplate, PlainTemplate, Template
     from retnet_export.runtime.model import load
 
-    options = Options(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        logit_bias=sampling.biases_from(logit_bias),
-        speculate=sampling.speculation_from(speculate),
-        seed=seed,
-        stop=tuple(stop or ()),
-        stop_tokens=tuple(stop_token or ()),
-    )
     if system is not None and load_state is not None:
-        raise typer.BadParameter(
-            "a saved conversation has its beginning already: give --system or --load-state", param_hint="--system"
-        )
+        raise ArgumentError("system", "goes without --load-state: a saved conversation has its beginning already")
+    if template is not None and (before is not None or after is not None):
+        raise ArgumentError("template", "goes without --before and --after: it says what stands around a message")
     text = None if system is None else read_text(system)
+    source = None if template is None else read_text(template)
     model = load(bundle, backend, threads=threads, low_memory=low_memory)
-    conversation = Conversation(model, options, before=_unescaped(before), after=_unescaped(after), keep=keep)
+    chosen: Template | None = None
+    if source is not None:
+        spec = model.bundle.manifest.tokenizer
+        chosen = ChatTemplate(source, spec.special_tokens if spec else {}, str(template))
+    elif before is not None or after is not None:
+        chosen = PlainTemplate(sampling.unescaped(before or ""), "\n" if after is None else sampling.unescaped(after))
+    conversation = Conversation(model, options, template=chosen, keep=keep)
     if text is not None:
         with progress("chat") as update:
             conversation.begin_with(text, lambda done, total: update("reading the system prompt", done / total))
@@ -101,21 +109,58 @@ def chat(
 def _talk(conversation: Conversation) -> None:
     """Read messages until there are no more. At a terminal a fault is shown and the talk goes on; in a pipe it ends it."""
     terminal = sys.stdin.isatty()
-    if terminal:
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401 (line editing and history for input())
-        typer.secho("/help lists what you can do; Ctrl-D leaves", dim=True, err=True)
-    for line in _terminal_lines() if terminal else _piped_lines():
-        try:
-            if line.startswith("/") and not line.startswith("//"):
-                if not _obey(conversation, line[1:]):
-                    return
-            elif line.strip():
-                _reply(conversation, line[1:] if line.startswith("/") else line)
-        except UserError as error:
-            if not terminal:
-                raise
-            print_error(str(error))
+    with _line_editing() if terminal else contextlib.nullcontext():
+        if terminal:
+            typer.secho("/help lists what you can do; Ctrl-D leaves", dim=True, err=True)
+        for message in _messages(_terminal_lines() if terminal else _piped_lines()):
+            try:
+                if message.startswith("/") and not message.startswith("//"):
+                    if not _obey(conversation, message[1:], terminal):
+                        return
+                elif message.strip():
+                    _reply(conversation, message[1:] if message.startswith("/") else message)
+            except UserError as error:
+                if not terminal:
+                    raise
+                print_error(str(error))
+
+
+def _messages(lines: Iterator[str]) -> Iterator[str]:
+    """Lines, and what stands between two lines that have the quotes as one message."""
+    for line in lines:
+        if not line.startswith(QUOTES):
+            yield line
+            continue
+        parts = [line[len(QUOTES) :]]
+        while not parts[-1].rstrip().endswith(QUOTES):
+            if (following := next(lines, None)) is None:
+                raise UserError(f"the message that began with {QUOTES} has no end; close it with {QUOTES}")
+            parts.append(following)
+        parts[-1] = parts[-1].rstrip().removesuffix(QUOTES)
+        text = "\n".join(parts).removeprefix("\n").removesuffix("\n")
+        yield f"/{text}" if text.startswith("/") else text
+
+
+@contextlib.contextmanager
+def _line_editing() -> Iterator[None]:
+    """Line editing for `input`, Alt-Enter for a new line in a message, and a history that outlives the talk."""
+    try:
+        import readline
+    except ImportError:
+        yield
+        return
+    readline.parse_and_bind(r'"\e\C-m": "\C-v\C-j"')
+    folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "retnet-export"
+    with contextlib.suppress(OSError):
+        readline.read_history_file(folder / "history")
+    readline.set_history_length(HISTORY_LINES)
+    try:
+        yield
+    finally:
+        # A home that cannot be written has no history: the talk matters more.
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(folder / "history")
 
 
 def _terminal_lines() -> Iterator[str]:
@@ -138,39 +183,23 @@ def _piped_lines() -> Iterator[str]:
 
 
 def _reply(conversation: Conversation, message: str) -> None:
-    with _interruptible() as stopped:
+    with interruptible() as stopped:
         for piece in conversation.say(message, stopped):
             typer.echo(piece, nl=False)
     typer.echo()
 
 
-@contextlib.contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C sets a flag that is looked at between tokens, so that it never falls into a step; the second one is the usual."""
-    interrupted = False
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal interrupted
-        if interrupted:
-            raise KeyboardInterrupt
-        interrupted = True
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: interrupted
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _obey(conversation: Conversation, line: str) -> bool:
+def _obey(conversation: Conversation, line: str, terminal: bool) -> bool:
     """Run a command; false if it ends the talk."""
     name, _, rest = line.partition(" ")
     argument = rest.strip()
-    if name in ("save", "load"):
+    if name in ("save", "save!", "load"):
         if not argument:
             raise UserError(f"/{name} needs a file, as in /{name} talk.state")
-        (conversation.save if name == "save" else conversation.load)(argument)
-        _tell(f"{'saved to' if name == 'save' else 'going on from'} {argument}, {conversation.session.position} tokens")
+        if name == "save" and Path(argument).exists() and not _overwrites(argument, terminal):
+            return True
+        (conversation.load if name == "load" else conversation.save)(argument)
+        _tell(f"{'going on from' if name == 'load' else 'saved to'} {argument}, {conversation.session.position} tokens")
     elif name == "fork":
         origin = conversation.current
         _tell(f"branch {conversation.fork() + 1}, a copy; /switch {origin + 1} goes back")
@@ -183,8 +212,16 @@ def _obey(conversation: Conversation, line: str) -> bool:
     elif name == "reset":
         conversation.reset()
         _tell(f"back to {conversation.session.position} tokens")
+    elif name == "set":
+        option, _, value = argument.partition(" ")
+        field = sampling.field_called(option)
+        conversation.options = sampling.changed(conversation.options, field, value.strip())
+        _tell(f"{field} {sampling.shown(conversation.options)[field]}")
+    elif name == "show":
+        _show(conversation)
     elif name == "stats":
-        sampling.print_stats(conversation.stats, conversation.session.model.bundle.manifest.state_bytes)
+        state_bytes = conversation.session.model.bundle.manifest.state_bytes
+        sampling.print_stats(conversation.stats, state_bytes, conversation.options.seed)
     elif name == "help":
         _tell(HELP)
     elif name in ("quit", "exit"):
@@ -192,6 +229,21 @@ def _obey(conversation: Conversation, line: str) -> bool:
     else:
         raise UserError(f"no command /{name}; /help lists them, and a message that begins with / is written //")
     return True
+
+
+def _overwrites(file: str, terminal: bool) -> bool:
+    """Whether a file that is there may be replaced."""
+    if not terminal:
+        raise UserError(f"{file}: exists already; /save! {file} overwrites it")
+    return typer.confirm(f"{file} exists. Overwrite it?", err=True)
+
+
+def _show(conversation: Conversation) -> None:
+    where = f"{conversation.session.position} tokens, {len(conversation.messages)} messages, {conversation.kept} to take back"
+    rows = [*sampling.shown(conversation.options).items(), ("conversation", where)]
+    if conversation.branches > 1:
+        rows.append(("branch", f"{conversation.current + 1} of {conversation.branches}"))
+    print_table("", rows, err=True)
 
 
 def _number(name: str, argument: str, default: int) -> int:
@@ -203,7 +255,3 @@ def _number(name: str, argument: str, default: int) -> int:
 
 def _tell(text: str) -> None:
     typer.secho(text, dim=True, err=True)
-
-
-def _unescaped(text: str) -> str:
-    return text.replace("\\n", "\n")

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from retnet_export.runtime.errors import CheckpointWarning, PrecisionWarning, UserError, missing_extra
+from retnet_export.runtime.errors import ArgumentError, CheckpointWarning, PrecisionWarning, UserError, missing_extra
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,8 +42,12 @@ LowMemory = Annotated[
 ]
 
 
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end, by SIGTERM: what Ctrl-C cleans up, this cleans up."""
+
+
 class Commands(typer.core.TyperGroup):
-    """Turns a fault that the user can mend into one message on stderr and exit code 1."""
+    """Turns a fault that the user can fix into one message on stderr and exit code 1, or 2 if a flag is at fault."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """The commands with all that they say of themselves; click cuts it to one line."""
@@ -50,9 +57,15 @@ class Commands(typer.core.TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), terminable():
                 warnings.showwarning = _show_warning
                 return super().invoke(ctx)
+        except Terminated as error:
+            raise typer.Exit(128 + signal.SIGTERM) from error
+        except ArgumentError as error:
+            flag = self._flag(ctx, error.name)
+            print_error(str(error) if flag is None else f"{flag} {error.problem}")
+            raise typer.Exit(1 if flag is None else 2) from error
         except UserError as error:
             print_error(str(error))
             raise typer.Exit(1) from error
@@ -66,6 +79,50 @@ class Commands(typer.core.TyperGroup):
             with contextlib.suppress(OSError):
                 sys.stdout = open("/dev/null", "w")  # noqa: SIM115 (lives until exit)
             raise typer.Exit(1) from error
+
+    def _flag(self, ctx: Any, name: str) -> str | None:
+        """How the command that ran spells the parameter of that name; None if it has none."""
+        command = self.commands.get(ctx.invoked_subcommand)
+        spellings = [parameter.opts for parameter in getattr(command, "params", ()) if parameter.name == name]
+        return max(spellings[0], key=len) if spellings else None
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM ends the block by an exception, as SIGINT does, so that everything half-made is removed on the way out."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C sets a flag that is looked at between tokens, so that it never falls into a step; the second one is the usual."""
+    interrupted = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        if interrupted:
+            raise KeyboardInterrupt
+        interrupted = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _show_warning(

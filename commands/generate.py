@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from retnet_export.commands import sampling
-from retnet_export.commands.common import BackendName, BundlePath, Json, LowMemory, Threads, print_json, print_table, progress
-from retnet_export.runtime.errors import UserError
+from retnet_export.commands.common import (
+    BackendName,
+    BundlePath,
+    Json,
+    LowMemory,
+    Threads,
+    interruptible,
+    print_error,
+    print_json,
+    print_table,
+    progress,
+)
+from retnet_export.runtime.errors import ArgumentError, UserError
 
 if TYPE_CHECKING:
     from retnet_export.runtime.generate.batching import Completion, Prompt
     from retnet_export.runtime.generate.generation import Finish, Options, Piece
+    from retnet_export.runtime.generate.session import Session
     from retnet_export.runtime.generate.state import Snapshot
     from retnet_export.runtime.generate.stats import Stats
     from retnet_export.runtime.model import Model
@@ -26,18 +39,23 @@ if TYPE_CHECKING:
 NO_RAILS = "not measured: this machine shows no power rails that we know (a Jetson does)"
 
 
+@sampling.with_sampling()
 def generate(
     bundle: BundlePath,
     prompt: Annotated[
         str | None,
         typer.Option(help="Text to continue; read from stdin if there is neither this nor a saved state.", show_default=False),
     ] = None,
+    prompt_ids: Annotated[
+        str | None,
+        typer.Option(metavar="IDS", help="Token ids to continue instead of a text, as '1 15043 29892'.", show_default=False),
+    ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Continue many prompts, a line each (.jsonl: a string, or an object with 'prompt' and options of its own); "
-            "prints a JSON line for each.",
+            help="Continue many prompts, a line each, - for stdin (.jsonl: a text, token ids, or an object with 'prompt' and "
+            "options of its own); prints a JSON line for each.",
             show_default=False,
         ),
     ] = None,
@@ -54,25 +72,15 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    max_new_tokens: sampling.MaxNewTokens = 128,
-    temperature: sampling.Temperature = 0.8,
-    top_k: sampling.TopK = 0,
-    top_p: sampling.TopP = 0.95,
-    min_p: sampling.MinP = 0.0,
-    repetition_penalty: sampling.RepetitionPenalty = 1.0,
-    presence_penalty: sampling.PresencePenalty = 0.0,
-    frequency_penalty: sampling.FrequencyPenalty = 0.0,
-    logit_bias: sampling.LogitBias = None,
-    seed: sampling.Seed = None,
-    speculate: sampling.Speculate = "auto",
-    stop: sampling.Stop = None,
-    stop_token: sampling.StopToken = None,
+    *,
+    options: Options,
     logprobs: Annotated[
         int | None,
         typer.Option(
             min=0, help="With --json or --prompts: log-probabilities of the tokens and of the n best.", show_default=False
         ),
     ] = None,
+    ids: Annotated[bool, typer.Option("--ids", help="Print token ids instead of their text.")] = False,
     backend: BackendName = "auto",
     threads: Threads = None,
     low_memory: LowMemory = None,
@@ -82,122 +90,164 @@ def generate(
 ) -> None:
     """Continue a prompt, streaming the text as it is made; or many prompts at once."""
     from retnet_export.runtime.device.jetson import PowerMeter
-    from retnet_export.runtime.generate.generation import Options
     from retnet_export.runtime.generate.state import Snapshot
     from retnet_export.runtime.generate.stats import Stats
     from retnet_export.runtime.model import load
 
-    if prompts is not None and (prompt is not None or save_state is not None):
-        raise typer.BadParameter("--prompts goes with neither --prompt nor --save-state", param_hint="--prompts")
+    given = [name for name, value in (("prompt", prompt), ("prompt_ids", prompt_ids), ("prompts", prompts)) if value is not None]
+    if len(given) > 1:
+        raise ArgumentError(given[1], f"goes without --{given[0].replace('_', '-')}: give one of them")
+    if prompts is not None and save_state is not None:
+        raise ArgumentError("save_state", "goes without --prompts: many prompts end in many states")
+    if prompts is not None and ids:
+        raise ArgumentError("ids", "goes without --prompts, whose JSON lines have the ids")
+    if logprobs is not None and prompts is None and not as_json:
+        raise ArgumentError("logprobs", "goes with --json or --prompts, which show them")
     if save_state is not None and not save_state.absolute().parent.is_dir():
         raise UserError(f"{save_state}: there is no folder {save_state.parent} to save the state in")
-    options = Options(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        logit_bias=sampling.biases_from(logit_bias),
-        speculate=sampling.speculation_from(speculate),
-        seed=seed,
-        stop=tuple(stop or ()),
-        stop_tokens=tuple(stop_token or ()),
-        logprobs=logprobs,
-    )
+    tokens = None if prompt_ids is None else _ids_from(prompt_ids)
+    options = replace(options, logprobs=logprobs)
     before = None if load_state is None else Snapshot.load(load_state)
-    if prompts is None and prompt is None and before is None:
-        prompt = _prompt_from_stdin()
+    if not given and before is None:
+        prompt = _from_stdin()
+    many = None if prompts is None else _read_prompts(prompts)
     model, measured = load(bundle, backend, threads=threads, low_memory=low_memory), Stats()
     meter = PowerMeter() if power else None
     with meter or contextlib.nullcontext():
-        if prompts is not None:
-            _continue_many(model, _read_prompts(prompts, options), options, batch, before, measured, as_json)
+        if many is not None:
+            interrupted = not _continue_many(model, many, options, batch, before, measured, as_json)
         else:
-            _continue_one(model, prompt, options, before, save_state, measured, as_json)
+            with interruptible() as stopped:
+                run = _Run(model, options, measured, ids or model.bundle.manifest.tokenizer is None, as_json, stopped)
+                run.continue_one(prompt if tokens is None else tokens, before, save_state)
+                interrupted = stopped()
     if stats and not as_json:
-        sampling.print_stats(measured, model.bundle.manifest.state_bytes)
+        sampling.print_stats(measured, model.bundle.manifest.state_bytes, options.seed)
     if meter is not None:
         energy = f"{meter.joules:.1f} J, {measured.new_tokens / meter.joules:.2f} tokens per joule" if meter.joules else NO_RAILS
         print_table("", [("energy", energy)], err=True)
+    if interrupted:
+        raise typer.Exit(128 + signal.SIGINT)
 
 
-def _continue_one(
-    model: Model,
-    prompt: str | None,
-    options: Options,
-    before: Snapshot | None,
-    save_state: Path | None,
-    stats: Stats,
-    as_json: bool,
-) -> None:
-    session = model.session()
-    if before is not None:
-        session.restore(before)
-    if prompt is not None:
-        with progress("generate", quiet=as_json) as update:
-            session.feed(prompt, stats, lambda done, total: update("reading the prompt", done / total))
-    generation, pieces = session.pieces(options, stats=stats), []
-    for piece in generation:
-        pieces.append(piece)
-        if not as_json:
-            typer.echo(piece.text, nl=False)
-    if save_state is not None:
-        session.snapshot().save(save_state)
-    if not as_json:
-        typer.echo()
-        return
-    record = {"prompt": prompt} | _record(model, pieces, generation.finish, options)
-    print_json(record | {"backend": model.backend.name, "stats": stats.summary(model.bundle.manifest.state_bytes)})
+@dataclass(frozen=True)
+class _Run:
+    """A continuation on its way to the terminal; interrupted, it ends after the token at hand, and what was made is kept."""
+
+    model: Model
+    options: Options
+    stats: Stats
+    as_ids: bool
+    as_json: bool
+    stopped: Callable[[], bool]
+
+    def continue_one(self, prompt: str | list[int] | None, before: Snapshot | None, save_state: Path | None) -> None:
+        session = self.model.session()
+        if before is not None:
+            session.restore(before)
+        if prompt is not None and not self._read(session, prompt):
+            return
+        generation = session.pieces(self.options, stats=self.stats, with_text=self.model.bundle.manifest.tokenizer is not None)
+        pieces = []
+        for piece in generation:
+            pieces.append(piece)
+            if not self.as_json:
+                typer.echo(self._shown(piece), nl=False)
+            if self.stopped():
+                break
+        if save_state is not None:
+            session.snapshot().save(save_state)
+        if not self.as_json:
+            typer.echo()
+            return
+        record = {"prompt": prompt, "seed": self.options.seed} | _record(self.model, pieces, generation.finish, self.options)
+        about = {"backend": self.model.backend.name, "stats": self.stats.summary(self.model.bundle.manifest.state_bytes)}
+        print_json(record | about)
+
+    def _read(self, session: Session, prompt: str | list[int]) -> bool:
+        """Read the prompt; false if that was interrupted."""
+        with progress("generate", quiet=self.as_json) as update:
+
+            def note(done: int, total: int) -> None:
+                update("reading the prompt", done / total)
+                if self.stopped() and done < total:
+                    raise KeyboardInterrupt
+
+            try:
+                session.feed(prompt, self.stats, note)
+            except KeyboardInterrupt:
+                print_error("interrupted while the prompt was read; nothing was generated or saved")
+                return False
+        return True
+
+    def _shown(self, piece: Piece) -> str:
+        if not self.as_ids:
+            return piece.text
+        return "" if piece.token is None else f"{piece.token} "
 
 
 def _continue_many(
     model: Model,
-    prompts: Iterator[Prompt],
+    prompts: list[Prompt],
     options: Options,
     batch: int,
     before: Snapshot | None,
     stats: Stats,
     as_json: bool,
-) -> None:
+) -> bool:
+    """Continue many prompts; false if that was interrupted: what was done by then is printed."""
+
     def record(completion: Completion) -> dict[str, object]:
         about = {"index": completion.index, "prompt": completion.prompt, "seed": completion.seed}
         return about | _record(model, completion.pieces, completion.finish, options)
 
-    completions = model.generate_many(prompts, batch=batch, after=before, stats=stats)
+    records, done = [], False
+    with contextlib.suppress(KeyboardInterrupt):
+        for completion in model.generate_many(prompts, options, batch=batch, after=before, stats=stats):
+            records.append(record(completion))
+            if not as_json:
+                typer.echo(json.dumps(records[-1], ensure_ascii=False))
+        done = True
     if as_json:
-        records = [record(completion) for completion in completions]
         summary = stats.summary(model.bundle.manifest.state_bytes)
         print_json({"completions": records, "backend": model.backend.name, "stats": summary})
-        return
-    for completion in completions:
-        typer.echo(json.dumps(record(completion), ensure_ascii=False))
+    return done
 
 
 def _record(model: Model, pieces: list[Piece], finish: Finish | None, options: Options) -> dict[str, object]:
     """What --json says of a text."""
-    record: dict[str, object] = {"text": "".join(piece.text for piece in pieces), "finish": finish}
+    made = [piece for piece in pieces if piece.token is not None]
+    record: dict[str, object] = {
+        "text": "".join(piece.text for piece in pieces),
+        "ids": [piece.token for piece in made],
+        "finish": finish,
+    }
     if options.logprobs is not None:
+        text = model.tokenizer.decode if model.bundle.manifest.tokenizer is not None else lambda tokens: ""
         record["tokens"] = [
             {
                 "id": piece.token,
                 "text": piece.text,
                 "logprob": piece.logprob,
-                "top": [{"id": token, "text": model.tokenizer.decode([token]), "logprob": value} for token, value in piece.top],
+                "top": [{"id": token, "text": text([token]), "logprob": value} for token, value in piece.top],
             }
-            for piece in pieces
-            if piece.token is not None
+            for piece in made
         ]
     return record
 
 
+def _ids_from(text: str) -> list[int]:
+    """Token ids from a command line: whole numbers with spaces or commas between, or a JSON list."""
+    try:
+        return [int(part) for part in text.strip("[] \n").replace(",", " ").split()]
+    except ValueError as error:
+        raise ArgumentError("prompt_ids", f"is {text[:40]!r}, expected token ids, as '1 15043 29892'") from error
+
+
 @dataclass(frozen=True)
 class _Line:
-    """An object in a .jsonl file: a prompt, and what it does not share with the others."""
+    """What an object in a .jsonl file may have beside 'prompt': what it does not share with the others."""
 
-    prompt: str
     max_new_tokens: int | None = None
     temperature: float | None = None
     top_k: int | None = None
@@ -211,35 +261,51 @@ class _Line:
     stop_tokens: tuple[int, ...] | None = None
 
 
-def _read_prompts(path: Path, options: Options) -> Iterator[Prompt]:
-    """Prompts line by line, without those that are blank; prompt i has the seed `seed + i` unless it brings its own."""
+def _read_prompts(path: Path) -> list[Prompt]:
+    """Prompts line by line, without those that are blank. A line ends with a line feed and nowhere else."""
     from retnet_export.runtime.bundle.files import read_text
-    from retnet_export.runtime.bundle.schema import decode
-    from retnet_export.runtime.generate.batching import Prompt
 
-    lines = read_text(path).splitlines()
-    prompts: list[Prompt] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}: line {number}"
-        own = _Line(line)
-        if path.suffix == ".jsonl":
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{where}: not valid JSON ({error}); expected a string or an object with 'prompt'") from error
-            own = _Line(value) if isinstance(value, str) else decode(_Line, value, where)
-        changes = {name: value for name, value in asdict(own).items() if name != "prompt" and value is not None}
-        if options.seed is not None:
-            changes = {"seed": options.seed + len(prompts)} | changes
-        prompts.append(Prompt(own.prompt, replace(options, **changes)))
+    text = _from_stdin() if str(path) == "-" else read_text(path)
+    prompts = []
+    for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), 1):
+        line = line.removesuffix("\r")
+        if line.strip():
+            where = f"{path}: line {number}"
+            prompts.append(_prompt_from_json(line, where) if path.suffix == ".jsonl" else _prompt(line, {}, where))
     if not prompts:
         raise UserError(f"{path}: there is no prompt in it, only blank lines")
-    return iter(prompts)
+    return prompts
 
 
-def _prompt_from_stdin() -> str:
+def _prompt_from_json(line: str, where: str) -> Prompt:
+    from retnet_export.runtime.bundle.schema import decode
+
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON ({error}); expected a text, token ids, or an object with 'prompt'") from error
+    if not isinstance(value, dict):
+        return _prompt(value, {}, where)
+    if "prompt" not in value:
+        raise UserError(f"{where}: the field 'prompt' is missing")
+    own = decode(_Line, {name: entry for name, entry in value.items() if name != "prompt"}, where)
+    return _prompt(value["prompt"], {name: entry for name, entry in asdict(own).items() if entry is not None}, f"{where}.prompt")
+
+
+def _prompt(text: object, changes: Mapping[str, Any], where: str) -> Prompt:
+    from retnet_export.runtime.generate.batching import Prompt
+    from retnet_export.runtime.generate.generation import Options
+
+    if not isinstance(text, str) and not (isinstance(text, list) and all(type(token) is int for token in text)):
+        raise UserError(f"{where}: expected a text or a list of token ids, found {json.dumps(text)[:60]}")
+    try:
+        Options().changed(changes)  # type: ignore[arg-type]  # checked by its schema
+    except UserError as error:
+        raise UserError(f"{where.removesuffix('.prompt')}: {error}") from error
+    return Prompt(text, **changes)
+
+
+def _from_stdin() -> str:
     if sys.stdin.isatty():
         raise UserError("no prompt: give --prompt TEXT, or pipe the text in")
     try:

@@ -1,51 +1,165 @@
-"""The options of `generate` and `chat` that say how tokens are chosen, and the figures both print."""
+"""The options of every command that generates: how tokens are chosen and when to stop, as one group.
+
+`@with_sampling()` on a command gives it these flags instead of its parameter `options`, an `Options`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+import functools
+import inspect
+import json
+import re
+import typing
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from retnet_export.commands.common import print_table, size
-from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.errors import ArgumentError, UserError
 
 if TYPE_CHECKING:
+    from retnet_export.runtime.generate.generation import Options
     from retnet_export.runtime.generate.stats import Stats
 
-MaxNewTokens = Annotated[int, typer.Option(min=0, help="Stop after so many tokens.")]
-Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
-TopK = Annotated[int, typer.Option(help="Draw from the k most probable tokens; 0: from all.")]
-TopP = Annotated[float, typer.Option(help="Draw from the most probable tokens that reach this probability.")]
-MinP = Annotated[float, typer.Option(help="Draw from tokens at least so probable, relative to the most probable one; 0: from all.")]
-RepetitionPenalty = Annotated[float, typer.Option(help="Divide the logits of tokens in the prompt or the text; 1: none.")]
-PresencePenalty = Annotated[float, typer.Option(help="Subtract from the logits of tokens already generated.")]
-FrequencyPenalty = Annotated[float, typer.Option(help="Subtract for each time a token was generated.")]
-LogitBias = Annotated[
-    list[str] | None,
-    typer.Option(metavar="ID=BIAS", help="Add to a token's logit, by id; -inf bans it; may be repeated.", show_default=False),
-]
-Seed = Annotated[int | None, typer.Option(help="Same seed, same text.", show_default=False)]
-Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.", show_default=False)]
-StopToken = Annotated[
-    list[int] | None, typer.Option(metavar="ID", help="End before this token; may be repeated.", show_default=False)
-]
-Speculate = Annotated[
-    str,
-    typer.Option(
-        metavar="auto|off|N",
-        help="Guess tokens ahead from what the text repeats, and check them in one pass: as many as pay, none, or up to N. "
-        "Changes the speed, not the text.",
+Command = Callable[..., None]
+
+
+def _flag(kind: Any, text: str, *names: str, **more: Any) -> Any:
+    return Annotated[kind, typer.Option(*names, help=text, rich_help_panel="Sampling", **more)]
+
+
+def _many(kind: Any, text: str, *names: str, metavar: str | None = None) -> Any:
+    return _flag(kind | None, f"{text}; may be repeated.", *names, metavar=metavar, show_default=False)
+
+
+FLAGS: dict[str, tuple[Any, Any]] = {
+    "max_new_tokens": (_flag(int, "Stop after so many tokens.", min=0), 128),
+    "temperature": (_flag(float, "0 is greedy."), 0.8),
+    "top_k": (_flag(int, "Draw from the k most probable tokens; 0: from all."), 0),
+    "top_p": (_flag(float, "Draw from the most probable tokens that reach this probability."), 0.95),
+    "min_p": (_flag(float, "Draw from tokens at least so probable, relative to the most probable one; 0: from all."), 0.0),
+    "repetition_penalty": (_flag(float, "Divide the logits of tokens in the prompt or the text; 1: none."), 1.0),
+    "presence_penalty": (_flag(float, "Subtract from the logits of tokens already generated."), 0.0),
+    "frequency_penalty": (_flag(float, "Subtract for each time a token was generated."), 0.0),
+    "logit_bias": (_many(list[str], "Add to a token's logit, by id; -inf bans it", metavar="ID=BIAS"), None),
+    "seed": (_flag(int | None, "Same seed, same text; one is drawn if not given.", show_default=False), None),
+    "speculate": (
+        _flag(
+            str,
+            "Guess tokens ahead from what the text repeats, and check them in one pass: as many as pay, none, or up to N. "
+            "Changes the speed, not the text.",
+            metavar="auto|off|N",
+        ),
+        "auto",
     ),
-]
+    "stop": (_many(list[str], r"End before this text, in which \n is a new line"), None),
+    "stop_tokens": (_many(list[int], "End before this token", "--stop-token", metavar="ID"), None),
+}
+"""By field of `Options`: the flag's type and description, and its default."""
 ShowStats = Annotated[bool, typer.Option("--stats", help="Print speed and sizes on stderr when done.")]
+
+
+def with_sampling(**defaults: Any) -> Callable[[Command], Command]:
+    """Give a command the flags of sampling in the place of its parameter `options`.
+
+    Args:
+        defaults: other than those of `FLAGS`, by field.
+    """
+
+    def decorate(command: Command) -> Command:
+        hints = typing.get_type_hints(command, localns={"Options": object}, include_extras=True)
+        parameters: list[inspect.Parameter] = []
+        for parameter in inspect.signature(command).parameters.values():
+            if parameter.name != "options":
+                parameters.append(parameter.replace(annotation=hints[parameter.name]))
+                continue
+            for name, (kind, default) in FLAGS.items():
+                default = defaults.get(name, default)
+                parameters.append(inspect.Parameter(name, parameter.kind, default=default, annotation=kind))
+
+        @functools.wraps(command)
+        def run(*arguments: Any, **keywords: Any) -> None:
+            from retnet_export.runtime.generate.generation import Options
+
+            given = {name: keywords.pop(name, defaults.get(name, default)) for name, (_, default) in FLAGS.items()}
+            command(*arguments, options=Options(**_changes(given)), **keywords)
+
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
+
+
+def _changes(given: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `Options` from what the flags gave."""
+    meant: dict[str, Callable[[Any], Any]] = {
+        "logit_bias": biases_from,
+        "speculate": speculation_from,
+        "seed": lambda seed: drawn_seed() if seed is None else seed,
+        "stop": lambda stops: tuple(unescaped(stop) for stop in stops or ()),
+        "stop_tokens": lambda tokens: tuple(int(token) for token in tokens or ()),
+    }
+    return {name: meant[name](value) if name in meant else value for name, value in given.items()}
+
+
+def field_called(name: str) -> str:
+    """The field of `Options` that a flag or the field itself names.
+
+    Raises:
+        UserError: there is no such option.
+    """
+    field = next((field for field in FLAGS if name.replace("-", "_") in (field, field.removesuffix("s"))), None)
+    if field is None:
+        raise UserError(f"no option {name!r}; there are {', '.join(FLAGS)}")
+    return field
+
+
+def changed(options: Options, field: str, value: str) -> Options:
+    """The options with one of them as a text says.
+
+    Raises:
+        UserError: the value is none for it.
+    """
+    try:
+        new: Any
+        if field in ("logit_bias", "stop", "stop_tokens"):
+            new = _changes({field: [] if value in ("", "none") else [value]})[field]
+        elif field == "seed" and value in ("", "none"):
+            new = drawn_seed()
+        else:
+            new = type(getattr(options, field) or 0)(value) if field in ("seed", "max_new_tokens", "top_k") else float(value)
+        return options.changed({field: new})  # type: ignore[misc]  # one of its keys
+    except ValueError as error:
+        raise UserError(f"{field} is {value!r}, expected a number") from error
+
+
+def shown(options: Options) -> dict[str, str]:
+    """The options as texts, by field."""
+    return {name: json.dumps(value, ensure_ascii=False) for name in FLAGS for value in [getattr(options, name)]}
+
+
+def drawn_seed() -> int:
+    """A seed for those who gave none; short enough to be typed again."""
+    import secrets
+
+    return secrets.randbelow(1_000_000)
+
+
+ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+
+
+def unescaped(text: str) -> str:
+    r"""What an option's text means: \n, \t, \r and \\ are what they are in most languages, any other \ is itself."""
+    return re.sub(r"\\([ntr\\])", lambda found: ESCAPES[found[1]], text)
 
 
 def biases_from(entries: Sequence[str] | None) -> dict[int, float]:
     """ID=BIAS as a mapping.
 
     Raises:
-        UserError: an entry is not of that form.
+        ArgumentError: an entry is not of that form.
     """
     biases = {}
     for entry in entries or ():
@@ -53,7 +167,7 @@ def biases_from(entries: Sequence[str] | None) -> dict[int, float]:
         try:
             biases[int(token)] = float(bias)
         except ValueError as error:
-            raise UserError(f"--logit-bias {entry!r}: expected ID=BIAS, as in 13=-5 or 13=-inf") from error
+            raise ArgumentError("logit_bias", f"is {entry!r}, expected ID=BIAS, as in 13=-5 or 13=-inf") from error
     return biases
 
 
@@ -61,18 +175,16 @@ def speculation_from(text: str) -> int | None:
     """`--speculate` as `Options` has it.
 
     Raises:
-        UserError: it is neither a word nor a number that may stand there.
+        ArgumentError: it is neither a word nor a number that may stand there.
     """
-    if text == "auto":
-        return None
-    if text == "off":
-        return 0
+    if text in ("auto", "off"):
+        return None if text == "auto" else 0
     if not text.isascii() or not text.isdigit():
-        raise UserError(f"--speculate is {text!r}, expected auto, off, or the most tokens to guess at once, as in --speculate 8")
+        raise ArgumentError("speculate", f"is {text!r}, expected auto, off, or the most tokens to guess at once, as in 8")
     return int(text)
 
 
-def print_stats(stats: Stats, state_bytes: int) -> None:
+def print_stats(stats: Stats, state_bytes: int, seed: int | None) -> None:
     """A table on stderr."""
     figures = stats.summary(state_bytes)
 
@@ -98,6 +210,7 @@ def print_stats(stats: Stats, state_bytes: int) -> None:
                 f"rest {shown('rest_ms', '.3f', 'ms')}",
             ),
             *_guessed(stats),
+            ("seed", "none" if seed is None else str(seed)),
             ("state", f"{size(state_bytes)} a sequence"),
             ("peak memory", "–" if peak is None else size(peak)),
         ],

@@ -12,6 +12,21 @@ class UserError(Exception):
     """
 
 
+class ArgumentError(UserError):
+    """An argument of a call that is not one of those allowed.
+
+    The command line spells it as the flag it came from, and exits with 2.
+
+    Args:
+        name: of the parameter.
+        problem: what is wrong with it: "is 3, expected …".
+    """
+
+    def __init__(self, name: str, problem: str) -> None:
+        self.name, self.problem = name, problem
+        super().__init__(f"{name} {problem}")
+
+
 class MissingExtraError(UserError):
     """A package of an optional dependency group is not installed."""
 

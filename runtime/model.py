@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from retnet_export.runtime.backends import open_backend
 from retnet_export.runtime.backends.base import Backend
 from retnet_export.runtime.bundle.bundle import Bundle, open_bundle
 from retnet_export.runtime.bundle.files import read_text
 from retnet_export.runtime.errors import UserError
-from retnet_export.runtime.generate.generation import Options
+from retnet_export.runtime.generate.generation import OptionChanges, Options
 from retnet_export.runtime.generate.session import Session
 from retnet_export.runtime.generate.state import Snapshot
 from retnet_export.runtime.generate.stats import Stats
@@ -26,6 +26,10 @@ from retnet_export.runtime.generate.templates import ChatTemplate
 from retnet_export.runtime.generate.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
+    from typing_extensions import Self, Unpack
+
     from retnet_export.runtime.generate.batching import Completion, Prompt
 
 
@@ -54,12 +58,44 @@ def load(
 
 
 class Model:
-    """A bundle on a backend. Sessions of one model may run in different threads."""
+    """A bundle on a backend. Sessions of one model may run in different threads.
+
+    `with load(…) as model:` gives the backend's memory back at the end of the block, or as soon as the last session is gone.
+    """
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
-        self.bundle, self.backend = bundle, backend
+        self.bundle = bundle
+        self._backend: Backend | None = backend
         spec = bundle.manifest.tokenizer
         self._tokenizer = None if spec is None else Tokenizer(bundle.file(spec.file), spec)
+
+    def __repr__(self) -> str:
+        config, backend = self.bundle.manifest.model, "closed" if self._backend is None else f"on {self._backend.name}"
+        return (
+            f"<Model {self.bundle.manifest.name} {backend}: {config.num_layers} layers, width {config.hidden_size}, "
+            f"vocabulary {config.vocab_size}>"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the backend; sessions that are open can go on."""
+        self._backend = None
+
+    @property
+    def backend(self) -> Backend:
+        """What runs it.
+
+        Raises:
+            UserError: the model was closed.
+        """
+        if self._backend is None:
+            raise UserError(f"{self.bundle.path}: the model was closed; load it again")
+        return self._backend
 
     @cached_property
     def chat_template(self) -> ChatTemplate | None:
@@ -102,7 +138,9 @@ class Model:
         """
         return Session(self, batch, keep=keep)
 
-    def generate(self, prompt: str | Sequence[int], options: Options | None = None, **changes: Any) -> Iterator[str]:
+    def generate(
+        self, prompt: str | Sequence[int], options: Options | None = None, **changes: Unpack[OptionChanges]
+    ) -> Iterator[str]:
         """Text after `prompt`, piece by piece; options are those of `Session.generate`."""
         session = self.session()
         session.feed(prompt)
@@ -116,7 +154,7 @@ class Model:
         batch: int = 8,
         after: Snapshot | None = None,
         stats: Stats | None = None,
-        **changes: Any,
+        **changes: Unpack[OptionChanges],
     ) -> Iterator[Completion]:
         """Continue many prompts, up to `batch` at a time; see `batching.generate_many`."""
         from retnet_export.runtime.generate.batching import generate_many

@@ -9,29 +9,37 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.errors import ArgumentError, UserError
 from retnet_export.runtime.generate.engine import Ended, Engine, Failed, Job, Made
-from retnet_export.runtime.generate.generation import Finish, Options, Piece
+from retnet_export.runtime.generate.generation import Finish, OptionChanges, Options, Piece
 from retnet_export.runtime.generate.state import Snapshot
 from retnet_export.runtime.generate.stats import Stats
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from retnet_export.runtime.model import Model
 
 
-@dataclass(frozen=True)
 class Prompt:
     """A prompt with options of its own.
 
-    Attributes:
+    Args:
         text: what to continue, as text or token ids.
-        options: how, instead of as the others.
+        changes: options by name, instead of those of the others: `Prompt("In the", temperature=0.0)`.
+
+    Raises:
+        TypeError: there is no such option.
     """
 
-    text: str | Sequence[int]
-    options: Options
+    def __init__(self, text: str | Sequence[int], **changes: Unpack[OptionChanges]) -> None:
+        Options().changed(changes)
+        self.text, self.changes = text, changes
+
+    def __repr__(self) -> str:
+        return f"Prompt({', '.join([repr(self.text), *(f'{name}={value!r}' for name, value in self.changes.items())])})"
 
 
 @dataclass
@@ -73,14 +81,15 @@ def generate_many(
     batch: int = 8,
     after: Snapshot | None = None,
     stats: Stats | None = None,
-    **changes: Any,
+    **changes: Unpack[OptionChanges],
 ) -> Iterator[Completion]:
     """Continue many prompts.
 
     Args:
         model: the model.
         prompts: taken one by one as slots free, so there may be any number; a prompt may bring options of its own.
-        options: how tokens are chosen and when to stop; `changes` are its fields by name. Prompt i has the seed `seed + i`.
+        options: how tokens are chosen and when to stop; `changes` are its fields by name. Prompt i has the seed `seed + i`, unless
+            it brings one.
         batch: prompts that generate together.
         after: what all prompts come after, read once: a system prompt, say.
         stats: receives where the time went; a token's time is that of a step for all slots.
@@ -91,9 +100,11 @@ def generate_many(
     Raises:
         UserError: a prompt cannot be read; the message says which.
     """
-    chosen = replace(options or Options(), **changes)
+    chosen = (options or Options()).changed(changes)
+    if isinstance(prompts, (str, bytes)):
+        raise ArgumentError("prompts", "is a single text, expected several: generate_many([text])")
     if batch < 1:
-        raise UserError(f"batch is {batch}, expected at least 1")
+        raise ArgumentError("batch", f"is {batch}, expected at least 1")
     return _in_order(_run(model, enumerate(prompts), chosen, batch, after, stats or Stats()))
 
 
@@ -127,8 +138,11 @@ def _run(
     while True:
         while engine.free > 0 and (following := next(waiting, None)) is not None:
             index, prompt = following
-            text, own = (prompt.text, prompt.options) if isinstance(prompt, Prompt) else (prompt, _counted(options, index))
+            text = prompt.text if isinstance(prompt, Prompt) else prompt
             try:
+                own = _own(options, index, prompt)
+                if isinstance(text, (bytes, bytearray)):
+                    raise ArgumentError("the prompt", "is bytes, expected a str or token ids; decode it first")
                 tokens = beginning.encode(text) if isinstance(text, str) else text
                 job = Job(tokens, [own], after, with_text=model.bundle.manifest.tokenizer is not None)
                 engine.add(job)
@@ -150,6 +164,7 @@ def _run(
                 raise event.error
 
 
-def _counted(options: Options, index: int) -> Options:
-    """Options of a prompt that brings none of its own: seeds count up."""
-    return options if options.seed is None else replace(options, seed=options.seed + index)
+def _own(options: Options, index: int, prompt: str | Sequence[int] | Prompt) -> Options:
+    """Options of one prompt: those of all, the seed counted up, and over them what it brings."""
+    own = options if options.seed is None else replace(options, seed=options.seed + index)
+    return own.changed(prompt.changes) if isinstance(prompt, Prompt) else own

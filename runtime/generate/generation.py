@@ -5,15 +5,16 @@ A session drives one of these, a batch drives several; both therefore end, stop 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from typing import Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from retnet_export.runtime.backends.base import top_of
-from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.errors import ArgumentError
 from retnet_export.runtime.generate.sampling import Logits, Sampler, Sampling, Tokens, log_softmax
 from retnet_export.runtime.generate.text import StopStrings
 from retnet_export.runtime.generate.tokenizer import Tokenizer
@@ -54,12 +55,43 @@ class Options(Sampling):
             ("speculate", self.speculate),
         ):
             if value is not None and value < 0:
-                raise UserError(f"generation: {name} is {value}, expected 0 or more")
+                raise ArgumentError(name, f"is {value}, expected 0 or more")
+        if "" in self.stops:
+            raise ArgumentError("stop", "has an empty text; leave it out to have none")
 
     @property
     def stops(self) -> tuple[str, ...]:
         """Stop strings as a tuple, however they were given."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def changed(self, changes: OptionChanges) -> Options:
+        """The same with some fields replaced.
+
+        Raises:
+            TypeError: there is no such field; the message names one that is spelt alike.
+        """
+        for name in changes.keys() - {field.name for field in fields(self)}:
+            alike = get_close_matches(name, [field.name for field in fields(self)], 1)
+            raise TypeError(f"there is no option {name!r}" + (f"; did you mean {alike[0]!r}?" if alike else ""))
+        return replace(self, **changes)
+
+
+class OptionChanges(TypedDict, total=False):
+    """The fields of `Options` as keywords."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    seed: int | None
+    max_new_tokens: int
+    stop: str | Sequence[str]
+    stop_tokens: Sequence[int]
+    logprobs: int | None
 
 
 @dataclass(frozen=True)
@@ -103,7 +135,9 @@ class Continuation:
         context: Sequence[int] = (),
     ) -> None:
         if options.stops and tokenizer is None:
-            raise UserError("stop strings need text: this generation gives token ids only; use stop_tokens")
+            raise ArgumentError("stop", "needs text: this generation gives token ids only; use stop_tokens")
+        if beyond := [token for token in options.stop_tokens if not 0 <= token < len(read)]:
+            raise ArgumentError("stop_tokens", f"has {beyond[0]}, which is not in the vocabulary of {len(read)}")
         self.options = options
         self.finish: Finish | None = "length" if options.max_new_tokens == 0 else None
         self.ended_by: int | None = None
@@ -183,6 +217,11 @@ class Continuation:
         """Whether a stop string ended it: its last tokens are then not all of the text."""
         return self._stops.hit
 
+    @property
+    def holds_text(self) -> bool:
+        """Whether tokens were made whose text was not given yet: half a character, or what may begin a stop string."""
+        return sum(map(len, self._texts)) > self._given or (self._stream is not None and self._stream.waits)
+
     def before_stop(self) -> tuple[list[int], str]:
         """What was given, without the stop string: whole tokens, and the beginning of the next one's text."""
         end = 0
@@ -209,6 +248,7 @@ class Generation:
     Attributes:
         finish: why it ended; None while it has not, or if it was abandoned.
         ended_by: the token that ended it, which was chosen and not read.
+        holds_text: whether the session has read tokens whose text was not given yet.
     """
 
     def __init__(self, continuation: Continuation, pieces: Iterator[Piece]) -> None:
@@ -216,6 +256,13 @@ class Generation:
 
     def __iter__(self) -> Iterator[Piece]:
         return self._pieces
+
+    @property
+    def holds_text(self) -> bool:
+        return self._continuation.holds_text
+
+    def __repr__(self) -> str:
+        return f"<Generation, {self.finish or 'not ended'}>"
 
     @property
     def finish(self) -> Finish | None:

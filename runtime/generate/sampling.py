@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retnet_export.runtime.backends.base import top_of
-from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.errors import ArgumentError
 
 Tokens = NDArray[np.int64]
 Logits = NDArray[np.float32]
@@ -61,10 +61,10 @@ class Sampling:
             ("seed", self.seed is None or self.seed >= 0, "0 or more"),
         ):
             if not valid:
-                raise UserError(f"sampling: {name} is {getattr(self, name)}, expected {expected}")
+                raise ArgumentError(name, f"is {getattr(self, name)}, expected {expected}")
         for token, bias in self.logit_bias.items():
             if token < 0 or np.isnan(bias) or bias == np.inf:
-                raise UserError(f"sampling: logit_bias {token}={bias}, expected a token id and a number (-inf bans the token)")
+                raise ArgumentError("logit_bias", f"has {token}={bias}, expected a token id and a number (-inf bans the token)")
 
     @property
     def adjusts(self) -> bool:
@@ -87,7 +87,7 @@ class Sampler:
 
     def __init__(self, sampling: Sampling, read: NDArray[np.int32]) -> None:
         if beyond := [token for token in sampling.logit_bias if token >= len(read)]:
-            raise UserError(f"sampling: logit_bias names token {beyond[0]}, the vocabulary has {len(read)}")
+            raise ArgumentError("logit_bias", f"names token {beyond[0]}, the vocabulary has {len(read)}")
         self.sampling = sampling
         self._read = read
         self._generated = np.zeros_like(read)
@@ -143,7 +143,7 @@ class Sampler:
             counts = self._generated[made].astype(np.float32)
             adjusted[made] -= np.float32(sampling.presence_penalty) + np.float32(sampling.frequency_penalty) * counts
         if adjusted.max() == -np.inf:
-            raise UserError("sampling: logit_bias bans every token that the model allows")
+            raise ArgumentError("logit_bias", "bans every token that the model allows")
         return adjusted
 
 

@@ -7,21 +7,22 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from retnet_export.runtime.backends.base import Narrowing, Stream, initial_state, top_of
-from retnet_export.runtime.errors import UserError
-from retnet_export.runtime.generate.generation import Continuation, Generation, Options, Piece
+from retnet_export.runtime.errors import ArgumentError, UserError
+from retnet_export.runtime.generate.generation import Continuation, Generation, OptionChanges, Options, Piece
 from retnet_export.runtime.generate.sampling import Logits, Tokens
 from retnet_export.runtime.generate.speculation import History, Speculation
 from retnet_export.runtime.generate.state import Snapshot, first_broken_layer, model_hash
 from retnet_export.runtime.generate.stats import Stats
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from retnet_export.runtime.model import Model
 
 TAIL = 16
@@ -71,6 +72,12 @@ class Session:
         self._tops: dict[int, tuple[Tokens, Logits]] = {}
         self._failed = False
         self._changes += 1
+
+    def __repr__(self) -> str:
+        where = (
+            f"at token {self.position}" if self.batch == 1 else f"of {self.batch} sequences at tokens {self._positions.tolist()}"
+        )
+        return f"<Session {where} of {self.model.bundle.manifest.name}>"
 
     @property
     def position(self) -> int:
@@ -170,7 +177,12 @@ class Session:
         return logits
 
     def feed(
-        self, text: str | Sequence[int], stats: Stats | None = None, progress: Callable[[int, int], None] | None = None
+        self,
+        text: str | Sequence[int],
+        stats: Stats | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        prefix: bool = True,
     ) -> int:
         """Read a text, or token ids.
 
@@ -179,6 +191,7 @@ class Session:
             stats: receives how long it took.
             progress: called after each chunk with the tokens read so far and their total. What it raises ends the reading
                 there, and the session stands at that token.
+            prefix: whether a first text comes after the tokens that begin one; a chat template has them in its text.
 
         Returns:
             How many tokens that were.
@@ -186,9 +199,11 @@ class Session:
         Raises:
             UserError: there is nothing to read, or it cannot be encoded.
         """
+        if isinstance(text, (bytes, bytearray)):
+            raise ArgumentError("text", "is bytes, expected a str or token ids; decode it first, as in text.decode()")
         if self.batch != 1:
             raise UserError(f"feed reads one sequence, this session has {self.batch}; use step")
-        tokens = self._checked(self.encode(text) if isinstance(text, str) else text)
+        tokens = self._checked(self.encode(text, prefix=prefix) if isinstance(text, str) else text)
         unread = self.model.tokenizer.dropped_end(self._unread[0] + text) if isinstance(text, str) else ""
         if not len(tokens) and not (text and unread and self.position):
             raise UserError("the prompt is empty: give at least one character")
@@ -210,14 +225,16 @@ class Session:
                 if progress is not None:
                     progress(first + part.shape[1], len(tokens))
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, prefix: bool = True) -> list[int]:
         """The tokens that `feed` would read: the text goes on where the last one ended, so that several are one text."""
         tokenizer, tail = self.model.tokenizer, self.tail
         if self.position == 0:
-            return [*tokenizer.begin(), *tokenizer.encode(text)]
+            return [*(tokenizer.begin() if prefix else ()), *tokenizer.encode(text)]
         return tokenizer.encode_after(tail, self._unread[0] + text, whole=len(tail) == self.position)
 
-    def generate(self, options: Options | None = None, *, stats: Stats | None = None, **changes: Any) -> Iterator[str]:
+    def generate(
+        self, options: Options | None = None, *, stats: Stats | None = None, **changes: Unpack[OptionChanges]
+    ) -> Iterator[str]:
         """Text piece by piece, whole characters only; lazy, and can be closed at any piece.
 
         Args:
@@ -230,13 +247,20 @@ class Session:
         """
         return (piece.text for piece in self.pieces(options, stats=stats, **changes) if piece.text)
 
-    def generate_tokens(self, options: Options | None = None, *, stats: Stats | None = None, **changes: Any) -> Iterator[int]:
+    def generate_tokens(
+        self, options: Options | None = None, *, stats: Stats | None = None, **changes: Unpack[OptionChanges]
+    ) -> Iterator[int]:
         """The same as token ids, which needs no tokenizer."""
         generation = self.pieces(options, stats=stats, with_text=False, **changes)
         return (piece.token for piece in generation if piece.token is not None)
 
     def pieces(
-        self, options: Options | None = None, *, stats: Stats | None = None, with_text: bool = True, **changes: Any
+        self,
+        options: Options | None = None,
+        *,
+        stats: Stats | None = None,
+        with_text: bool = True,
+        **changes: Unpack[OptionChanges],
     ) -> Generation:
         """The same as `Piece`s, with token ids and log-probabilities; its `finish` says why it ended.
 
@@ -246,7 +270,7 @@ class Session:
             raise UserError(f"generate continues one sequence, this session has {self.batch}; use Model.generate_many")
         if self.logits is None:
             raise UserError("nothing to continue: feed the session a prompt first")
-        continuation = self.continuation(replace(options or Options(), **changes), with_text)
+        continuation = self.continuation((options or Options()).changed(changes), with_text)
         return Generation(continuation, self._generate(continuation, stats))
 
     def _generate(self, continuation: Continuation, stats: Stats | None) -> Iterator[Piece]:

@@ -53,6 +53,7 @@ class Snapshot:
         read: int32 (V,), how often each token was read; repetition penalties need it.
         tail: the last tokens read, which the next piece of text joins on to.
         history: int32 (n,), more of the last tokens, which drafts are looked up in (speculation.py); of bounded length.
+        chat: what a conversation remembers beside the state, as JSON; empty if it is none.
         unread: spaces at the end of the text, for a tokenizer that reads them with what follows only.
         source: the file it was loaded from, or "a snapshot", for messages.
     """
@@ -64,7 +65,11 @@ class Snapshot:
     tail: tuple[int, ...] = ()
     history: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
     unread: str = ""
+    chat: str = ""
     source: str = "the snapshot"
+
+    def __repr__(self) -> str:
+        return f"<Snapshot at token {self.position} of model {self.model[:12]}…, {self.bytes / 1e6:.1f} MB>"
 
     @property
     def position(self) -> int:
@@ -121,6 +126,7 @@ class Snapshot:
             "model_sha256": self.model,
             "position": str(self.position),
             "unread": json.dumps(self.unread),
+            "chat": self.chat,
             "state_dtype": ", ".join(sorted({str(array.dtype) for name, array in self.state.items() if name != "position"})),
         }
         metadata["sha256"] = _checksum(metadata, tensors)
@@ -158,7 +164,7 @@ class Snapshot:
         if metadata.pop("sha256", None) != _checksum(metadata, tensors):
             raise UserError(f"{path}: the saved state is damaged: its content does not have the checksum it was saved with")
         snapshot = _snapshot_from_tensors(metadata.get("model_sha256", ""), tensors, str(path))
-        return replace(snapshot, unread=str(json.loads(metadata.get("unread", '""'))))
+        return replace(snapshot, unread=str(json.loads(metadata.get("unread", '""'))), chat=metadata.get("chat", ""))
 
     def _tensors(self) -> dict[str, NDArray[np.generic]]:
         extra = {"session.read": self.read, "session.tail": np.array(self.tail, np.int64)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.errors import ArgumentError
 
 if TYPE_CHECKING:
     from retnet_export.runtime.generate.tokenizer import Tokenizer
@@ -55,6 +55,11 @@ class TextStream:
         self._waiting = []
         return piece
 
+    @property
+    def waits(self) -> bool:
+        """Whether the last tokens may be the beginning of a character."""
+        return bool(self._waiting)
+
     def flush(self) -> str:
         """What is left when no more tokens come: an unfinished character, as U+FFFD."""
         text = self._tokenizer.decode(self._settled + self._waiting)
@@ -71,7 +76,7 @@ class StopStrings:
 
     def __init__(self, stops: Sequence[str]) -> None:
         if "" in stops:
-            raise UserError("a stop string is empty; leave --stop out to have none")
+            raise ArgumentError("stop", "has an empty text; leave it out to have none")
         self._stops, self._held = tuple(stops), ""
         self.hit = False
 

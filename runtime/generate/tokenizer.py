@@ -48,6 +48,9 @@ class Tokenizer:
         self._drops = self._model.get("type") == "BPE" and self._unknown is None and not self._model.get("byte_fallback")
         self._known_characters: dict[str, bool] = {}
 
+    def __repr__(self) -> str:
+        return f"<Tokenizer, {self._model.get('type')} of {self.vocab_size} tokens>"
+
     @property
     def vocab_size(self) -> int:
         """Tokens it knows."""

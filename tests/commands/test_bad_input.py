@@ -23,6 +23,14 @@ def refused(*arguments: object) -> str:
     return result.stderr
 
 
+def misused(*arguments: object) -> str:
+    """Run the command line, which must find a flag at fault: the message."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    return result.stderr
+
+
 def refused_export(checkpoint, tmp_path) -> str:
     """Export must refuse and leave nothing beside the checkpoint."""
     before = sorted(path.name for path in tmp_path.iterdir())
@@ -157,8 +165,26 @@ def test_characters_that_a_tokenizer_without_byte_fallback_does_not_know(checkpo
 
 
 def test_sampling_options_out_of_range(example_bundle):
-    assert "top_p is 1.5" in refused("generate", example_bundle.path, "--prompt", "a", "--top-p", "1.5")
-    assert "temperature is -1.0" in refused("generate", example_bundle.path, "--prompt", "a", "--temperature", "-1")
+    assert "--top-p is 1.5, expected more than 0" in misused("generate", example_bundle.path, "--prompt", "a", "--top-p", "1.5")
+    assert "--temperature is -1.0" in misused("generate", example_bundle.path, "--prompt", "a", "--temperature", "-1")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--prompt", "a", "--stop-token", "99999"), "--stop-token has 99999, which is not in the vocabulary of 4096"),
+        (("--prompt", "a", "--stop-token", "-1"), "--stop-token has -1"),
+        (("--prompt", "a", "--logit-bias", "4096=1"), "--logit-bias names token 4096"),
+        (("--prompt", "a", "--stop", ""), "--stop has an empty text"),
+        (("--prompt", "a", "--logprobs", "2"), "--logprobs goes with --json or --prompts"),
+        (("--prompt", "a", "--prompt-ids", "1"), "--prompt-ids goes without --prompt"),
+        (("--prompt-ids", "1 x"), "--prompt-ids is '1 x', expected token ids"),
+        (("--prompts", "p.txt", "--save-state", "s"), "--save-state goes without --prompts"),
+        (("--prompts", "p.txt", "--ids"), "--ids goes without --prompts"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(example_bundle, options, message):
+    assert message in misused("generate", example_bundle.path, *options)
 
 
 def test_a_bundle_that_is_not_there(tmp_path):

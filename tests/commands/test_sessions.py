@@ -11,9 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny
+from conftest import EXAMPLE
 from typer.testing import CliRunner
 
 from retnet_export.cli import app
+from retnet_export.commands.sampling import unescaped
+from retnet_export.runtime.generate.state import Snapshot
+from retnet_export.runtime.model import load
 
 
 @pytest.fixture
@@ -87,10 +92,11 @@ def test_json_lines_bring_options_of_their_own(bundle, tmp_path):
     ("content", "message"),
     [
         ("{broken", "line 1: not valid JSON"),
-        ('"fine"\n{"prompt": 3}', "line 2.prompt: expected a string, found 3"),
-        ('{"text": "x"}', "line 1: unknown field 'text'"),
+        ('"fine"\n{"prompt": 3}', "line 2.prompt: expected a text or a list of token ids, found 3"),
+        ('{"text": "x"}', "line 1: the field 'prompt' is missing"),
         ('{"prompt": "x", "top_p": 7}', "top_p is 7.0"),
         ("\n\n", "there is no prompt in it"),
+        ('{"prompt": "x", "text": "x"}', "line 1: unknown field 'text'"),
         ('""', "prompt 0: the prompt is empty"),
     ],
 )
@@ -111,7 +117,7 @@ def test_stats_name_every_figure(bundle):
 
 @pytest.mark.parametrize("bias", ["5", "x=1", "5=much"])
 def test_a_malformed_bias_is_refused(bundle, bias):
-    assert "expected ID=BIAS" in run("generate", bundle, "--prompt", "x", "--logit-bias", bias, code=1).stderr
+    assert "expected ID=BIAS" in run("generate", bundle, "--prompt", "x", "--logit-bias", bias, code=2).stderr
 
 
 def test_a_bias_bans_a_token(bundle):
@@ -171,18 +177,146 @@ def test_interrupting_a_reply_keeps_the_conversation(bundle):
     assert b"back to 0 tokens" in errors
 
 
-def test_speculation_gives_the_same_text_and_says_what_came_of_it(bundle):
-    arguments = (
-        bundle,
-        "--prompt",
-        "one two three one two three one two",
-        "--seed",
-        3,
-        "--temperature",
-        0.5,
-        "--max-new-tokens",
-        40,
+def spoken(command: list[object], after: float = 0.3, signals: int = 1, number: signal.Signals = signal.SIGINT):
+    """Start a command, send it a signal once it has printed something, and wait for its end."""
+    program = [sys.executable, "-c", "from retnet_export.cli import app; app()", *map(str, command)]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ) as process:
+        said = os.read(process.stdout.fileno(), 1)
+        time.sleep(after)
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=60)
+    return process.returncode, (said + output).decode(), errors.decode()
+
+
+def test_interrupting_generate_keeps_the_state_and_the_figures(bundle, tmp_path):
+    state = tmp_path / "long.state"
+    command = ("generate", bundle, "--prompt", "In the", "--max-new-tokens", 10**6, "--save-state", state, "--stats", "--seed", 1)
+    code, text, errors = spoken(command)
+    assert code == 130, errors
+    assert "tokens/s" in errors
+    # What was saved is what was printed.
+    after = generated(bundle, "--load-state", state, "--max-new-tokens", 0)
+    assert after["text"] == ""
+    position = Snapshot.load(state).position
+    again = generated(bundle, "--prompt", "In the", "--max-new-tokens", position - 2, "--seed", 1)
+    assert again["text"] == text.removesuffix("\n")
+
+
+def test_sigterm_leaves_nothing_half_written(bundle, tmp_path):
+    # The export is held at its first tensor, so that the signal finds it with a folder half made.
+    program = (
+        "import time, sys; from pathlib import Path; from retnet_export.export import pipeline\n"
+        "def held(*a, **k):\n    print('writing', flush=True)\n    time.sleep(60)\n"
+        "pipeline._write_graphs = held\nfrom retnet_export.cli import app; app()"
     )
+    command = [sys.executable, "-c", program, "export", str(EXAMPLE), "-o", str(tmp_path / "out.retnet")]
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ) as process:
+            assert process.stdout.readline() == b"writing\n"
+            assert list(tmp_path.iterdir())
+            process.send_signal(number)
+            _, errors = process.communicate(timeout=60)
+        assert process.returncode == code, errors
+        assert b"Traceback" not in errors
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_token_ids_go_in_and_come_out(bundle, tmp_path):
+    options = ("--max-new-tokens", 5, "--temperature", 0)
+    expected = generated(bundle, "--prompt", "In the beginning", *options)
+    ids = json.loads(run("tokenize", bundle, "In the beginning", "--json").stdout)["ids"]
+    by_ids = generated(bundle, "--prompt-ids", ", ".join(map(str, ids)), *options)
+    assert (by_ids["text"], by_ids["ids"]) == (expected["text"], expected["ids"])
+    assert run("generate", bundle, "--prompt-ids", json.dumps(ids), "--ids", *options).stdout.split() == list(
+        map(str, by_ids["ids"])
+    )
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": ids}) + "\n" + json.dumps(ids) + "\n")
+    lines = run("generate", bundle, "--prompts", tmp_path / "p.jsonl", *options).stdout.splitlines()
+    assert [json.loads(line)["ids"] for line in lines] == [expected["ids"]] * 2
+
+
+def test_a_bundle_without_a_tokenizer_takes_and_gives_ids(tmp_path):
+    tiny.bundle(tmp_path, tiny.config(), chunk=8)
+    options = ("--max-new-tokens", 4, "--temperature", 0)
+    ids = run("generate", tmp_path / "tiny.retnet", "--prompt-ids", "3 1 4", *options).stdout.split()
+    assert len(ids) == 4
+    document = generated(tmp_path / "tiny.retnet", "--prompt-ids", "3 1 4", *options, "--logprobs", 1)
+    assert list(map(str, document["ids"])) == ids
+    assert "has no tokenizer" in run("tokenize", tmp_path / "tiny.retnet", "text", code=1).stderr
+
+
+def test_a_line_of_prompts_ends_with_a_line_feed_and_nowhere_else(bundle, tmp_path):
+    prompts = ["In\u2028the", "To\fbe", "caf\u00e9"]
+    text = "\ufeff" + "\r\n".join(prompts)
+    (tmp_path / "p.txt").write_bytes(text.encode())
+    for source, given in ((tmp_path / "p.txt", None), ("-", text)):
+        lines = run("generate", bundle, "--prompts", source, "--max-new-tokens", 1, text=given).stdout.splitlines()
+        assert [json.loads(line)["prompt"] for line in lines] == prompts
+    (tmp_path / "p.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    assert "not UTF-8" in run("generate", bundle, "--prompts", tmp_path / "p.txt", code=1).stderr
+
+
+def test_a_seed_is_always_told(bundle):
+    first = generated(bundle, "--prompt", "In the", "--max-new-tokens", 20)
+    assert generated(bundle, "--prompt", "In the", "--max-new-tokens", 20, "--seed", first["seed"])["text"] == first["text"]
+
+
+def test_a_stop_text_has_its_escapes_read(bundle):
+    options = ("--prompt", "KING HENRY:", "--temperature", 0, "--max-new-tokens", 60)
+    whole = generated(bundle, *options)["text"]
+    assert "\n" in whole[1:]
+    stopped = generated(bundle, *options, "--stop", r"\n")
+    assert stopped["text"] == whole[: whole.index("\n")]
+    assert stopped["finish"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [(r"\n\nKING", "\n\nKING"), (r"\\n", r"\n"), (r"\end", r"\end"), (r"a\tb", "a\tb"), (r"\\\n", "\\\n"), ("é", "é")],
+)
+def test_one_rule_for_escapes(written, meant):
+    assert unescaped(written) == meant
+
+
+def test_options_are_set_and_shown_in_a_chat(bundle, tmp_path):
+    state = tmp_path / "talk.state"
+    lines = ["/set temperature 0.7", "/set stop \\n", "/set max-new-tokens 3", "/show", "Hi", f"/save {state}", f"/save! {state}"]
+    printed = run("chat", bundle, *CHAT, text="\n".join(lines) + "\n").stderr
+    for line in ("temperature", "0.7", '["\\n"]', "0 messages"):
+        assert line in printed
+    assert "exists already; /save! " in run("chat", bundle, text=f"/save {state}\n", code=1).stderr
+    for wrong, message in (
+        ("/set warmth 1", "no option 'warmth'"),
+        ("/set top_p x", "expected a number"),
+        ("/set top_p 7", "top_p is 7"),
+    ):
+        assert message in run("chat", bundle, text=wrong + "\n", code=1).stderr.replace("\n", " ")
+
+
+def test_a_message_of_several_lines_stands_between_quotes(bundle):
+    several = run("chat", bundle, *CHAT, "--before", "", text='"""\nTo be,\nor not\n"""\n').stdout
+    session = load(bundle).session()
+    session.feed("To be,\nor not\n")
+    assert several == "".join(session.generate(temperature=0.0, max_new_tokens=6)) + "\n"
+    assert "has no end" in run("chat", bundle, text='"""\nTo be', code=1).stderr
+
+
+def test_a_chat_template_is_used_and_can_be_replaced(bundle, tmp_path):
+    pytest.importorskip("jinja2")
+    template = tmp_path / "chat.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    session = load(bundle).session()
+    session.feed("user: Who art thou?\nassistant:")
+    expected = "".join(session.generate(temperature=0.0, max_new_tokens=6))
+    assert run("chat", bundle, *CHAT, "--template", template, text="Who art thou?\n").stdout == expected + "\n"
+    assert "goes without --before" in run("chat", bundle, "--template", template, "--before", "x", code=2).stderr
+
+
+def test_speculation_gives_the_same_text_and_says_what_came_of_it(bundle):
+    prompt = "one two three one two three one two"
+    arguments = (bundle, "--prompt", prompt, "--seed", 3, "--temperature", 0.5, "--max-new-tokens", 40)
     off, on = (generated(*arguments, "--speculate", value) for value in ("off", "8"))
     assert on["text"] == off["text"]
     assert off["stats"]["drafted"] == 0 < on["stats"]["drafted"]
@@ -191,5 +325,5 @@ def test_speculation_gives_the_same_text_and_says_what_came_of_it(bundle):
 
 
 def test_a_misspelt_speculation_is_refused(bundle):
-    result = run("generate", bundle, "--prompt", "a", "--speculate", "on", code=1)
+    result = run("generate", bundle, "--prompt", "a", "--speculate", "on", code=2)
     assert "--speculate is 'on', expected auto, off, or the most tokens to guess at once" in " ".join(result.output.split())

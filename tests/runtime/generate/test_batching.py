@@ -30,14 +30,11 @@ def alone(model, prompt, options) -> list[int]:
     ids=["greedy", "top-k", "penalties"],
 )
 def test_results_equal_single_runs(model, options, batch):
-    prompts = [
-        Prompt(prompt, Options(**(vars(options) | {"max_new_tokens": 3 + 4 * (index % 3), "seed": index})))
-        for index, prompt in enumerate(PROMPTS)
-    ]
-    completions = list(model.generate_many(prompts, batch=batch))
+    prompts = [Prompt(prompt, max_new_tokens=3 + 4 * (index % 3), seed=index) for index, prompt in enumerate(PROMPTS)]
+    completions = list(model.generate_many(prompts, options, batch=batch))
     assert [completion.index for completion in completions] == list(range(len(PROMPTS)))
     for completion, prompt in zip(completions, prompts, strict=True):
-        assert completion.tokens == alone(model, prompt.text, prompt.options)
+        assert completion.tokens == alone(model, prompt.text, options.changed(prompt.changes))
         assert completion.finish == "length"
 
 
@@ -51,14 +48,39 @@ def test_the_prompts_of_one_seed_have_seeds_of_their_own(model):
 def test_a_prompt_that_ends_at_once_frees_its_slot_without_a_step(model):
     first = alone(model, [5], Options(temperature=0.0, max_new_tokens=1))[0]
     prompts = [
-        Prompt([5], Options(temperature=0.0, stop_tokens=[first])),
-        Prompt([6], Options(max_new_tokens=0)),
-        Prompt([7], Options(temperature=0.0, max_new_tokens=4)),
+        Prompt([5], temperature=0.0, stop_tokens=[first]),
+        Prompt([6], max_new_tokens=0),
+        Prompt([7], temperature=0.0),
     ]
-    stopped, empty, last = model.generate_many(prompts, batch=1)
+    stopped, empty, last = model.generate_many(prompts, batch=1, max_new_tokens=4)
     assert (stopped.tokens, stopped.finish) == ([], "stop")
     assert (empty.tokens, empty.finish) == ([], "length")
-    assert last.tokens == alone(model, [7], prompts[2].options)
+    assert last.tokens == alone(model, [7], Options(temperature=0.0, max_new_tokens=4))
+
+
+def test_a_prompt_shares_the_options_that_it_does_not_bring(model):
+    (completion,) = model.generate_many([Prompt([3, 1], temperature=0.0)], max_new_tokens=8)
+    assert completion.tokens == alone(model, [3, 1], Options(temperature=0.0, max_new_tokens=8))
+    assert len(completion.tokens) == 8
+
+
+def test_a_text_or_bytes_instead_of_prompts_are_refused(model, writer):
+    with pytest.raises(UserError, match=r"prompts is a single text, expected several: generate_many\(\[text\]\)"):
+        model.generate_many("abc")
+    with pytest.raises(UserError, match="prompt 0: the prompt is bytes"):
+        list(writer.generate_many([b"abc"]))
+    with pytest.raises(UserError, match="text is bytes, expected a str or token ids"):
+        writer.session().feed(b"abc")
+
+
+def test_an_option_that_is_misspelt_is_named_at_once(model):
+    for call in (lambda: Prompt([1], temprature=0.0), lambda: model.generate_many([[1]], temprature=0.0)):
+        with pytest.raises(TypeError, match="no option 'temprature'; did you mean 'temperature'"):
+            call()
+    with pytest.raises(TypeError, match="no option 'temprature'"):
+        fed = model.session()
+        fed.feed([1])
+        fed.generate(temprature=0.0)
 
 
 def test_prompts_are_taken_one_by_one_so_there_may_be_any_number(model):

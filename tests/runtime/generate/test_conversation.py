@@ -54,9 +54,9 @@ def test_a_stopped_reply_keeps_what_was_said(talk, writer):
 
 def test_a_message_stopped_while_it_is_read_never_happened(talk):
     reply(talk, "Who art thou?")
-    position, kept = talk.session.position, talk.session.kept
+    position, kept = talk.session.position, talk.kept
     assert reply(talk, "word " * 400, stopped=lambda: True) == ""
-    assert (talk.session.position, talk.session.kept) == (position, kept)
+    assert (talk.session.position, talk.kept) == (position, kept)
 
 
 def test_a_message_whose_reply_is_not_finite_is_taken_back(talk):
@@ -97,7 +97,7 @@ def test_reset_comes_back_to_the_beginning_it_was_given(talk):
     reply(talk, "Who art thou?")
     talk.reset()
     assert talk.session.position == position > 0
-    assert talk.session.kept == 0
+    assert talk.kept == 0
 
 
 def test_a_loaded_state_can_be_taken_back_and_a_wrong_one_changes_nothing(talk, tmp_path, model):
@@ -112,4 +112,4 @@ def test_a_loaded_state_can_be_taken_back_and_a_wrong_one_changes_nothing(talk, 
     model.session().snapshot().save(tmp_path / "other.state")
     with pytest.raises(UserError, match="of another model"):
         talk.load(tmp_path / "other.state")
-    assert talk.session.kept == 0
+    assert talk.kept == 0

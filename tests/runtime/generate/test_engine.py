@@ -139,7 +139,7 @@ def test_what_cannot_be_done_is_refused_before_it_waits(model):
         (job([], Options()), "the prompt is empty"),
         (job([0, 50], Options()), "token 50 is not in the vocabulary of 50"),
         (job([1], Options(logit_bias={77: 1.0})), "logit_bias names token 77"),
-        (job([1], Options(stop="x")), "stop strings need text"),
+        (job([1], Options(stop="x")), "stop needs text"),
     ]:
         with pytest.raises(UserError, match=message):
             engine.add(bad)

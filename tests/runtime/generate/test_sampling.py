@@ -170,8 +170,8 @@ def test_log_probabilities_are_those_of_the_model_itself():
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0, expected more than 0"),
         ({"presence_penalty": float("inf")}, "presence_penalty is inf"),
         ({"seed": -1}, "seed is -1"),
-        ({"logit_bias": {-1: 1.0}}, "logit_bias -1=1.0"),
-        ({"logit_bias": {1: float("nan")}}, "logit_bias 1=nan"),
+        ({"logit_bias": {-1: 1.0}}, "logit_bias has -1=1.0"),
+        ({"logit_bias": {1: float("nan")}}, "logit_bias has 1=nan"),
         ({"logit_bias": {8: 1.0}}, "logit_bias names token 8, the vocabulary has 8"),
     ],
 )

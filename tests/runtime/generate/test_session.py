@@ -145,7 +145,7 @@ def test_an_empty_prompt_is_refused(model):
 def test_text_needs_a_tokenizer(model):
     with pytest.raises(UserError, match="has no tokenizer"):
         model.session().feed("text")
-    with pytest.raises(UserError, match="stop strings need text"):
+    with pytest.raises(UserError, match="stop needs text"):
         fed(model).generate_tokens(stop="x")
 
 

@@ -103,7 +103,7 @@ def test_stop_strings_cut_before_the_first_whatever_the_pieces(text, stops, data
 
 
 def test_an_empty_stop_string_is_refused():
-    with pytest.raises(UserError, match="a stop string is empty"):
+    with pytest.raises(UserError, match="stop has an empty text"):
         StopStrings([""])
 
 
