@@ -131,6 +131,8 @@ def changed(options: Options, field: str, value: str) -> Options:
         else:
             new = type(getattr(options, field) or 0)(value) if field in ("seed", "max_new_tokens", "top_k") else float(value)
         return options.changed({field: new})  # type: ignore[misc]  # one of its keys
+    except ArgumentError as error:
+        raise UserError(str(error)) from error
     except ValueError as error:
         raise UserError(f"{field} is {value!r}, expected a number") from error
 

@@ -15,9 +15,7 @@ from retnet_export.runtime.errors import ArgumentError, UserError
 def tokenize(
     bundle: BundlePath,
     text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="The text; stdin if not given.", show_default=False)] = None,
-    file: Annotated[
-        Path | None, typer.Option("--file", metavar="FILE", help="Read the text from a file.", show_default=False)
-    ] = None,
+    file: Annotated[Path | None, typer.Option(metavar="FILE", help="Read the text from a file.", show_default=False)] = None,
     prefix: Annotated[
         bool, typer.Option("--prefix/--no-prefix", help="With the tokens that begin a text, as `generate` reads it.")
     ] = True,

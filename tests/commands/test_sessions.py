@@ -250,7 +250,7 @@ def test_a_line_of_prompts_ends_with_a_line_feed_and_nowhere_else(bundle, tmp_pa
     text = "\ufeff" + "\r\n".join(prompts)
     (tmp_path / "p.txt").write_bytes(text.encode())
     for source, given in ((tmp_path / "p.txt", None), ("-", text)):
-        lines = run("generate", bundle, "--prompts", source, "--max-new-tokens", 1, text=given).stdout.splitlines()
+        lines = run("generate", bundle, "--prompts", source, "--max-new-tokens", 1, text=given).stdout.strip("\n").split("\n")
         assert [json.loads(line)["prompt"] for line in lines] == prompts
     (tmp_path / "p.txt").write_bytes("caf\u00e9".encode("latin-1"))
     assert "not UTF-8" in run("generate", bundle, "--prompts", tmp_path / "p.txt", code=1).stderr
@@ -304,9 +304,8 @@ def test_a_message_of_several_lines_stands_between_quotes(bundle):
 def test_a_chat_template_is_used_and_can_be_replaced(bundle, tmp_path):
     pytest.importorskip("jinja2")
     template = tmp_path / "chat.jinja"
-    template.write_text(
-        "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
-    )
+    turns = "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}"
+    template.write_text(turns + "{% if add_generation_prompt %}assistant:{% endif %}")
     session = load(bundle).session()
     session.feed("user: Who art thou?\nassistant:")
     expected = "".join(session.generate(temperature=0.0, max_new_tokens=6))

@@ -77,10 +77,10 @@ def test_an_option_that_is_misspelt_is_named_at_once(model):
     for call in (lambda: Prompt([1], temprature=0.0), lambda: model.generate_many([[1]], temprature=0.0)):
         with pytest.raises(TypeError, match="no option 'temprature'; did you mean 'temperature'"):
             call()
+    session = model.session()
+    session.feed([1])
     with pytest.raises(TypeError, match="no option 'temprature'"):
-        fed = model.session()
-        fed.feed([1])
-        fed.generate(temprature=0.0)
+        session.generate(temprature=0.0)
 
 
 def test_prompts_are_taken_one_by_one_so_there_may_be_any_number(model):

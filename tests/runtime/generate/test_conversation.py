@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from retnet_export.runtime.bundle.bundle import write_manifest
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.generate.conversation import Conversation
 from retnet_export.runtime.generate.generation import Options
+from retnet_export.runtime.model import load
 
 OPTIONS = Options(temperature=0.0, max_new_tokens=8)
 
@@ -113,3 +116,85 @@ def test_a_loaded_state_can_be_taken_back_and_a_wrong_one_changes_nothing(talk, 
     with pytest.raises(UserError, match="of another model"):
         talk.load(tmp_path / "other.state")
     assert talk.kept == 0
+
+
+class Turns:
+    """A template in the style of the marked ones, that trims what was said before or keeps it."""
+
+    def __init__(self, trim: bool = False) -> None:
+        self.trim = trim
+
+    def render(self, messages, *, add_generation_prompt=True) -> str:
+        text = "".join(f"{m['role']}: {m['content'].strip() if self.trim else m['content']}\n\n" for m in messages)
+        return text + ("assistant: " if add_generation_prompt else "")
+
+
+def reads(talk: Conversation, message: str) -> tuple[str, int]:
+    """The reply, and how many tokens were read for it."""
+    return reply(talk, message), talk.stats.prompt_tokens
+
+
+@pytest.mark.parametrize("trim", [False, True])
+def test_the_model_sees_what_the_template_says_and_reads_only_what_is_new(writer, trim):
+    talk = Conversation(writer, OPTIONS, template=Turns(trim))
+    said = []
+    for message in ("Who art thou?", "And whence?", "Speak!"):
+        said.append({"role": "user", "content": message})
+        text = Turns(trim).render(said)
+        answer, count = reads(talk, message)
+        session = writer.session()
+        session.feed(text, prefix=False)
+        assert answer == "".join(session.generate(OPTIONS))
+        # Trimmed, the last reply is read again, and nothing before it.
+        new = len(writer.tokenizer.encode(f"\n\nuser: {message}\n\nassistant: ")) + (OPTIONS.max_new_tokens if trim else 0)
+        assert count <= new + 2
+        said.append({"role": "assistant", "content": answer})
+    assert list(talk.messages) == said
+
+
+def test_a_conversation_on_a_template_is_saved_with_what_was_said(writer, tmp_path):
+    talk = Conversation(writer, OPTIONS, template=Turns())
+    talk.begin_with("Be brief.")
+    reply(talk, "Who art thou?")
+    talk.save(tmp_path / "talk.state")
+    expected = reads(talk, "And whence?")
+    other = Conversation(writer, OPTIONS, template=Turns())
+    other.load(tmp_path / "talk.state")
+    assert reads(other, "And whence?") == expected
+    assert other.messages == talk.messages
+    other.rewind(2)
+    assert other.messages == ()
+    changed = Conversation(writer, OPTIONS, template=Turns(trim=True))
+    changed.load(tmp_path / "talk.state")
+    reply(changed, "And whence?")
+    assert changed.messages[:4] == talk.messages[:4]
+
+
+def test_a_reply_that_stops_leaves_the_state_before_the_stop(writer):
+    whole = reply(Conversation(writer, replace(OPTIONS, max_new_tokens=20)), "Who art thou?")
+    stop = whole[6:12]
+    talk = Conversation(writer, replace(OPTIONS, max_new_tokens=20, stop=stop))
+    text = reply(talk, "Who art thou?")
+    assert text == whole[: whole.index(stop)]
+    session = writer.session()
+    session.feed("Who art thou?\n")
+    session.feed(text + ("" if text.endswith("\n") else "\n") + "And whence?\n")
+    talk.options = OPTIONS
+    assert reply(talk, "And whence?") == "".join(session.generate(OPTIONS))
+
+
+def test_the_end_that_the_model_chose_is_read_before_the_next_message(example_bundle, tmp_path):
+    bundle = shutil.copytree(example_bundle.path, tmp_path / "b.retnet")
+    write_manifest(bundle, replace(example_bundle.manifest, eos_ids=(5,)))
+    model = load(bundle, "onnxruntime", threads=1)
+    talk = Conversation(model, replace(OPTIONS, logit_bias={5: 1000.0}))
+    assert reply(talk, "Who art thou?") == ""
+    talk.options = OPTIONS
+    session = model.session()
+    session.feed([*model.tokenizer.encode("Who art thou?\n"), 5, *model.tokenizer.encode("And whence?\n")])
+    talk.save(tmp_path / "talk.state")
+    expected = "".join(session.generate(OPTIONS))
+    assert reply(talk, "And whence?") == expected
+    other = Conversation(model, OPTIONS)
+    other.load(tmp_path / "talk.state")
+    assert reply(other, "And whence?") == expected
