@@ -54,6 +54,8 @@ FLAGS: dict[str, tuple[Any, Any]] = {
         "auto",
     ),
     "stop": (_many(list[str], r"End before this text, in which \n is a new line"), None),
+    "min_new_tokens": (_flag(int, "Do not end before so many tokens.", min=0), 0),
+    "ignore_ends": (_flag(bool, "Go on where the model would end the text.", "--ignore-ends"), False),
     "stop_tokens": (_many(list[int], "End before this token", "--stop-token", metavar="ID"), None),
 }
 """By field of `Options`: the flag's type and description, and its default."""
@@ -124,17 +126,20 @@ def changed(options: Options, field: str, value: str) -> Options:
     """
     try:
         new: Any
-        if field in ("logit_bias", "stop", "stop_tokens"):
+        if isinstance(getattr(options, field), bool):
+            new = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}[value.lower()]
+        elif field in ("logit_bias", "stop", "stop_tokens"):
             new = _changes({field: [] if value in ("", "none") else [value]})[field]
-        elif field == "seed" and value in ("", "none"):
-            new = drawn_seed()
+        elif field == "seed":
+            new = drawn_seed() if value in ("", "none") else int(value)
         else:
-            new = type(getattr(options, field) or 0)(value) if field in ("seed", "max_new_tokens", "top_k") else float(value)
+            new = type(getattr(options, field))(value)
         return options.changed({field: new})  # type: ignore[misc]  # one of its keys
     except ArgumentError as error:
         raise UserError(str(error)) from error
-    except ValueError as error:
-        raise UserError(f"{field} is {value!r}, expected a number") from error
+    except (ValueError, KeyError) as error:
+        expected = "on or off" if isinstance(error, KeyError) else "a number"
+        raise UserError(f"{field} is {value!r}, expected {expected}") from error
 
 
 def shown(options: Options) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from retnet_export.commands.common import BackendName, BundlePath, LowMemory, Threads
+from retnet_export.commands.sampling import unescaped
 from retnet_export.runtime.errors import MissingExtraError, UserError
 
 
@@ -82,8 +83,8 @@ def serve(
             cache_folder=cache_dir,
             states=states,
             template=template,
-            before=_unescaped(before),
-            after=_unescaped(after),
+            before=unescaped(before),
+            after=unescaped(after),
             keys=_keys(api_key, api_key_file),
             hosts=tuple(allow_host or ()),
             origins=tuple(cors or ()),
@@ -111,7 +112,3 @@ def _keys(given: list[str] | None, path: Path | None) -> tuple[str, ...]:
     if any(not key.strip() for key in keys):
         raise UserError("--api-key: a key is empty")
     return tuple(key.strip() for key in keys)
-
-
-def _unescaped(text: str) -> str:
-    return text.replace("\\n", "\n")

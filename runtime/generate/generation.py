@@ -92,6 +92,8 @@ class OptionChanges(TypedDict, total=False):
     stop: str | Sequence[str]
     stop_tokens: Sequence[int]
     logprobs: int | None
+    min_new_tokens: int
+    ignore_ends: bool
 
 
 @dataclass(frozen=True)

@@ -125,8 +125,8 @@ class Turns:
         self.trim = trim
 
     def render(self, messages, *, add_generation_prompt=True) -> str:
-        text = "".join(f"{m['role']}: {m['content'].strip() if self.trim else m['content']}\n\n" for m in messages)
-        return text + ("assistant: " if add_generation_prompt else "")
+        text = "".join(f"{m['role']}:\n{m['content'].strip() if self.trim else m['content']}\n\n" for m in messages)
+        return text + ("assistant:\n" if add_generation_prompt else "")
 
 
 def reads(talk: Conversation, message: str) -> tuple[str, int]:
@@ -146,7 +146,7 @@ def test_the_model_sees_what_the_template_says_and_reads_only_what_is_new(writer
         session.feed(text, prefix=False)
         assert answer == "".join(session.generate(OPTIONS))
         # Trimmed, the last reply is read again, and nothing before it.
-        new = len(writer.tokenizer.encode(f"\n\nuser: {message}\n\nassistant: ")) + (OPTIONS.max_new_tokens if trim else 0)
+        new = len(writer.tokenizer.encode(f"\n\nuser:\n{message}\n\nassistant:\n")) + (OPTIONS.max_new_tokens if trim else 0)
         assert count <= new + 2
         said.append({"role": "assistant", "content": answer})
     assert list(talk.messages) == said

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import typing
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from retnet_export.commands.sampling import FLAGS
 from retnet_export.runtime.backends.base import top_of
 from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.generate.generation import OptionChanges, Options
 from retnet_export.runtime.generate.sampling import Sampler, Sampling, log_softmax, nucleus
 
 LOGITS = np.array([1.5, -0.3, 2.0, 0.1, 2.0, -4.0, 0.9, 1.1], np.float32)
@@ -178,3 +182,9 @@ def test_log_probabilities_are_those_of_the_model_itself():
 def test_an_option_out_of_range_is_refused_by_name(options, message):
     with pytest.raises(UserError, match=message):
         sampler(**options)
+
+
+def test_every_option_can_be_given_by_name():
+    hints = typing.get_type_hints(OptionChanges)
+    assert hints == typing.get_type_hints(Options)
+    assert set(FLAGS) == set(hints) - {"logprobs"}
