@@ -128,6 +128,8 @@ def changed(options: Options, field: str, value: str) -> Options:
         new: Any
         if isinstance(getattr(options, field), bool):
             new = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}[value.lower()]
+        elif field == "speculate":
+            new = speculation_from(value)
         elif field in ("logit_bias", "stop", "stop_tokens"):
             new = _changes({field: [] if value in ("", "none") else [value]})[field]
         elif field == "seed":

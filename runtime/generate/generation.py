@@ -94,6 +94,7 @@ class OptionChanges(TypedDict, total=False):
     logprobs: int | None
     min_new_tokens: int
     ignore_ends: bool
+    speculate: int | None
 
 
 @dataclass(frozen=True)
