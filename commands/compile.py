@@ -33,7 +33,7 @@ def compile_(
         typer.Option(metavar="FILE", help="Keep what kernels cost here; the next build is quicker.", show_default=False),
     ] = None,
     separate: Annotated[
-        bool, typer.Option("--separate", help="Decode and prefill as an engine each: a leaner step, and the weights twice.")
+        bool, typer.Option("--separate", help="Decode and prefill as an engine each, and the weights twice.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -49,7 +49,7 @@ def compile_(
         candidates=candidates,
         workspace_mb=workspace,
         timing_cache=timing_cache,
-        separate=separate,
+        form="separate" if separate else None,
     )
     opened = open_bundle(bundle)
     with progress("compile", quiet=as_json) as update:
@@ -60,6 +60,18 @@ def compile_(
         print_record(opened, record)
 
 
+FORMS = {
+    "joined": "decode.onnx and prefill.onnx in one engine, over one copy of the weights",
+    "prefill": "prefill.onnx alone, for one token as well: this TensorRT takes no engine of two graphs",
+    "separate": "decode.onnx and prefill.onnx in an engine each, the weights twice",
+}
+INT8 = {
+    "planes": "read as two planes of four bits",
+    "fused": "read as they are, in the product's kernel",
+    "floats": "written out as floats at every step: this TensorRT has no better form of them",
+}
+
+
 def print_record(bundle: Bundle, record: EngineRecord) -> None:
     rows = [("target", f"{record.target} {record.version}, compute capability {', '.join(record.compute_capabilities)}")]
     rows += [(name, size(file.bytes)) for name, file in record.files.items()]
@@ -68,6 +80,29 @@ def print_record(bundle: Bundle, record: EngineRecord) -> None:
         (part.role, f"from {part.graph}.onnx, up to {part.max_tokens} tokens a run, {size(part.activation_bytes)} while it runs")
         for part in record.parts
     ]
+    rows.append(("graphs", FORMS[record.form]))
+    if record.int8 != "none":
+        rows.append(("INT8 weights", INT8[record.int8]))
     rows.append(("batch", f"up to {record.max_batch}; the {record.candidates} largest logits of each are picked on the device"))
     rows.append(("built in", f"{record.build_seconds:.1f} s"))
     print_table(f"{bundle.path}: compiled", rows)
+    print_anatomy(record)
+
+
+def print_anatomy(record: EngineRecord) -> None:
+    """What a step and a chunk move through memory, and what of that no engine could do without."""
+    for each in record.anatomy:
+        what = "a step" if each.role == "decode" else f"a chunk of {each.tokens} tokens"
+        parts = f"weights {size(each.weight_bytes)}, state {size(each.state_bytes)}, rest {size(each.other_bytes)}"
+        rows = [
+            ("kernels", f"{each.kernels}, {each.kernels_per_layer:.1f} a layer"),
+            ("moved", f"{size(each.bytes)}: {parts}"),
+            ("floor", f"{size(each.floor_bytes)}; {each.over_floor:.2f} times that is moved"),
+            ("read from", f"the {each.source}"),
+        ]
+        if each.role == "decode":
+            rows.insert(2, ("the state", f"passes through memory {each.state_passes:g} times; 2 is the least"))
+        rows += [("above the floor", f"{size(excess.bytes)} {excess.what}") for excess in each.excess]
+        print_table(f"\n{record.stem}: {what}, one sequence", rows)
+    if record.anatomy_missing:
+        print_table(f"\n{record.stem}: kernels and bytes", [("not known", record.anatomy_missing)])

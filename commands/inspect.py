@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from retnet_export.commands.common import BundlePath, Json, print_json, print_table, size
+from retnet_export.commands.compile import print_anatomy
 from retnet_export.commands.export import print_summary
 
 
 def inspect(bundle: BundlePath, as_json: Json = False) -> None:
     """Check every file of a bundle against its hash and say what the bundle is."""
     from retnet_export.runtime.bundle.bundle import open_bundle
+    from retnet_export.runtime.bundle.engines import read_engines
     from retnet_export.runtime.bundle.schema import encode
 
     opened = open_bundle(bundle)
+    engines = read_engines(opened)
     if as_json:
-        print_json(encode(opened.manifest))
+        print_json({**cast(dict[str, object], encode(opened.manifest)), "engines": [encode(record) for record in engines]})
         return
     manifest = opened.manifest
     print_summary(f"{bundle}: whole, every file has its hash", opened)
@@ -25,6 +30,8 @@ def inspect(bundle: BundlePath, as_json: Json = False) -> None:
             f"\n{title} of {decode.file}",
             [(spec.name, f"{spec.dtype} ({', '.join('batch' if n == -1 else str(n) for n in spec.shape)})") for spec in specs],
         )
+    for record in engines:
+        print_anatomy(record)
     checked = manifest.verification
     verdict = "never; run `retnet-export verify`" if checked is None else ("passed" if checked.get("passed") else "FAILED")
     print_table("\nrecord", [("verified", verdict), *((name, str(value)) for name, value in manifest.provenance.items())])

@@ -1,9 +1,9 @@
-"""Bundle in, engine out: both graphs parsed as strongly typed networks and built for one or more GPUs.
+"""Bundle in, engine out: the graphs in TensorRT's forms, parsed as a strongly typed network and built for one or more GPUs.
 
-Decode and prefill share one engine. Both are `prefill.onnx`, once with a profile around one token and once around a full chunk:
-TensorRT keeps one copy of the weights for all profiles of an engine, and two engines cannot share any. The decode profile
-allows two tokens where it needs one, because a profile without any free size makes TensorRT lay the weights out a second
-time. Measured: docs/tensorrt.md.
+Decode and prefill share one engine, because two engines cannot share any weights. Both graphs stand in one network, each with
+inputs of its own, and in the optimization profiles of one the other is empty: so a step runs the decode graph's kernels alone. A
+small build asks first whether the TensorRT at hand takes that; if not, both roles are played by the prefill graph. Measured:
+docs/tensorrt.md.
 
 What a step needs on the host are a few candidates, not the vocabulary: a TopK over the logits is added to the network.
 """
@@ -17,7 +17,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from retnet_export.export.tensorrt_network import Profile, add_candidates, optimization_profile, parse, parser_message
+from retnet_export.export.tensorrt_anatomy import read_anatomy
+from retnet_export.export.tensorrt_forms import JOINED, Forms, tensorrt_forms
+from retnet_export.export.tensorrt_network import (
+    NetworkGraph,
+    Profile,
+    add_candidates,
+    builder_config,
+    optimization_profile,
+    parser_message,
+)
+from retnet_export.export.tensorrt_probe import ask
 from retnet_export.export.tensorrt_progress import Progress, make_monitor, run_cancellable
 from retnet_export.plan.preflight import check_build
 from retnet_export.runtime.backends.tensorrt_api import TARGETS, load_module, make_logger, version_of
@@ -26,6 +36,9 @@ from retnet_export.runtime.bundle.engines import (
     FORMAT_VERSION,
     EnginePart,
     EngineRecord,
+    Form,
+    Probe,
+    Role,
     engine_stem,
     sources_of,
     write_engines,
@@ -37,6 +50,7 @@ from retnet_export.runtime.errors import UserError, one_of
 if TYPE_CHECKING:
     import tensorrt as trt
 
+ROLES: tuple[Role, ...] = ("decode", "prefill")
 MAX_CANDIDATES = 3840
 """The largest k of TensorRT's TopK."""
 
@@ -52,7 +66,8 @@ class CompileOptions:
         candidates: how many of the largest logits a step picks on the device; 0 adds no TopK.
         workspace_mb: scratch memory that tactics may use; TensorRT's choice (all of the device's) when None.
         timing_cache: a file that keeps what tactics cost, so that the next build is quicker.
-        separate: decode.onnx and prefill.onnx as an engine each; a leaner decode step, and the weights twice.
+        form: how decode and prefill share engines; None: both graphs in one network where this TensorRT takes that, else the
+            prefill graph for both.
     """
 
     target: Literal["tensorrt", "tensorrt-rtx"] = "tensorrt"
@@ -61,7 +76,7 @@ class CompileOptions:
     candidates: int = 64
     workspace_mb: int | None = None
     timing_cache: Path | None = None
-    separate: bool = False
+    form: Form | None = None
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -94,18 +109,35 @@ class CompileOptions:
 
 @dataclass(frozen=True)
 class _Plan:
-    """One engine to build: a graph and its profiles."""
+    """One engine to build.
 
-    graph: str
+    Attributes:
+        source: which of the forms' files it is parsed from.
+        file: what the engine is called.
+        graphs: in that file.
+        profiles: of the engine, by number.
+    """
+
+    source: str
     file: str
+    graphs: tuple[NetworkGraph, ...]
     profiles: tuple[Profile, ...]
+
+    def part(self, number: int, activation_bytes: int) -> EnginePart:
+        """What the record says of a profile."""
+        profile = self.profiles[number]
+        graph = next(each for each in self.graphs if each.role in (None, profile.role))
+        name = "prefill" if graph.role is None else profile.role
+        return EnginePart(
+            profile.role, name, graph.prefix, self.file, number, profile.min_tokens, profile.max_tokens, activation_bytes
+        )
 
 
 def compile_bundle(bundle: Bundle, options: CompileOptions, *, progress: Progress = lambda stage, share: None) -> EngineRecord:
     """Build the engines of a bundle and put them into its folder `engines/`.
 
     Args:
-        bundle: the bundle, in the portable dialect.
+        bundle: the bundle, with portable graphs.
         options: for what, and how.
         progress: is told the phase and the share done.
 
@@ -126,22 +158,32 @@ def compile_bundle(bundle: Bundle, options: CompileOptions, *, progress: Progres
     )
     stem = engine_stem(options.target, module.__version__, capabilities)
     began = time.perf_counter()
+    probe = ask(module, capabilities, device is not None, compute=bundle.manifest.precision.compute)
+    form: Form = options.form or ("joined" if probe.joined and fixed_batch == -1 else "prefill")
+    if form == "joined" and fixed_batch != -1:
+        raise UserError(
+            f"{bundle.path}: its batch is fixed to {fixed_batch}, so neither graph can be empty while the other runs; "
+            "export it without --batch"
+        )
     parts: list[EnginePart] = []
     engines: dict[str, memoryview] = {}
     weights_bytes = 0
-    plans = _plans(bundle, stem, options.separate)
-    for index, plan in enumerate(plans):
+    plans = _plans(bundle, stem, form)
+    with tensorrt_forms(bundle, join=form == "joined", planes=not probe.int8_fused) as forms:
+        readings = []
+        for index, plan in enumerate(plans):
 
-        def update(stage: str, share: float, index: int = index) -> None:
-            progress(stage, (index + share) / len(plans))
+            def update(stage: str, share: float, index: int = index) -> None:
+                progress(stage, (index + share) / len(plans))
 
-        built = _build(module, bundle, plan, capabilities, options, update)
-        engines[plan.file] = built.content
-        weights_bytes += built.weights_bytes
-        parts += [
-            EnginePart(profile.role, plan.graph, plan.file, number, profile.max_tokens, built.activation_bytes[number])
-            for number, profile in enumerate(plan.profiles)
-        ]
+            built = _build(module, bundle, forms, plan, capabilities, options, update)
+            engines[plan.file] = built.content
+            weights_bytes += built.weights_bytes
+            made = [plan.part(number, built.activation_bytes[number]) for number in range(len(plan.profiles))]
+            parts += made
+            readings.append(
+                read_anatomy(module, bundle, made, built.layers, forms.tables, built.content if device else None, options.max_batch)
+            )
     record = EngineRecord(
         format="retnet-export engine",
         format_version=FORMAT_VERSION,
@@ -152,25 +194,44 @@ def compile_bundle(bundle: Bundle, options: CompileOptions, *, progress: Progres
         max_batch=options.max_batch,
         candidates=min(options.candidates, bundle.manifest.model.vocab_size),
         parts=tuple(parts),
+        form=form,
+        probe=probe,
+        int8=_int8(forms, probe),
         weights_bytes=weights_bytes,
         sources=sources_of(bundle),
         files={name: FileRecord(content.nbytes, sha256_of_bytes(content)) for name, content in engines.items()},
         build_seconds=round(time.perf_counter() - began, 3),
+        anatomy=tuple(each for reading in readings for each in reading.found),
+        anatomy_missing="; ".join(reading.missing for reading in readings if reading.missing) or None,
     )
     write_engines(bundle, record, engines)
     progress("done", 1.0)
     return record
 
 
-def _plans(bundle: Bundle, stem: str, separate: bool) -> tuple[_Plan, ...]:
-    chunk = bundle.manifest.graphs["prefill"].chunk_size
-    prefill = Profile("prefill", chunk, chunk)
-    if separate:
+def _int8(forms: Forms, probe: Probe) -> Literal["none", "planes", "fused", "floats"]:
+    if forms.int8 in ("none", "planes"):
+        return forms.int8
+    return "fused" if probe.int8_fused else "floats"
+
+
+def _plans(bundle: Bundle, stem: str, form: Form) -> tuple[_Plan, ...]:
+    graphs = bundle.manifest.graphs
+    chunk = graphs["prefill"].chunk_size
+    decode = Profile("decode", 1, 1, 1)
+    # A full chunk has kernels of its own: where the number of tokens is open, TensorRT copies operands into padded ones.
+    prefill = (Profile("prefill", chunk, chunk, chunk), Profile("prefill", 1, max(1, chunk // 4), chunk))
+    if form == "joined":
+        both = tuple(NetworkGraph(role, graphs[role], f"{role}.") for role in ROLES)
+        return (_Plan(JOINED, f"{stem}.engine", both, (decode, *prefill)),)
+    if form == "separate":
         return (
-            _Plan("decode", f"{stem}-decode.engine", (Profile("decode", 1, 1),)),
-            _Plan("prefill", f"{stem}-prefill.engine", (prefill,)),
+            _Plan("decode", f"{stem}-decode.engine", (NetworkGraph("decode", graphs["decode"]),), (decode,)),
+            _Plan("prefill", f"{stem}-prefill.engine", (NetworkGraph("prefill", graphs["prefill"]),), prefill),
         )
-    return (_Plan("prefill", f"{stem}.engine", (Profile("decode", 1, min(2, chunk)), prefill)),)
+    # Two tokens where one is needed: of a profile without a free size TensorRT lays the weights out a second time.
+    decode = Profile("decode", 1, 1, min(2, chunk))
+    return (_Plan("prefill", f"{stem}.engine", (NetworkGraph(None, graphs["prefill"]),), (decode, *prefill)),)
 
 
 def _capabilities(module: Any, options: CompileOptions) -> tuple[tuple[str, ...], str | None]:
@@ -209,46 +270,45 @@ class _Built:
     content: memoryview
     weights_bytes: int
     activation_bytes: tuple[int, ...]
+    layers: tuple[str, ...]
 
 
 def _build(
-    module: Any, bundle: Bundle, plan: _Plan, capabilities: Sequence[str], options: CompileOptions, progress: Progress
+    module: Any,
+    bundle: Bundle,
+    forms: Forms,
+    plan: _Plan,
+    capabilities: Sequence[str],
+    options: CompileOptions,
+    progress: Progress,
 ) -> _Built:
     logger = make_logger(module)
     # TensorRT-RTX's classes are those of TensorRT, so that the type stubs of the one check our calls of both.
     builder: trt.Builder = module.Builder(logger)
     network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    graph = bundle.manifest.graphs[plan.graph]
-    path = bundle.file(graph.file)
+    path = forms.files[plan.source]
     parser: trt.OnnxParser = module.OnnxParser(network, logger)
-    if not parse(parser, bundle, path):
-        raise UserError(parser_message(path, parser, options.target, module.__version__))
+    if not parser.parse_from_file(str(path)):
+        raise UserError(parser_message(bundle.path, parser, options.target, module.__version__))
     if options.candidates:
         add_candidates(module, network, min(options.candidates, bundle.manifest.model.vocab_size))
-    config = builder.create_builder_config()
-    # TF32 rounds float32 products to 11 bits. A step is bound by memory and gains nothing from it.
-    config.clear_flag(module.BuilderFlag.TF32)
+    config = builder_config(module, builder, capabilities)
     if options.workspace_mb is not None:
         config.set_memory_pool_limit(module.MemoryPoolType.WORKSPACE, options.workspace_mb << 20)
-    if TARGETS[options.target].capabilities is not None:
-        rtx_config: Any = config  # which has these two members more
-        rtx_config.num_compute_capabilities = len(capabilities)
-        for index, capability in enumerate(capabilities):
-            rtx_config.set_compute_capability(getattr(module.ComputeCapability, f"SM{capability.replace('.', '')}"), index)
     for profile in plan.profiles:
-        config.add_optimization_profile(optimization_profile(builder, graph, profile, options.max_batch))
+        config.add_optimization_profile(optimization_profile(builder, plan.graphs, profile, options.max_batch))
     cache = _load_timing_cache(config, options.timing_cache)
     monitor = make_monitor(module, progress)
     config.progress_monitor = monitor
     serialized = run_cancellable(lambda: builder.build_serialized_network(network, config), monitor)
     if serialized is None:
-        raise UserError(f"{path}: {options.target} {module.__version__} could not build the engine: {_last(logger.errors)}")
+        raise UserError(f"{bundle.path}: {options.target} {module.__version__} could not build the engine: {_last(logger.errors)}")
     if cache is not None and options.timing_cache is not None:
         write_atomically(options.timing_cache, memoryview(config.get_timing_cache().serialize()))
     weights = [int(size) for line in logger.report for size in re.findall(r"Total Weights Memory: (\d+) bytes", line)]
     activations = [int(size) for line in logger.report for size in re.findall(r"Total Activation Memory: (\d+) bytes", line)]
     activations += [0] * (len(plan.profiles) - len(activations))  # a release that does not report them
-    return _Built(memoryview(serialized), sum(weights), tuple(activations[: len(plan.profiles)]))
+    return _Built(memoryview(serialized), sum(weights), tuple(activations[: len(plan.profiles)]), tuple(logger.layers))
 
 
 def _last(errors: Sequence[str]) -> str:

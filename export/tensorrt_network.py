@@ -1,18 +1,14 @@
-"""From a graph of the bundle to TensorRT's network: what is parsed, what is added to it, and what a refusal means.
-
-Rule: the graph is taken as it is. Added is only what a host wants of the logits, and how large the sizes left open may be.
-"""
+"""From a graph to TensorRT's network: what is added to it, how large its open sizes may be, and what a refusal means."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retnet_export.runtime.bundle.bundle import Bundle
-from retnet_export.runtime.bundle.engines import TOP_LOGITS, TOP_TOKENS, Role
+from retnet_export.runtime.bundle.engines import TOP_LOGITS, TOP_TOKENS, Role, open_shape
 from retnet_export.runtime.bundle.manifest import GraphSpec
-from retnet_export.runtime.errors import MissingExtraError
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -23,33 +19,24 @@ class Profile:
     """One optimization profile: the role it plays and how many tokens per sequence it takes."""
 
     role: Role
+    min_tokens: int
     typical_tokens: int
     max_tokens: int
 
 
-def parse(parser: trt.OnnxParser, bundle: Bundle, path: Path) -> bool:
-    """Parse a graph.
+@dataclass(frozen=True)
+class NetworkGraph:
+    """A graph of the bundle in a network.
 
-    A quantized embedding that is the output head as well stands in the file once and is read as bytes and as words. TensorRT
-    knows weights by their address and refuses one address with two sizes, so there the second reading gets a copy of its own.
+    Attributes:
+        role: what it is for; None if it serves every profile.
+        spec: its inputs and outputs.
+        prefix: stands before the names of its tensors.
     """
-    record = bundle.manifest.quantization
-    if not (bundle.manifest.model.tied_embeddings and record and record.get("embedding") != "keep"):
-        return bool(parser.parse_from_file(str(path)))
-    try:
-        import onnx
-        from onnx.external_data_helper import load_external_data_for_tensor
-    except ImportError as error:
-        raise MissingExtraError("onnx", "export", "compiling a quantized bundle whose embedding is its output head") from error
-    model, seen = onnx.load(str(path), load_external_data=False), set()
-    for tensor in model.graph.initializer:
-        offset = next((entry.value for entry in tensor.external_data if entry.key == "offset"), None)
-        if offset is not None and offset in seen:
-            load_external_data_for_tensor(tensor, str(path.parent))
-            tensor.data_location = onnx.TensorProto.DEFAULT
-            tensor.ClearField("external_data")
-        seen.add(offset)
-    return bool(parser.parse(model.SerializeToString(), str(path)))
+
+    role: Role | None
+    spec: GraphSpec
+    prefix: str = ""
 
 
 def parser_message(path: Path, parser: trt.OnnxParser, target: str, version: str) -> str:
@@ -69,34 +56,60 @@ def parser_message(path: Path, parser: trt.OnnxParser, target: str, version: str
     return f"{path}: {target} {version} does not take the graph: {'; '.join(shown)}{more}. What to do: {mend}"
 
 
-def optimization_profile(builder: trt.Builder, graph: GraphSpec, profile: Profile, max_batch: int) -> trt.IOptimizationProfile:
-    """Sizes left open in the graph are the batch, on the first axis, and the tokens or the rows of `rows`, on the second.
+def builder_config(module: Any, builder: trt.Builder, capabilities: Sequence[str]) -> trt.IBuilderConfig:
+    """What every build has in common."""
+    config = builder.create_builder_config()
+    # TF32 rounds float32 products to 11 bits. A step is bound by memory and gains nothing from it.
+    config.clear_flag(module.BuilderFlag.TF32)
+    config.profiling_verbosity = module.ProfilingVerbosity.DETAILED  # so that the layers are listed with their tensors
+    if hasattr(config, "set_compute_capability"):
+        rtx_config: Any = config  # which has these two members more
+        rtx_config.num_compute_capabilities = len(capabilities)
+        for index, capability in enumerate(capabilities):
+            rtx_config.set_compute_capability(getattr(module.ComputeCapability, f"SM{capability.replace('.', '')}"), index)
+    return config
 
-    A step and a chunk of a prompt want logits of one row; `Stream.score` up to as many as the chunk has tokens. As with the tokens,
-    one row alone in a profile would make TensorRT lay the head out a second time.
+
+def optimization_profile(
+    builder: trt.Builder, graphs: Sequence[NetworkGraph], profile: Profile, max_batch: int
+) -> trt.IOptimizationProfile:
+    """Sizes left open in a graph are the batch, on the first axis, and the tokens or the rows of `rows`, on the second.
+
+    A step and a chunk of a prompt want logits of one row; `Stream.score` up to as many as the chunk has tokens. A graph that this profile is not for has a batch of 0. A batch that is never more than 1 gets the range 1…2 where no other size
+    is open: a profile without a free size makes TensorRT lay the weights out for it alone, and write INT8 weights out as floats.
     """
     result = builder.create_optimization_profile()
     typical_batch = max_batch if profile.role == "decode" else 1
 
-    def shape(sizes: tuple[int, ...], batch: int, tokens: int) -> Any:  # a tuple is taken as a Dims
-        return tuple(size if size != -1 else batch if axis == 0 else tokens for axis, size in enumerate(sizes))
-
-    for spec in graph.inputs:
-        typical, most = profile.typical_tokens, profile.max_tokens
-        if spec.name == "rows":
-            typical = 1
-        result.set_shape(
-            spec.name, shape(spec.shape, 1, 1), shape(spec.shape, typical_batch, typical), shape(spec.shape, max_batch, most)
-        )
+    for graph in graphs:
+        idle = graph.role not in (None, profile.role)
+        for spec in graph.spec.inputs:
+            if idle:
+                shapes = [open_shape(spec, 0, 1)] * 3
+            else:
+                shapes = [
+                    open_shape(spec, 1, profile.min_tokens, 1),
+                    open_shape(spec, typical_batch, profile.typical_tokens, 1),
+                    open_shape(spec, largest_batch(graph.spec, max_batch), profile.max_tokens, profile.max_tokens),
+                ]
+            result.set_shape(graph.prefix + spec.name, *shapes)
     return result
 
 
+def largest_batch(spec: GraphSpec, max_batch: int) -> int:
+    """The end of a profile's range of batches; beyond 1 unless the rows whose logits are wanted are an open size."""
+    return max(max_batch, 1 if any(tensor.name == "rows" for tensor in spec.inputs) else 2)
+
+
 def add_candidates(module: Any, network: trt.INetworkDefinition, count: int) -> None:
-    outputs = [network.get_output(index) for index in range(network.num_outputs)]
-    logits = next(tensor for tensor in outputs if tensor.name == "logits")
-    layer = network.add_topk(logits, module.TopKOperation.MAX, count, 1 << (len(logits.shape) - 1))  # (B, V), or (B, R, V)
-    layer.name = "candidates"
-    for index, name in enumerate((TOP_LOGITS, TOP_TOKENS)):
-        tensor = layer.get_output(index)
-        tensor.name = name
-        network.mark_output(tensor)
+    """Mark the largest of each graph's logits, and their tokens, as outputs beside them."""
+    for tensor in [network.get_output(index) for index in range(network.num_outputs)]:
+        if not tensor.name.endswith("logits"):
+            continue
+        prefix = tensor.name.removesuffix("logits")
+        layer = network.add_topk(tensor, module.TopKOperation.MAX, count, 1 << (len(tensor.shape) - 1))
+        layer.name = f"{prefix}candidates"
+        for index, name in enumerate((TOP_LOGITS, TOP_TOKENS)):
+            output = layer.get_output(index)
+            output.name = prefix + name
+            network.mark_output(output)

@@ -56,10 +56,20 @@ class Format:
 
     @property
     def largest(self) -> int:
-        """The largest value; the smallest integer is one further from zero."""
+        """The largest weight. Of INT8 it is 119 = 16 · 7 + 7, which two four-bit planes hold (graph/tensorrt/planes.py)."""
         if self.floating:
             return FLOAT8_LARGEST
-        return (1 << (self.bits - 1)) - 1
+        return 7 if self.bits == 4 else 119
+
+    @property
+    def smallest(self) -> int:
+        """The smallest weight."""
+        return -FLOAT8_LARGEST if self.floating else -(1 << (self.bits - 1))
+
+    @property
+    def magnitude(self) -> int:
+        """The largest magnitude that the type holds with either sign: what activations are rounded into."""
+        return FLOAT8_LARGEST if self.floating else (1 << (self.bits - 1)) - 1
 
     @property
     def dtype(self) -> np.dtype[np.generic]:
@@ -136,7 +146,7 @@ def _round_to_float8(weight: Matrix, form: Format) -> Quantized:
 
 def nearest(weight: Matrix, scale: Matrix, form: Format) -> NDArray[np.int8]:
     """weight / scale, rounded into the format's range."""
-    return np.asarray(np.clip(np.rint(weight / scale), -form.largest - 1, form.largest), np.int8)
+    return np.asarray(np.clip(np.rint(weight / scale), form.smallest, form.largest), np.int8)
 
 
 def least_squares_scales(block: Matrix, form: Format, importance: NDArray[np.float32]) -> Matrix:
@@ -179,7 +189,7 @@ def _better(
 
 
 def _error(block: Matrix, scale: Matrix, form: Format, importance: NDArray[np.float32]) -> Matrix:
-    rounded = np.clip(np.rint(block / scale[:, None]), -form.largest - 1, form.largest)
+    rounded = np.clip(np.rint(block / scale[:, None]), form.smallest, form.largest)
     rounded *= scale[:, None]
     rounded -= block
     rounded *= rounded

@@ -124,7 +124,7 @@ class _Rewriter:
     def quantize_input(self, node: ir.Node, name: str, largest: float) -> None:
         """Let what flows into a product pass through the format of its matrix: one scale, since rows come one at a time."""
         form, x = self._stored[name].format, node.inputs[0]
-        scale = stored_scales(np.array(largest / form.largest), form).astype(form.scale_dtype)
+        scale = stored_scales(np.array(largest / form.magnitude), form).astype(form.scale_dtype)
         # Aloud, because the default is uint8.
         tensors = [
             ir.Tensor(scale, name=f"{node.name}.input_scale"),
@@ -177,7 +177,7 @@ class _Rewriter:
         bits, lanes = stored.format.bits, 32 // stored.format.bits
         lane = np.arange(lanes, dtype=np.int64)
         digits = np.arange(1 << bits)
-        values = np.where(digits > stored.format.largest, digits - (1 << bits), digits).astype(stored.format.scale_dtype)
+        values = np.where(digits > stored.format.magnitude, digits - (1 << bits), digits).astype(stored.format.scale_dtype)
         lead = [0] * _rank(tokens)
         width = stored.words.shape.numpy()[1] * lanes
         group = stored.format.group(width)

@@ -78,6 +78,16 @@ class TopKOperation(enum.Enum):
     MAX = 0
 
 
+class ProfilingVerbosity(enum.Enum):
+    LAYER_NAMES_ONLY = 0
+    DETAILED = 2
+
+
+class LayerInformationFormat(enum.Enum):
+    ONELINE = 0
+    JSON = 1
+
+
 class TensorIOMode(enum.Enum):
     NONE = 0
     INPUT = 1
@@ -103,8 +113,10 @@ class IProgressMonitor(Strict):
 
 
 class ITensor(Strict):
-    def __init__(self, name, dtype, shape):
-        self.name, self.dtype, self.shape = name, dtype, shape
+    def __init__(self, name, dtype, symbols):
+        """`symbols` are sizes; those left open are names."""
+        self.name, self.dtype, self._symbols = name, dtype, symbols
+        self.shape = tuple(size if isinstance(size, int) else -1 for size in symbols)
 
 
 class ITopKLayer(Strict):
@@ -120,7 +132,7 @@ class INetworkDefinition(Strict):
     def __init__(self, flags):
         if not flags & 1 << NetworkDefinitionCreationFlag.STRONGLY_TYPED:
             raise Misuse("the network is not strongly typed")
-        self._model, self._inputs, self._outputs, self._top = None, [], [], None
+        self._model, self._inputs, self._outputs, self._top = None, [], [], []
 
     @property
     def num_inputs(self):
@@ -139,9 +151,10 @@ class INetworkDefinition(Strict):
     def add_topk(self, input, op, k, axes):
         if op is not TopKOperation.MAX or axes != 1 << (len(input.shape) - 1) or not 1 <= k <= min(3840, input.shape[-1]):
             raise Misuse(f"TopK of {k} over axes {axes:#b} of {input.name} {input.shape}")
-        shape = (*input.shape[:-1], k)
-        self._top = (input.name, k, ITensor("", input.dtype, shape), ITensor("", DataType.INT32, shape))
-        return ITopKLayer(self._top[2:])
+        symbols = (*input._symbols[:-1], k)
+        top = (input.name, k, ITensor("", input.dtype, symbols), ITensor("", DataType.INT32, symbols))
+        self._top.append(top)
+        return ITopKLayer(top[2:])
 
     def mark_output(self, tensor):
         self._outputs.append(tensor)
@@ -167,7 +180,7 @@ class ITimingCache(Strict):
 
 class IBuilderConfig(Strict):
     def __init__(self):
-        self.progress_monitor = None
+        self.progress_monitor, self.profiling_verbosity = None, ProfilingVerbosity.LAYER_NAMES_ONLY
         if "num_compute_capabilities" in RELEASES[CURRENT["release"]]["IBuilderConfig"]:
             self.num_compute_capabilities = 0
         self._profiles, self._capabilities, self._cache, self._flags = [], {}, None, set(BuilderFlag)
@@ -222,16 +235,17 @@ class OnnxParser(Strict):
 
     def parse(self, model, path=None):
         import onnx
-        from onnx.external_data_helper import load_external_data_for_model
 
         graph = onnx.load_model_from_string(model)
         spans = {}
         for tensor in graph.graph.initializer:
             where = {entry.key: entry.value for entry in tensor.external_data}
-            if where and spans.setdefault(where["offset"], tuple(tensor.dims)) != tuple(tensor.dims):
+            place = (where.get("location"), where.get("offset"))
+            if where and spans.setdefault(place, tuple(tensor.dims)) != tuple(tensor.dims):
                 self._errors = [ParserError(onnx.helper.make_node("Constant", [], [], name=tensor.name))]
                 return False
-        load_external_data_for_model(graph, str(Path(path).parent))  # an engine needs no file beside it
+        if spans:
+            read_external_data(graph, Path(path).parent)  # an engine needs no file beside it
         self._errors = [ParserError(node) for node in graph.graph.node if node.domain not in ("", "ai.onnx")]
         if self._errors:
             return False
@@ -257,8 +271,23 @@ NUMPY_TYPES = {DataType.FLOAT: np.float32, DataType.INT64: np.int64, DataType.HA
 
 def tensor_of(value):
     kind = value.type.tensor_type
-    shape = tuple(size.dim_value if size.HasField("dim_value") else -1 for size in kind.shape.dim)
-    return ITensor(value.name, ELEMENT_TYPES[kind.elem_type], shape)
+    symbols = tuple(size.dim_value if size.HasField("dim_value") else size.dim_param for size in kind.shape.dim)
+    return ITensor(value.name, ELEMENT_TYPES[kind.elem_type], symbols)
+
+
+def read_external_data(model, folder):
+    """As TensorRT does: links are followed, and no path leads out of the folder. (onnx's own reader takes no links.)"""
+    for tensor in model.graph.initializer:
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        if not where:
+            continue
+        if "/" in where["location"]:
+            raise Misuse(f"{tensor.name} lies in {where['location']}")
+        with (folder / where["location"]).open("rb") as file:
+            file.seek(int(where["offset"]))
+            tensor.raw_data = file.read(int(where["length"]))
+        tensor.ClearField("external_data")
+        tensor.ClearField("data_location")
 
 
 class Builder(Strict):
@@ -296,15 +325,15 @@ class Builder(Strict):
         for _ in config._profiles:
             self._logger.log(ILogger.INFO, "Total Activation Memory: 4096 bytes")
         self._logger.log(ILogger.INFO, "Total Weights Memory: 1000 bytes")
-        tensors = [(tensor.name, tensor.dtype, tensor.shape) for tensor in network._outputs]
-        top = None if network._top is None else (*network._top[:2], network._top[2].name, network._top[3].name)
+        if config.profiling_verbosity is ProfilingVerbosity.DETAILED:
+            self._logger.log(ILogger.VERBOSE, "Layers:\nName: all, LayerType: double, Inputs: [], Outputs: [], TacticName: ")
         return pickle.dumps(
             {
                 "model": network._model.SerializeToString(),
-                "inputs": [(tensor.name, tensor.dtype, tensor.shape) for tensor in network._inputs],
-                "outputs": tensors,
+                "inputs": [(tensor.name, tensor.dtype, tensor._symbols) for tensor in network._inputs],
+                "outputs": [(tensor.name, tensor.dtype, tensor._symbols) for tensor in network._outputs],
                 "profiles": [profile._shapes for profile in config._profiles],
-                "top": top,
+                "top": [(source, k, values.name, tokens.name) for source, k, values, tokens in network._top],
             }
         )
 
@@ -350,13 +379,28 @@ class ICudaEngine(Strict):
         return self._tensors()[name][1]
 
     def get_tensor_shape(self, name):
-        return self._tensors()[name][2]
+        return tuple(size if isinstance(size, int) else -1 for size in self._tensors()[name][2])
 
     def _tensors(self):
         return {tensor[0]: tensor for tensor in self._content["inputs"] + self._content["outputs"]}
 
     def create_execution_context(self, strategy=ExecutionContextAllocationStrategy.STATIC):
         return IExecutionContext(self, strategy)
+
+    def create_engine_inspector(self):
+        return EngineInspector()
+
+
+class EngineInspector(Strict):
+    """Names layers without their tensors, as the real one does of an engine that was built without DETAILED."""
+
+    def __init__(self):
+        self.execution_context = None
+
+    def get_engine_information(self, format):
+        if self.execution_context is None or format is not LayerInformationFormat.JSON:
+            raise Misuse("asked without a context, whose sizes it would leave open, or not for JSON")
+        return '{"Layers": ["all"]}'
 
 
 class IExecutionContext(Strict):
@@ -402,17 +446,20 @@ class IExecutionContext(Strict):
             cuda.check_device(*self._memory)
         if missing := {name for name, _, _ in content["inputs"]} - set(self._shapes):
             raise Misuse(f"enqueue before the shapes of {sorted(missing)} are set")
-        free = {(name, axis): self._shapes[name][axis] for name, _, shape in content["inputs"] for axis in range(len(shape))}
-        batch = free["tokens", 0]
+        sizes = {}
+        for name, _, symbols in content["inputs"]:
+            for symbol, size in zip(symbols, self._shapes[name], strict=True):
+                if sizes.setdefault(symbol, size) != size:
+                    raise Misuse(f"{symbol} is {sizes[symbol]}, and {size} in {name}")
         spans = {}
         for kind in ("inputs", "outputs"):
-            for name, dtype, shape in content[kind]:
-                if name not in self._addresses:
+            for name, dtype, symbols in content[kind]:
+                if not self._addresses.get(name):
+                    # TensorRT takes null for empty inputs alone; we give every tensor an address of its own.
                     raise Misuse(f"enqueue before {name} has an address")
-                open_sizes = (batch, free.get(("rows", 1)))  # of outputs; no other axis of theirs is free
-                full = tuple(open_sizes[axis] if size == -1 else size for axis, size in enumerate(shape))
-                full = self._shapes[name] if kind == "inputs" else full
-                size = math.prod(full) * np.dtype(NUMPY_TYPES[dtype]).itemsize
+                full = tuple(size if isinstance(size, int) else sizes[size] for size in symbols)
+                # One byte at least, also of what is empty: the address must be memory, and nobody else's.
+                size = max(1, math.prod(full) * np.dtype(NUMPY_TYPES[dtype]).itemsize)
                 cuda.check_device(self._addresses[name], size)
                 spans[name] = (kind, self._addresses[name], size, full, NUMPY_TYPES[dtype])
         for name, (kind, start, size, _, _) in spans.items():
@@ -432,31 +479,31 @@ class IExecutionContext(Strict):
         for _, address, size, _, _ in spans.values():
             cuda.check_device(address, size)
         feeds = {
-            name: np.frombuffer(ctypes.string_at(address, size), dtype).reshape(shape)
+            name: np.frombuffer(ctypes.string_at(address, size), dtype, math.prod(shape)).reshape(shape)
             for name, (kind, address, size, shape, dtype) in spans.items()
             if kind == "inputs"
         }
         names = [output.name for output in self._engine._session.get_outputs()]
         results = dict(zip(names, self._engine._session.run(names, feeds), strict=True))
-        if content["top"] is not None:
-            source, k, top_values, top_indices = content["top"]
+        for source, k, top_values, top_indices in content["top"]:
             # Ties the other way round from ours: the real one promises no order among them.
             order = np.argsort(results[source][..., ::-1], axis=-1, kind="stable")[..., ::-1][..., :k]
             order = results[source].shape[-1] - 1 - order
             results[top_values] = np.take_along_axis(results[source], order, -1)
             results[top_indices] = order.astype(np.int32)
-        for name, (kind, address, size, shape, dtype) in spans.items():
+        for name, (kind, address, _, shape, dtype) in spans.items():
             if kind == "outputs":
                 array = np.ascontiguousarray(results[name], dtype)
                 if array.shape != shape:
                     raise Misuse(f"{name} came out as {array.shape}, its memory is for {shape}")
-                ctypes.memmove(address, array.ctypes.data, size)
+                ctypes.memmove(address, array.ctypes.data, array.nbytes)
 
 
 CLASSES = (
-    Builder, BuilderFlag, DataType, ExecutionContextAllocationStrategy, IBuilderConfig, ICudaEngine, IExecutionContext, ILogger,
-    INetworkDefinition, IOptimizationProfile, IProgressMonitor, ITensor, ITimingCache, ITopKLayer, MemoryPoolType,
-    NetworkDefinitionCreationFlag, OnnxParser, ParserError, Runtime, TensorIOMode, TopKOperation,
+    Builder, BuilderFlag, DataType, EngineInspector, ExecutionContextAllocationStrategy, IBuilderConfig, ICudaEngine,
+    IExecutionContext, ILogger, INetworkDefinition, IOptimizationProfile, IProgressMonitor, ITensor, ITimingCache, ITopKLayer,
+    LayerInformationFormat, MemoryPoolType, NetworkDefinitionCreationFlag, OnnxParser, ParserError, ProfilingVerbosity, Runtime,
+    TensorIOMode, TopKOperation,
 )  # fmt: skip
 
 

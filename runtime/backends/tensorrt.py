@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,9 +38,9 @@ from retnet_export.runtime.bundle.engines import (
     TOP_TOKENS,
     EnginePart,
     EngineRecord,
-    Role,
     find_engine,
     map_engine,
+    open_shape,
 )
 from retnet_export.runtime.bundle.manifest import Manifest, StateSpec
 from retnet_export.runtime.device import cuda
@@ -47,6 +48,10 @@ from retnet_export.runtime.errors import UserError
 
 if TYPE_CHECKING:
     import tensorrt as trt
+
+
+ALIGNMENT = 256
+"""Between addresses, as of CUDA's own allocations."""
 
 
 class TensorRtError(RuntimeError):
@@ -89,9 +94,12 @@ class TensorRtBackend:
                 f"{bundle.path}: {self.name} {self.module.__version__} cannot load {name}: {reason}; "
                 f"compile again on this machine: retnet-export compile {bundle.path} --target {self.name}"
             )
-        for graph in {part.graph for part in self.record.parts if part.file == name}:
+        for graph, prefix in {(part.graph, part.prefix) for part in self.record.parts if part.file == name}:
+            inputs, outputs = (
+                [replace(tensor, name=tensor.name.removeprefix(prefix)) for tensor in tensors if tensor.name.startswith(prefix)]
+                for tensors in io_tensors(self.module, engine)
+            )
             spec = self.manifest.graphs[graph]
-            inputs, outputs = io_tensors(self.module, engine)
             check_agrees(bundle.path / FOLDER / name, spec, inputs, outputs, added=(TOP_LOGITS, TOP_TOKENS))
         return engine
 
@@ -119,8 +127,8 @@ class TensorRtStream:
         self._layout = backend.manifest.graphs["decode"].state_layout
         self._state = tuple({name: cuda.DeviceBuffer(_bytes(spec, batch)) for name, spec in self._specs.items()} for _ in range(2))
         self._side = 0
-        self._decode = _Inputs(backend, "decode", batch)
-        self._prefill: _Inputs | None = None  # made when a prompt of more than one token comes
+        self._decode = _Inputs(backend, backend.record.part("decode"), batch)
+        self._prefill: dict[int, _Inputs] = {}  # by profile; made when a prompt comes that wants it
 
         vocab_size, candidates = backend.manifest.model.vocab_size, backend.record.candidates
         self._logits = cuda.DeviceBuffer(4 * batch * vocab_size)
@@ -180,10 +188,12 @@ class TensorRtStream:
     ) -> None:
         """Run prefill; `results` have room for what it gives of `rows` (B, R)."""
         self._wait()
-        if self._prefill is None:
-            self._prefill = _Inputs(self._backend, "prefill", self.batch)
-        self._prefill.set_tokens(tokens, lengths, rows)
-        self._enqueue(self._prefill, self._side, results)
+        part = self._backend.record.part("prefill", tokens.shape[1])
+        if part.profile not in self._prefill:
+            self._prefill[part.profile] = _Inputs(self._backend, part, self.batch)
+        inputs = self._prefill[part.profile]
+        inputs.set_tokens(tokens, lengths, rows)
+        self._enqueue(inputs, self._side, results)
         self._advanced()
 
     def logits(self) -> NDArray[np.float32]:
@@ -260,12 +270,15 @@ class TensorRtStream:
 
 
 class _Inputs:
-    """The execution context of decode or prefill, and what it reads beside the state: tokens; in prefill their number and rows."""
+    """The execution context of a part, and what it reads beside the state: tokens; in prefill their number and the rows wanted.
 
-    def __init__(self, backend: TensorRtBackend, role: Role, batch: int) -> None:
-        self._backend, self._batch = backend, batch
-        self.part = backend.record.part(role)
-        capacity = 1 if role == "decode" else self.part.max_tokens
+    Where both graphs are in the engine, the other one's batch is 0, and each of its tensors is bound once to an address of its own:
+    TensorRT takes a null address for empty inputs only, and no address for two tensors.
+    """
+
+    def __init__(self, backend: TensorRtBackend, part: EnginePart, batch: int) -> None:
+        self._backend, self._batch, self.part = backend, batch, part
+        capacity = 1 if part.role == "decode" else part.max_tokens
         self.tokens = cuda.pinned((batch, capacity), np.int64)
         self._device_tokens = cuda.DeviceBuffer(self.tokens.nbytes)
         self._all_rows = cuda.pinned((batch, capacity), np.int64)
@@ -286,6 +299,21 @@ class _Inputs:
         if not self._context.set_optimization_profile_async(self.part.profile, backend.stream.handle):
             raise TensorRtError(f"optimization profile {self.part.profile}: {_reason(backend)}")
         backend.stream.synchronize()
+        self._idle = self._bind_idle() if part.prefix else None
+
+    def _bind_idle(self) -> cuda.DeviceBuffer:
+        """Make the other graph empty."""
+        record, graphs = self._backend.record, self._backend.manifest.graphs
+        other = next(part for part in record.parts if part.prefix != self.part.prefix)
+        spec = graphs[other.graph]
+        for tensor in spec.inputs:
+            self._set_shape(other.prefix + tensor.name, open_shape(tensor, 0, 1))
+        names = [tensor.name for tensor in (*spec.inputs, *spec.outputs)]
+        names += [TOP_LOGITS, TOP_TOKENS] if record.candidates else []
+        buffer = cuda.DeviceBuffer(len(names) * ALIGNMENT)
+        for index, name in enumerate(names):
+            self._bind(other.prefix + name, buffer.address + index * ALIGNMENT)
+        return buffer
 
     def set_tokens(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> None:
         """Take a chunk of tokens (B, C), how many are real (B,), and the rows wanted (B, R)."""
@@ -305,10 +333,7 @@ class _Inputs:
         if sizes == self._shaped:
             return
         for spec in self._backend.manifest.graphs[self.part.graph].inputs:
-            second = sizes[1] if spec.name == "rows" else sizes[0]
-            shape = tuple(size if size != -1 else self._batch if axis == 0 else second for axis, size in enumerate(spec.shape))
-            if not self._context.set_input_shape(spec.name, shape):
-                raise TensorRtError(f"input {spec.name} of shape {shape}: {_reason(self._backend)}")
+            self._set_shape(self.part.prefix + spec.name, open_shape(spec, self._batch, *sizes))
         self._shaped = sizes
 
     def addresses(self) -> dict[str, int]:
@@ -321,10 +346,17 @@ class _Inputs:
     def run(self, addresses: Mapping[str, int], stream: cuda.Stream) -> None:
         """Bind and enqueue."""
         for name, address in addresses.items():
-            if not self._context.set_tensor_address(name, address):
-                raise TensorRtError(f"tensor {name}: {_reason(self._backend)}")
+            self._bind(self.part.prefix + name, address)
         if not self._context.execute_async_v3(stream.handle):
             raise TensorRtError(f"the engine did not run: {_reason(self._backend)}")
+
+    def _set_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        if not self._context.set_input_shape(name, shape):
+            raise TensorRtError(f"input {name} of shape {shape}: {_reason(self._backend)}")
+
+    def _bind(self, name: str, address: int) -> None:
+        if not self._context.set_tensor_address(name, address):
+            raise TensorRtError(f"tensor {name}: {_reason(self._backend)}")
 
 
 def _front(buffer: NDArray[np.int64], shape: tuple[int, ...]) -> NDArray[np.int64]:

@@ -144,10 +144,10 @@ def newest_opset(target: str, version: tuple[int, ...]) -> int:
 
 
 def make_logger(module: Any) -> Any:
-    """A logger that keeps errors and, of the build's report, the sizes of weights and activations.
+    """A logger that keeps errors and, of the build's report, the sizes of weights and activations and the list of layers.
 
     Returns:
-        An `ILogger` with `errors: list[str]` and `report: list[str]`.
+        An `ILogger` with `errors: list[str]`, `report: list[str]` and `layers: list[str]`.
     """
 
     class Logger(module.ILogger):  # type: ignore[misc]
@@ -155,12 +155,15 @@ def make_logger(module: Any) -> Any:
             module.ILogger.__init__(self)
             self.errors: list[str] = []
             self.report: list[str] = []
+            self.layers: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (module.ILogger.INTERNAL_ERROR, module.ILogger.ERROR):
                 self.errors.append(message)
             elif message.startswith("Total "):
                 self.report.append(message)
+            elif "LayerType: " in message or message.startswith(("Layers:", "Layer(")):
+                self.layers.append(message)
 
     return Logger()
 

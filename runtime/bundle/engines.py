@@ -1,7 +1,7 @@
 """Compiled engines of a bundle: what they are called, what is recorded of them, and which of them runs here.
 
     NAME.retnet/engines/
-        tensorrt-10.3.0-sm87.engine     decode and prefill as two profiles of one engine
+        tensorrt-10.3.0-sm87.engine     decode and prefill as profiles of one engine
         tensorrt-10.3.0-sm87.json       what it was built from, with what, for what: an `EngineRecord`
 
 An engine belongs to one machine, so it is no part of the bundle's manifest: it can be deleted or made again at any time. The
@@ -19,15 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from retnet_export.runtime.bundle.anatomy import Anatomy
 from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.bundle.files import sha256_of, write_atomically
-from retnet_export.runtime.bundle.manifest import FileRecord
+from retnet_export.runtime.bundle.manifest import FileRecord, TensorSpec
 from retnet_export.runtime.bundle.schema import decode, encode
 from retnet_export.runtime.errors import UserError
 
 FOLDER = "engines"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 Role = Literal["decode", "prefill"]
+Form = Literal["joined", "prefill", "separate"]
+"""How decode and prefill share engines: both graphs in one network; the prefill graph alone, for one token as well; one each."""
 TOP_LOGITS, TOP_TOKENS = "top_logits", "top_tokens"
 """Outputs that compiling adds: the largest logits of each sequence and their tokens, so that a step copies these alone."""
 
@@ -38,19 +41,35 @@ class EnginePart:
 
     Attributes:
         role: which of the two.
-        graph: the graph it was parsed from; "prefill" serves both when they share an engine.
+        graph: the graph it was parsed from; "prefill" serves both where TensorRT does not take both in one network.
+        prefix: stands before the names of this graph's tensors in the engine: "decode." where both graphs are in it.
         file: the engine, in the folder of engines.
         profile: the number of its optimization profile in that engine.
-        max_tokens: the most tokens per sequence in one run.
+        min_tokens, max_tokens: tokens per sequence in one run.
         activation_bytes: device memory it needs while it runs, beside weights, state and logits.
     """
 
     role: Role
     graph: str
+    prefix: str
     file: str
     profile: int
+    min_tokens: int
     max_tokens: int
     activation_bytes: int
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a small build said of the TensorRT at hand; None where it was not asked, or where the answer cannot be read.
+
+    Attributes:
+        joined: whether it takes a network of two graphs of which one is empty in each profile.
+        int8_fused: whether it multiplies by INT8 weights without writing them out as floats.
+    """
+
+    joined: bool | None
+    int8_fused: bool | None
 
 
 @dataclass(frozen=True)
@@ -64,11 +83,16 @@ class EngineRecord:
         device: the GPU's name if one was at hand when it was built.
         max_batch: the most sequences that step together.
         candidates: how many of the largest logits a step picks on the device.
-        parts: decode and prefill.
+        parts: decode and prefill; prefill twice where full chunks have a profile of their own.
+        form: how they share engines.
+        probe: what was asked of this TensorRT before.
+        int8: how INT8 weights are read: "none" of them, "planes" of four bits, "fused" as they are, "floats" written at every step.
         weights_bytes: device memory of the weights.
         sources: SHA-256 of each file of the bundle that it was built from.
         files: the engines' own sizes and hashes.
         build_seconds: how long that took.
+        anatomy: kernels and bytes of a step and of a chunk.
+        anatomy_missing: why one is not there.
     """
 
     format: Literal["retnet-export engine"]
@@ -80,18 +104,34 @@ class EngineRecord:
     max_batch: int
     candidates: int
     parts: tuple[EnginePart, ...]
+    form: Form
+    probe: Probe
+    int8: Literal["none", "planes", "fused", "floats"]
     weights_bytes: int
     sources: Mapping[str, str]
     files: Mapping[str, FileRecord]
     build_seconds: float
+    anatomy: tuple[Anatomy, ...] = ()
+    anatomy_missing: str | None = None
 
     @property
     def stem(self) -> str:
         """The record's name without its ending."""
         return engine_stem(self.target, self.version, self.compute_capabilities)
 
-    def part(self, role: Role) -> EnginePart:
-        return next(part for part in self.parts if part.role == role)
+    def part(self, role: Role, tokens: int = 1) -> EnginePart:
+        """What runs so many tokens per sequence: of the parts that can, the one that takes the fewest other numbers."""
+        fitting = [part for part in self.parts if part.role == role and part.min_tokens <= tokens <= part.max_tokens]
+        return min(fitting, key=lambda part: part.max_tokens - part.min_tokens)
+
+    def anatomy_of(self, role: Role) -> Anatomy | None:
+        return next((each for each in self.anatomy if each.role == role), None)
+
+
+def open_shape(spec: TensorSpec, batch: int, tokens: int, rows: int = 1) -> tuple[int, ...]:
+    """An input's shape with its open sizes filled in: the batch on the first axis, on the second tokens or wanted rows."""
+    second = rows if spec.name == "rows" else tokens
+    return tuple(size if size != -1 else batch if axis == 0 else second for axis, size in enumerate(spec.shape))
 
 
 def engine_stem(target: str, version: str, capabilities: tuple[str, ...]) -> str:

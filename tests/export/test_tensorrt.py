@@ -47,7 +47,7 @@ def test_one_engine_for_decode_and_prefill_holds_the_weights_once(tmp_path, prec
 
 def test_separate_engines_hold_the_weights_twice(tmp_path):
     bundle = tiny.bundle(tmp_path, tiny.config(vocab_size=4096, hidden_size=256, ffn_size=512))
-    record = compile_bundle(bundle, rtx(compute_capabilities=("8.6",), separate=True))
+    record = compile_bundle(bundle, rtx(compute_capabilities=("8.6",), form="separate"))
     assert [part.graph for part in record.parts] == ["decode", "prefill"]
     assert record.weights_bytes == pytest.approx(2 * bundle.manifest.weights_bytes, rel=0.02)
 

@@ -20,8 +20,8 @@ def test_every_weight_is_within_half_a_step_or_clipped(form):
     weight = weights()
     quantized = round_to_nearest(weight, form)
     step = np.repeat(quantized.scales, form.group(len(weight)), axis=0)
-    clipped = (quantized.values == form.largest) | (quantized.values == -form.largest - 1)
-    assert quantized.values.min() >= -form.largest - 1
+    clipped = (quantized.values == form.largest) | (quantized.values == form.smallest)
+    assert quantized.values.min() >= form.smallest
     assert quantized.values.max() <= form.largest
     assert (np.abs(quantized.dequantized() - weight) <= 0.5001 * step)[~clipped].all()
 

@@ -21,10 +21,11 @@ import sys
 from pathlib import Path
 
 CLASSES = (
-    *("Builder", "BuilderFlag", "ComputeCapability", "DataType", "ExecutionContextAllocationStrategy", "IBuilderConfig"),
-    *("ICudaEngine", "IExecutionContext", "IHostMemory", "ILogger", "INetworkDefinition", "IOptimizationProfile"),
-    *("IProgressMonitor", "ITensor", "ITimingCache", "ITopKLayer", "MemoryPoolType", "NetworkDefinitionCreationFlag"),
-    *("OnnxParser", "ParserError", "Runtime", "TensorIOMode", "TopKOperation"),
+    *("Builder", "BuilderFlag", "ComputeCapability", "DataType", "EngineInspector", "ExecutionContextAllocationStrategy"),
+    *("IBuilderConfig", "ICudaEngine", "IExecutionContext", "IHostMemory", "ILogger", "INetworkDefinition"),
+    *("IOptimizationProfile", "IProgressMonitor", "ITensor", "ITimingCache", "ITopKLayer", "LayerInformationFormat"),
+    *("MemoryPoolType", "NetworkDefinitionCreationFlag", "OnnxParser", "ParserError", "ProfilingVerbosity", "Runtime"),
+    *("TensorIOMode", "TopKOperation"),
 )
 
 

@@ -108,7 +108,7 @@ def test_auto_passes_over_an_engine_of_another_gpu(tmp_path, monkeypatch):
 @pytest.mark.parametrize("batch", [None, 3])
 def test_separate_engines_and_fixed_batches_run_alike(tmp_path, cuda, separate, batch):
     bundle = tiny.bundle(tmp_path, tiny.config(), chunk=8, batch=batch)
-    compile_bundle(bundle, CompileOptions(max_batch=3, separate=separate))
+    compile_bundle(bundle, CompileOptions(max_batch=3, form="separate" if separate else None))
     ours, reference = (open_backend(name, bundle).open_stream(3) for name in ("tensorrt", "onnxruntime"))
     for stream in (ours, reference):
         stream.prefill(TOKENS[:, :8], np.array([8, 8, 8]))
@@ -313,8 +313,8 @@ class TestTheDoubleIsStrict:
 
     def test_a_shared_address_of_input_and_output(self, context):
         context, stream = context
-        context.set_tensor_address("state.000_out", stream._state[1]["state.000"].address)
-        context.set_tensor_address("state.000", stream._state[1]["state.000"].address)
+        context.set_tensor_address("decode.state.000_out", stream._state[1]["state.000"].address)
+        context.set_tensor_address("decode.state.000", stream._state[1]["state.000"].address)
         with pytest.raises(Misuse, match="share memory"):
             context.execute_async_v3(stream._stream.handle)
 
@@ -325,7 +325,7 @@ class TestTheDoubleIsStrict:
             context.execute_async_v3(stream._stream.handle)
 
     def test_a_shape_outside_the_profile(self, context):
-        assert not context[0].set_input_shape("tokens", (1, 9))
+        assert not context[0].set_input_shape("decode.tokens", (1, 9))
 
     def test_an_unknown_tensor(self, context):
         assert not context[0].set_tensor_address("state.009", 1)
