@@ -72,8 +72,9 @@ def test_verify_writes_its_result_into_the_manifest(bundle):
     assert "passed" in run("inspect", bundle)
 
 
-def test_inspect_gives_the_manifest_as_json(bundle):
-    assert json.loads(run("inspect", bundle, "--json")) == json.loads((bundle / "manifest.json").read_text())
+def test_inspect_gives_the_manifest_and_the_engines_as_json(bundle):
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert json.loads(run("inspect", bundle, "--json")) == {**manifest, "engines": []}
 
 
 def test_doctor_says_what_works():

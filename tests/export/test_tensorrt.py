@@ -33,7 +33,7 @@ def bundle(tmp_path):
 def test_both_graphs_of_every_family_build_for_three_gpus(tmp_path, family):
     record = compile_bundle(tiny.bundle(tmp_path, tiny.CONFIGS[family]), rtx())
     assert record.compute_capabilities == GPUS
-    assert [part.role for part in record.parts] == ["decode", "prefill"]
+    assert [part.role for part in record.parts] == ["decode", "prefill", "prefill"]
 
 
 @pytest.mark.parametrize(("precision", "max_batch"), [("fp32", 1), ("fp16", 8)])
@@ -48,7 +48,7 @@ def test_one_engine_for_decode_and_prefill_holds_the_weights_once(tmp_path, prec
 def test_separate_engines_hold_the_weights_twice(tmp_path):
     bundle = tiny.bundle(tmp_path, tiny.config(vocab_size=4096, hidden_size=256, ffn_size=512))
     record = compile_bundle(bundle, rtx(compute_capabilities=("8.6",), form="separate"))
-    assert [part.graph for part in record.parts] == ["decode", "prefill"]
+    assert [part.graph for part in record.parts] == ["decode", "prefill", "prefill"]
     assert record.weights_bytes == pytest.approx(2 * bundle.manifest.weights_bytes, rel=0.02)
 
 
@@ -146,7 +146,7 @@ def test_ctrl_c_cancels_the_build_and_leaves_nothing(bundle):
 
 def test_a_node_that_tensorrt_does_not_know_is_named(bundle):
     with_foreign_node(bundle)
-    with pytest.raises(UserError, match=r"node layers\.0\.foreign \(LinearAttention\).*give the portable bundle, as export"):
+    with pytest.raises(UserError, match=r"node prefill\.layers\.0\.foreign \(LinearAttention\).*give the portable bundle, as export"):
         compile_bundle(bundle, rtx())
 
 
