@@ -146,7 +146,7 @@ def test_ctrl_c_cancels_the_build_and_leaves_nothing(bundle):
 
 def test_a_node_that_tensorrt_does_not_know_is_named(bundle):
     with_foreign_node(bundle)
-    with pytest.raises(UserError, match=r"node prefill\.layers\.0\.foreign \(LinearAttention\).*give the portable bundle, as export"):
+    with pytest.raises(UserError, match=r"node prefill\.layers\.0\.foreign \(LinearAttention\).*give the portable bundle"):
         compile_bundle(bundle, rtx())
 
 

@@ -19,7 +19,7 @@ from retnet_export.runtime.errors import PrecisionWarning, UserError
 from retnet_export.runtime.model import load
 from retnet_export.runtime.numerics import TOLERANCES, measure
 
-# After one token a head's output is v · q·k, and a norm leaves v and the sign of q·k. The first token is one where no q·k is near 0.
+# After one token a head's output is v · q·k, of which a norm leaves v and the sign of q·k: no q·k is near 0 at this first token.
 TOKENS = np.array([5, 3, 11, 0, 49, 8, 2, 33], np.int64)
 GROUP = 16
 
