@@ -13,7 +13,6 @@ from retnet_export.commands.chat import chat
 from retnet_export.commands.common import Commands
 from retnet_export.commands.compare import compare
 from retnet_export.commands.compile import compile_
-from retnet_export.commands.convert import convert
 from retnet_export.commands.demo import demo
 from retnet_export.commands.doctor import doctor
 from retnet_export.commands.evaluate import evaluate
@@ -59,7 +58,6 @@ COMMANDS = (
     verify,
     quantize,
     evaluate,
-    convert,
     generate,
     chat,
     serve,

@@ -19,18 +19,16 @@ from common import ROOT, random_bundle
 from retnet_export.commands.compare import print_comparison
 from retnet_export.compare.comparison import Options, compare
 from retnet_export.compare.report import write_report
-from retnet_export.export.convert import convert_bundle
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.runtime.bundle.bundle import Bundle
 
 
 def bundle_in(form: str, size: str, folder: Path) -> Bundle:
-    """A random bundle in a number format; quantized ones in the CPU's dialect, whose retention is one operator, as attention is."""
+    """A random bundle in a number format."""
     bundle: Bundle = random_bundle(size)
     if form == "fp32":
         return bundle
-    portable = quantize_bundle(bundle, folder / f"{size}-{form}-portable.retnet", QuantizeOptions(weights=form))
-    return convert_bundle(portable, folder / f"{size}-{form}.retnet", "onnxruntime-cpu")
+    return quantize_bundle(bundle, folder / f"{size}-{form}.retnet", QuantizeOptions(weights=form))
 
 
 def told(stage: str, share: float) -> None:

@@ -6,7 +6,7 @@ Three questions, one run each on the bundled model and on a random one:
 1. How fast is a step, and what share of it is the graph, the sampling, the rest?
 2. How does that compare with the floor: every weight and the state read once, the state written once, at the machine's
    measured read bandwidth?
-   Quantized weights are measured in the portable graphs and in the CPU's dialect.
+   Quantized weights are measured in both variants that a CPU runs.
 3. Is the last thousand of the tokens as fast as the first? A RetNet's step does not depend on what was read.
 """
 
@@ -21,21 +21,21 @@ import typer
 from common import ROOT, Sample, describe_machine, parameters, random_bundle, read_bandwidth
 
 from retnet_export.export.checkpoints import open_checkpoint
-from retnet_export.export.convert import convert_bundle
 from retnet_export.export.pipeline import export_bundle
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
-from retnet_export.runtime import load
+from retnet_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.generate.generation import Options
 from retnet_export.runtime.generate.stats import Stats
+from retnet_export.runtime.model import Model
 
 BLOCK = 1000
 """Tokens per block when looking for drift."""
 
 
-def generate(bundle: Bundle, tokens: int, threads: int) -> Stats:
+def generate(bundle: Bundle, variant: str | None, tokens: int, threads: int) -> Stats:
     """Generate `tokens` tokens after a prompt of one and say where the time went."""
-    session = load(bundle.path, "onnxruntime", threads=threads, check_hashes=False).session()
+    session = Model(bundle, OnnxRuntimeBackend(bundle, threads, variant=variant)).session()
     session.feed([1])
     options = Options(temperature=0.8, top_p=0.95, seed=0)
     for _ in session.generate_tokens(options, max_new_tokens=50):
@@ -55,9 +55,9 @@ def bytes_per_token(bundle: Bundle) -> int:
     return manifest.weights_bytes - table + 2 * manifest.state_bytes
 
 
-def report(name: str, bundle: Bundle, tokens: int, threads: int, bandwidth: float) -> float:
+def report(name: str, bundle: Bundle, tokens: int, threads: int, bandwidth: float, variant: str | None = None) -> float:
     """Print one bundle's figures; returns milliseconds per token (median)."""
-    stats = generate(bundle, tokens, threads)
+    stats = generate(bundle, variant, tokens, threads)
     graph, sampling, total = (np.array(part) for part in (stats.graph_ms, stats.sampling_ms, stats.total_ms))
     rest = total - graph - sampling
     manifest = bundle.manifest
@@ -95,10 +95,10 @@ def main(
             if form == "fp32":
                 medians[form] = report(f"random {size}, {form}", source, tokens, threads, bandwidth)
                 continue
-            portable = quantize_bundle(source, folder / f"{form}.retnet", QuantizeOptions(weights=form))
-            converted = convert_bundle(portable, folder / f"{form}-cpu.retnet", "onnxruntime-cpu")
-            for name, bundle in ((form, portable), (f"{form}, onnxruntime-cpu", converted)):
-                medians[name] = report(f"random {size}, {name}", bundle, tokens, threads, bandwidth)
+            bundle = quantize_bundle(source, folder / f"{form}.retnet", QuantizeOptions(weights=form))
+            for variant in bundle.manifest.variants:
+                name = f"{form}, {variant}"
+                medians[name] = report(f"random {size}, {name}", bundle, tokens, threads, bandwidth, variant)
     if "fp32" in medians:
         ratios = ", ".join(f"{form} {medians['fp32'] / median:.2f} times" for form, median in medians.items())
         print(f"\ntokens/s over fp32's: {ratios}")

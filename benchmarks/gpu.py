@@ -34,7 +34,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 from gpu_models import MODELS, BenchmarkBundle, write_bundle
 
-from retnet_export.graph.dialects import ONNXRUNTIME_CUDA
+from retnet_export.graph.variants import ONNXRUNTIME_CUDA
 from retnet_export.runtime.backends import onnxruntime_cuda
 from retnet_export.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend, OnnxRuntimeCudaStream
 from retnet_export.runtime.device import cuda
@@ -213,7 +213,7 @@ def print_row(row: Row, load_seconds: float) -> None:
 
 
 def ablation() -> dict[str, Any]:
-    """Rewrites added one after another, in the order of the dialect."""
+    """Rewrites added one after another, in the order of the variant."""
     steps: dict[str, Any] = {"portable": ()}
     for count, each in enumerate(ONNXRUNTIME_CUDA, 1):
         if each.__name__ not in (

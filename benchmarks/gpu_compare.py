@@ -52,15 +52,15 @@ def matrices_of(config: Any) -> dict[str, tuple[int, int]]:
 
 
 def write_transformer(folder: Path, config: Any, capacity: int) -> None:
-    """The baseline's graph, with random weights and the rewrites of the dialect that it has a use for."""
+    """The baseline's graph, with random weights and the rewrites of the variant that it has a use for."""
     import onnx_ir as ir
 
     from retnet_export.compare.transformer import weight_shapes
     from retnet_export.compare.transformer_graph import build_transformer
-    from retnet_export.graph.dialects import rewrite
-    from retnet_export.graph.dialects.casts import SinkCastsPass
-    from retnet_export.graph.dialects.gates import SwishPass
-    from retnet_export.graph.dialects.norms import ResidualNormPass
+    from retnet_export.graph.variants import rewrite
+    from retnet_export.graph.variants.casts import SinkCastsPass
+    from retnet_export.graph.variants.gates import SwishPass
+    from retnet_export.graph.variants.norms import ResidualNormPass
 
     shapes, random = weight_shapes(config), np.random.default_rng(2)
 
@@ -150,7 +150,7 @@ def timed(step: Callable[[], object], wait: Callable[[], object], steps: int) ->
 
 
 def measure_retnet(folder: Path, model: str, batches: list[int], steps: int) -> list[dict[str, Any]]:
-    from retnet_export.graph.dialects import ONNXRUNTIME_CUDA
+    from retnet_export.graph.variants import ONNXRUNTIME_CUDA
     from retnet_export.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 
     made = write_bundle(folder, MODELS[model], "fp16", {"onnxruntime-cuda": ONNXRUNTIME_CUDA})["onnxruntime-cuda"]

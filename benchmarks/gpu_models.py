@@ -16,15 +16,15 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from retnet_export.graph.decode import build_decode
-from retnet_export.graph.dialects import rewrite
-from retnet_export.graph.dialects.pattern import MICROSOFT, Writer, substitute
 from retnet_export.graph.prefill import build_prefill
 from retnet_export.graph.retnet import graph_spec
+from retnet_export.graph.variants import rewrite
+from retnet_export.graph.variants.pattern import MICROSOFT, Writer, substitute
 from retnet_export.graph.weights import retention_inputs, weight_shapes
 from retnet_export.graph.weights_file import ALIGNMENT, WeightsFile
 from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.bundle.config import ModelConfig
-from retnet_export.runtime.bundle.manifest import FORMAT_VERSION, FileRecord, Manifest, Precision, state_specs
+from retnet_export.runtime.bundle.manifest import FORMAT_VERSION, PORTABLE, FileRecord, Manifest, Precision, Variant, state_specs
 
 INT4_BLOCK = 32
 RANDOM_BYTES = 1 << 26
@@ -209,8 +209,7 @@ def write_bundle(
                 name=variant,
                 model=config,
                 precision=Precision("float16" if fmt == "fp16" else fmt, "float16", "float32"),
-                dialect="onnxruntime-cuda" if passes else "portable",
-                graphs=graphs,
+                variants={PORTABLE: Variant(graphs)},
                 state=state_specs(config, "float32"),
                 files={"weights.bin": FileRecord(0, "")},
             )

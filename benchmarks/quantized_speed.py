@@ -1,5 +1,5 @@
-"""Speed of quantized weights on the CPU: fp32, INT8 and INT4 bundles of one random model, portable and in the dialect
-onnxruntime-cpu, in turns, in one run.
+"""Speed of quantized weights on the CPU: fp32, INT8 and INT4 bundles of one random model, with the portable graphs and
+with those for ONNX Runtime on CPUs, in turns, in one run.
 
 Questions it answers:
 1. How many tokens per second does each format reach, and how many times fp32's is that?
@@ -22,11 +22,11 @@ import typer
 from common import CACHE, Sample, describe_machine, parameters, random_bundle, read_bandwidth
 from decode import bytes_per_token
 
-from retnet_export.export.convert import convert_bundle
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
-from retnet_export.runtime import load
+from retnet_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from retnet_export.runtime.bundle.bundle import Bundle, open_bundle
-from retnet_export.runtime.bundle.manifest import Dialect
+from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.model import Model
 
 FORMATS = {
     "int8": QuantizeOptions("int8"),
@@ -35,19 +35,19 @@ FORMATS = {
     "int4, block 128": QuantizeOptions("int4", 128),
     "int4, block 128, head int4": QuantizeOptions("int4", 128, head="int4"),
 }
-DIALECT: Dialect = "onnxruntime-cpu"
+VARIANTS = ("portable", "onnxruntime-cpu")
 
 
-def quantized(source: Bundle, name: str, options: QuantizeOptions) -> dict[str, Bundle]:
-    """A quantized copy of a bundle, portable and in the CPU's dialect, from the cache if they are there."""
+def quantized(source: Bundle, name: str, options: QuantizeOptions) -> Bundle:
+    """A quantized copy of a bundle, from the cache if it is there."""
     target = CACHE / f"{source.path.stem}-{name.replace(', ', '-').replace(' ', '-')}.retnet"
-    portable = open_bundle(target, check_hashes=False) if target.exists() else quantize_bundle(source, target, options)
-    other = target.with_name(f"{target.stem}-{DIALECT}.retnet")
-    converted = open_bundle(other, check_hashes=False) if other.exists() else convert_bundle(portable, other, DIALECT)
-    return {name: portable, f"{name}, {DIALECT}": converted}
+    try:
+        return open_bundle(target, check_hashes=False)
+    except UserError:  # not there, or written by another version
+        return quantize_bundle(source, target, options, force=True)
 
 
-def profile(bundle: Bundle, steps: int, threads: int) -> list[tuple[str, float, float]]:
+def profile(bundle: Bundle, variant: str, steps: int, threads: int) -> list[tuple[str, float, float]]:
     """Milliseconds a step and nodes, by operator, of the decode graph; the profiler itself costs some 10 µs a node."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -56,10 +56,11 @@ def profile(bundle: Bundle, steps: int, threads: int) -> list[tuple[str, float, 
     nodes: collections.Counter[str] = collections.Counter()
     with tempfile.TemporaryDirectory() as folder:
         options.profile_file_prefix = str(Path(folder) / "profile")
-        session = onnxruntime.InferenceSession(str(bundle.file("decode.onnx")), options, providers=["CPUExecutionProvider"])
+        graph = bundle.manifest.variants[variant].graphs["decode"]
+        session = onnxruntime.InferenceSession(str(bundle.file(graph.file)), options, providers=["CPUExecutionProvider"])
         types = {"float32": np.float32, "float16": np.float16, "int64": np.int64}
         carried = {spec.input for spec in bundle.manifest.state}
-        inputs = [spec for spec in bundle.manifest.graphs["decode"].inputs if spec.name in carried]
+        inputs = [spec for spec in graph.inputs if spec.name in carried]
         feeds = {spec.name: np.zeros((1, *spec.shape[1:]), types[spec.dtype]) for spec in inputs}
         for _ in range(steps):
             session.run(None, {"tokens": np.array([[1]]), **feeds})
@@ -79,14 +80,14 @@ def main(
     """Measure decode with quantized weights."""
     print(describe_machine())
     source = random_bundle(size)
-    bundles = {"fp32": source}
-    for name, options in FORMATS.items():
-        bundles |= quantized(source, name, options)
+    bundles = {"fp32": source, **{name: quantized(source, name, options) for name, options in FORMATS.items()}}
     count = parameters(source.manifest.model) / 1e6
     print(f"random {size}, {count:.0f}M parameters, {turns} turns of {steps} steps, {threads} threads")
-    times: dict[str, list[float]] = {name: [] for name in bundles}
+    runs = {f"{name}, {variant}": (bundle, variant) for name, bundle in bundles.items() for variant in VARIANTS}
+    times: dict[str, list[float]] = {name: [] for name in runs}
     sessions = {
-        name: load(bundle.path, "onnxruntime", threads=threads, check_hashes=False).session() for name, bundle in bundles.items()
+        name: Model(bundle, OnnxRuntimeBackend(bundle, threads, variant=variant)).session()
+        for name, (bundle, variant) in runs.items()
     }
     for _ in range(turns):
         for name, session in sessions.items():
@@ -97,19 +98,19 @@ def main(
                     times[name].append(1e3 * (time.perf_counter() - began))
     bandwidth = read_bandwidth(threads)
     print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s (1 GiB), {read_bandwidth(threads, 100_000_000) / 1e9:.1f} GB/s (100 MB)")
-    baseline = float(np.median(times["fp32"]))
+    baseline = float(np.median(times["fp32, portable"]))
     print("| weights | MB | ms/token, median [10 %, 90 %] | tokens/s | × fp32 | MB/token | share of the floor |")
     print("|---|---:|---|---:|---:|---:|---:|")
-    for name, bundle in bundles.items():
+    for name, (bundle, _) in runs.items():
         sample, moved = Sample(times[name]), bytes_per_token(bundle)
         share = 1e3 * moved / bandwidth / sample.median
         speed = f"{1e3 / sample.median:.0f} | {baseline / sample.median:.2f}"
         print(
             f"| {name} | {bundle.manifest.weights_bytes / 1e6:.0f} | {sample} | {speed} | {moved / 1e6:.0f} | {100 * share:.0f} % |"
         )
-    for name in ("fp32", "int4, block 64", f"int4, block 64, {DIALECT}"):
+    for name in ("fp32, portable", "int4, block 64, portable", "int4, block 64, onnxruntime-cpu"):
         print(f"\n{name}, by operator\n| operator | ms | nodes |\n|---|---:|---:|")
-        for operator, milliseconds, count in profile(bundles[name], steps, threads)[:10]:
+        for operator, milliseconds, count in profile(*runs[name], steps, threads)[:10]:
             print(f"| {operator} | {milliseconds:.2f} | {count:.0f} |")
 
 

@@ -220,8 +220,7 @@ def _obey(conversation: Conversation, line: str, terminal: bool) -> bool:
     elif name == "show":
         _show(conversation)
     elif name == "stats":
-        state_bytes = conversation.session.model.bundle.manifest.state_bytes
-        sampling.print_stats(conversation.stats, state_bytes, conversation.options.seed)
+        sampling.print_stats(conversation.stats, conversation.session.model, conversation.options.seed)
     elif name == "help":
         _tell(HELP)
     elif name in ("quit", "exit"):

@@ -11,6 +11,7 @@ from retnet_export.commands.common import CheckpointPath, Force, Json, Output, p
 
 if TYPE_CHECKING:
     from retnet_export.runtime.bundle.bundle import Bundle
+    from retnet_export.runtime.bundle.manifest import Variant
 
 
 def export(
@@ -20,9 +21,10 @@ def export(
     state: Annotated[str, typer.Option(help="Of the stored state: fp32 or fp16.")] = "fp32",
     batch: Annotated[int | None, typer.Option(help="A fixed batch; any if not given.", show_default=False)] = None,
     chunk: Annotated[int, typer.Option(help="The most tokens that prefill reads at once.")] = 128,
-    dialect: Annotated[
-        str, typer.Option(help="Of the graphs: portable, or onnxruntime-cpu or onnxruntime-cuda, faster there and nowhere else.")
-    ] = "portable",
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(help="More graphs to write: onnxruntime-cuda, for its own operators on a GPU.", show_default=False),
+    ] = None,
     bos: Annotated[
         str, typer.Option(help="What is read before a text: auto (as the tokenizer does it), none, or a token by its id or text.")
     ] = "auto",
@@ -33,7 +35,7 @@ def export(
     from retnet_export.export.checkpoints import open_checkpoint
     from retnet_export.export.pipeline import ExportOptions, export_bundle
 
-    options = ExportOptions(precision, state, batch, chunk, dialect, bos)  # type: ignore[arg-type]  # checked there
+    options = ExportOptions(precision, state, batch, chunk, tuple(variant or ()), bos)
     opened = open_checkpoint(checkpoint)
     with progress("export", quiet=as_json) as update:
         bundle = export_bundle(opened, output, options, force=force, progress=update)
@@ -49,11 +51,14 @@ def summary(bundle: Bundle) -> dict[str, object]:
     return {
         "bundle": str(bundle.path),
         "name": manifest.name,
-        "dialect": manifest.dialect,
         "precision": vars(manifest.precision),
-        "graphs": {
-            name: {"file": graph.file, "opset": graph.opset, "chunk_size": graph.chunk_size}
-            for name, graph in manifest.graphs.items()
+        "chunk_size": manifest.graphs["prefill"].chunk_size,
+        "variants": {
+            name: {
+                "graphs": {kind: graph.file for kind, graph in variant.graphs.items()},
+                "needs": None if variant.needs is None else vars(variant.needs),
+            }
+            for name, variant in manifest.variants.items()
         },
         "weights_bytes": manifest.weights_bytes,
         "state_bytes_per_sequence": manifest.state_bytes,
@@ -79,13 +84,22 @@ def print_summary(title: str, bundle: Bundle) -> None:
                 "precision",
                 f"weights {manifest.precision.weights}, products {manifest.precision.compute}, state {manifest.precision.state}",
             ),
-            ("graphs", ", ".join(f"{graph.file} (opset {graph.opset}, {manifest.dialect})" for graph in manifest.graphs.values())),
+            *(("graphs", _described(name, variant)) for name, variant in manifest.variants.items()),
             ("weights", size(manifest.weights_bytes)),
             ("state", f"{size(manifest.state_bytes)} a sequence, at any length"),
             ("tokenizer", "yes" if manifest.tokenizer else "none: token ids in, token ids out"),
             *_rows_of_text(bundle),
         ],
     )
+
+
+def _described(name: str, variant: Variant) -> str:
+    """portable: decode.onnx, prefill.onnx; any runtime of ONNX opset 20."""
+    files = ", ".join(graph.file for graph in variant.graphs.values())
+    if variant.needs is None:
+        return f"{name}: {files}; any runtime of ONNX opset {variant.graphs['decode'].opset}"
+    place = {"cpu": "a CPU", "cuda": "an NVIDIA GPU"}[variant.needs.provider]
+    return f"{name}: {files}; ONNX Runtime {variant.needs.onnxruntime} or later on {place}"
 
 
 def _rows_of_text(bundle: Bundle) -> list[tuple[str, str]]:

@@ -122,7 +122,7 @@ def generate(
                 run.continue_one(prompt if tokens is None else tokens, before, save_state)
                 interrupted = stopped()
     if stats and not as_json:
-        sampling.print_stats(measured, model.bundle.manifest.state_bytes, options.seed)
+        sampling.print_stats(measured, model, options.seed)
     if meter is not None:
         energy = f"{meter.joules:.1f} J, {measured.new_tokens / meter.joules:.2f} tokens per joule" if meter.joules else NO_RAILS
         print_table("", [("energy", energy)], err=True)
@@ -161,8 +161,7 @@ class _Run:
             typer.echo()
             return
         record = {"prompt": prompt, "seed": self.options.seed} | _record(self.model, pieces, generation.finish, self.options)
-        about = {"backend": self.model.backend.name, "stats": self.stats.summary(self.model.bundle.manifest.state_bytes)}
-        print_json(record | about)
+        print_json(record | _about(self.model, self.stats))
 
     def _read(self, session: Session, prompt: str | list[int]) -> bool:
         """Read the prompt; false if that was interrupted."""
@@ -184,6 +183,12 @@ class _Run:
         if not self.as_ids:
             return piece.text
         return "" if piece.token is None else f"{piece.token} "
+
+
+def _about(model: Model, stats: Stats) -> dict[str, object]:
+    """On what it ran, and how fast."""
+    summary = stats.summary(model.bundle.manifest.state_bytes)
+    return {"backend": model.backend.name, "variant": model.backend.variant, "stats": summary}
 
 
 def _continue_many(
@@ -209,8 +214,7 @@ def _continue_many(
                 typer.echo(json.dumps(records[-1], ensure_ascii=False))
         done = True
     if as_json:
-        summary = stats.summary(model.bundle.manifest.state_bytes)
-        print_json({"completions": records, "backend": model.backend.name, "stats": summary})
+        print_json({"completions": records} | _about(model, stats))
     return done
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from retnet_export.commands.common import BundlePath, Json, print_json, print_table, size
 from retnet_export.commands.compile import print_anatomy
 from retnet_export.commands.export import print_summary
+
+if TYPE_CHECKING:
+    from retnet_export.runtime.bundle.bundle import Bundle
 
 
 def inspect(bundle: BundlePath, as_json: Json = False) -> None:
@@ -22,6 +25,7 @@ def inspect(bundle: BundlePath, as_json: Json = False) -> None:
         return
     manifest = opened.manifest
     print_summary(f"{bundle}: whole, every file has its hash", opened)
+    print_table("", [("runs here", _variant_here(opened))])
     rows = [(name, f"{size(record.bytes)}  sha256 {record.sha256[:16]}…") for name, record in manifest.files.items()]
     print_table("\nfiles", rows)
     decode = manifest.graphs["decode"]
@@ -35,3 +39,14 @@ def inspect(bundle: BundlePath, as_json: Json = False) -> None:
     checked = manifest.verification
     verdict = "never; run `retnet-export verify`" if checked is None else ("passed" if checked.get("passed") else "FAILED")
     print_table("\nrecord", [("verified", verdict), *((name, str(value)) for name, value in manifest.provenance.items())])
+
+
+def _variant_here(bundle: Bundle) -> str:
+    """Which variant the installed ONNX Runtime takes on the CPU."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return "nothing on the CPU: onnxruntime is not installed"
+    from retnet_export.runtime.backends.onnxruntime_api import best_variant
+
+    return f"{best_variant(bundle.manifest, 'cpu')} on the CPU, ONNX Runtime {onnxruntime.__version__}"

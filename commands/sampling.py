@@ -21,6 +21,7 @@ from retnet_export.runtime.errors import ArgumentError, UserError
 if TYPE_CHECKING:
     from retnet_export.runtime.generate.generation import Options
     from retnet_export.runtime.generate.stats import Stats
+    from retnet_export.runtime.model import Model
 
 Command = Callable[..., None]
 
@@ -193,8 +194,9 @@ def speculation_from(text: str) -> int | None:
     return int(text)
 
 
-def print_stats(stats: Stats, state_bytes: int, seed: int | None) -> None:
+def print_stats(stats: Stats, model: Model, seed: int | None) -> None:
     """A table on stderr."""
+    state_bytes = model.bundle.manifest.state_bytes
     figures = stats.summary(state_bytes)
 
     def shown(name: str, form: str, unit: str) -> str:
@@ -220,6 +222,7 @@ def print_stats(stats: Stats, state_bytes: int, seed: int | None) -> None:
             ),
             *_guessed(stats),
             ("seed", "none" if seed is None else str(seed)),
+            ("backend", f"{model.backend.name}, {model.backend.variant} graphs"),
             ("state", f"{size(state_bytes)} a sequence"),
             ("peak memory", "–" if peak is None else size(peak)),
         ],

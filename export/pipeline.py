@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from retnet_export.export.checkpoints.base import Checkpoint
 from retnet_export.export.text import read_text_settings
@@ -16,18 +17,19 @@ from retnet_export.runtime.bundle.bundle import MANIFEST, Bundle, open_bundle, r
 from retnet_export.runtime.bundle.files import new_folder
 from retnet_export.runtime.bundle.manifest import (
     FORMAT_VERSION,
-    Dialect,
+    ONNXRUNTIME_CUDA,
     FileRecord,
-    GraphSpec,
     Manifest,
     Precision,
+    Variant,
     state_specs,
 )
 from retnet_export.runtime.errors import MissingExtraError, PrecisionWarning, UserError
 
 PRECISIONS: Mapping[str, Literal["float32", "float16", "bfloat16"]] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 STATES: Mapping[str, Literal["float32", "float16"]] = {"fp32": "float32", "fp16": "float16"}
-DIALECT_NAMES = get_args(Dialect)
+VARIANTS = (ONNXRUNTIME_CUDA,)
+"""Those that a bundle has only if asked for."""
 DEFAULT_CHUNK = 128
 """Within 7 % of the fastest on two CPU cores, with the memory and the waste at the end of a prompt of the smaller."""
 Progress = Callable[[str, float], None]
@@ -43,7 +45,7 @@ class ExportOptions:
         state: of the stored state: fp32 or fp16.
         batch: a fixed batch size, or None for any.
         chunk: the most tokens per sequence that the prefill graph reads at once.
-        dialect: "portable", which every runtime reads, or with operators of one runtime: "onnxruntime-cpu", "onnxruntime-cuda".
+        variants: graphs to write beside the portable ones and those for ONNX Runtime on CPUs: of `VARIANTS`.
         bos: what is read before a text: "auto" as the tokenizer does it, "none", or a token by its id or text.
     """
 
@@ -51,11 +53,12 @@ class ExportOptions:
     state: str = "fp32"
     batch: int | None = None
     chunk: int = DEFAULT_CHUNK
-    dialect: Dialect = "portable"
+    variants: tuple[str, ...] = ()
     bos: str = "auto"
 
     def __post_init__(self) -> None:
-        given = (("precision", self.precision, PRECISIONS), ("state", self.state, STATES), ("dialect", self.dialect, DIALECT_NAMES))
+        given: list[tuple[str, str, Collection[str]]] = [("precision", self.precision, PRECISIONS), ("state", self.state, STATES)]
+        given += [("variant", variant, VARIANTS) for variant in self.variants]
         for name, value, choices in given:
             if value not in choices:
                 raise UserError(f"--{name} is {value!r}, expected {', '.join(choices)}")
@@ -102,8 +105,7 @@ def export_bundle(
             name=Path(target).name.removesuffix(".retnet"),
             model=checkpoint.config,
             precision=Precision(PRECISIONS[options.precision], PRECISIONS[options.precision], STATES[options.state]),
-            dialect=options.dialect,
-            graphs=written.graphs,
+            variants=written.variants,
             state=state_specs(checkpoint.config, STATES[options.state], options.batch),
             files=record_files(folder, written.files),
             tokenizer=tokenizer,
@@ -124,21 +126,20 @@ def export_bundle(
 class _Written:
     """What `_write_graphs` leaves in the folder, and which weights went into it."""
 
-    graphs: dict[str, GraphSpec]
+    variants: dict[str, Variant]
     files: dict[str, FileRecord]
     checkpoint_sha256: str
 
 
 def _write_graphs(folder: Path, checkpoint: Checkpoint, options: ExportOptions, progress: Progress) -> _Written:
-    try:
-        import onnx_ir as ir
-    except ImportError as error:
-        raise MissingExtraError("onnx-ir", "export", "exporting") from error
+    if find_spec("onnx_ir") is None:
+        raise MissingExtraError("onnx-ir", "export", "exporting")
     from retnet_export.export.reading import WeightReader
     from retnet_export.graph.decode import build_decode
-    from retnet_export.graph.dialects import DIALECTS, rewrite
     from retnet_export.graph.prefill import build_prefill
-    from retnet_export.graph.retnet import graph_spec, warn_of_slow_heads
+    from retnet_export.graph.retnet import warn_of_slow_heads
+    from retnet_export.graph.variants import ALWAYS
+    from retnet_export.graph.variants.writing import write_variants
     from retnet_export.graph.weights_file import WeightsFile
 
     config = checkpoint.config
@@ -154,13 +155,11 @@ def _write_graphs(folder: Path, checkpoint: Checkpoint, options: ExportOptions, 
 
     graphs = {}
     with WeightReader(config, checkpoint.read) as reader, WeightsFile(folder / "weights.bin") as weights:
-        for name, build, chunk_size in (("decode", build_decode, 1), ("prefill", build_prefill, options.chunk)):
-            graph = build(config, read, weights, PRECISIONS[options.precision], stored, options.batch)
-            rewrite(graph, DIALECTS[options.dialect])
-            ir.save(graph, folder / f"{name}.onnx")
-            graphs[name] = graph_spec(graph, f"{name}.onnx", chunk_size)
+        for name, build in (("decode", build_decode), ("prefill", build_prefill)):
+            graphs[name] = build(config, read, weights, PRECISIONS[options.precision], stored, options.batch)
         files, checkpoint_sha256 = {weights.name: weights.record()}, reader.sha256()
-    return _Written(graphs, files, checkpoint_sha256)
+    variants = write_variants(folder, graphs, {"decode": 1, "prefill": options.chunk}, (*ALWAYS, *options.variants))
+    return _Written(variants, files, checkpoint_sha256)
 
 
 def package_versions(*names: str) -> dict[str, str]:

@@ -137,7 +137,7 @@ def compile_bundle(bundle: Bundle, options: CompileOptions, *, progress: Progres
     """Build the engines of a bundle and put them into its folder `engines/`.
 
     Args:
-        bundle: the bundle, with portable graphs.
+        bundle: the bundle; its portable graphs are compiled.
         options: for what, and how.
         progress: is told the phase and the share done.
 

@@ -61,10 +61,10 @@ def tensorrt_forms(bundle: Bundle, *, join: bool, planes: bool) -> Iterator[Form
         import onnx_ir as ir
     except ImportError as error:
         raise MissingExtraError("onnx and onnx-ir", "export", "compiling") from error
-    from retnet_export.graph.dialects.element_types import InferElementTypes
     from retnet_export.graph.tensorrt.joined import joined
     from retnet_export.graph.tensorrt.planes import Int8AsPlanesPass
     from retnet_export.graph.tensorrt.readout import ReadOutAsSumPass
+    from retnet_export.graph.variants.element_types import InferElementTypes
     from retnet_export.graph.weights_file import WeightsFile
 
     folder = _folder(bundle)

@@ -47,9 +47,7 @@ def parser_message(path: Path, parser: trt.OnnxParser, target: str, version: str
     ]
     more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
     operators = {fault.node_operator() for fault in faults}
-    if operators & {"MatMulNBits", "LinearAttention", "GatedDeltaNet"}:
-        mend = "the bundle is in a dialect of ONNX Runtime; give the portable bundle, as export writes it without --dialect"
-    elif "DequantizeLinear" in operators or "QuantizeLinear" in operators:
+    if "DequantizeLinear" in operators or "QuantizeLinear" in operators:
         mend = "quantize again with symmetric weights and a group size of 64 or 128"
     else:
         mend = "export the checkpoint again with this version of retnet-export, or install a newer TensorRT"

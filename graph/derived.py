@@ -14,7 +14,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from retnet_export.graph.retnet import graph_spec
+from retnet_export.graph.variants.writing import write_variants
 from retnet_export.runtime.bundle.bundle import Bundle, record_files, write_manifest
 from retnet_export.runtime.bundle.manifest import FileRecord
 
@@ -28,16 +28,13 @@ def write_derived_bundle(
         source: the bundle before.
         folder: where the new one is written.
         target: what `folder` will be called.
-        graphs: the new graphs, by their names in the manifest; their large tensors refer to `weights.bin` in `folder`.
+        graphs: the new portable graphs, by their names in the manifest; their large tensors refer to `weights.bin` in `folder`.
         weights: of `weights.bin`.
         **changes: what else differs in the manifest.
     """
     manifest = source.manifest
-    specs = {}
-    for name, model in graphs.items():
-        before = manifest.graphs[name]
-        ir.save(model, folder / before.file)
-        specs[name] = graph_spec(model, before.file, before.chunk_size)
+    chunk_sizes = {name: spec.chunk_size for name, spec in manifest.graphs.items()}
+    variants = write_variants(folder, graphs, chunk_sizes, list(manifest.variants))
     if manifest.tokenizer is not None:
         for file in manifest.tokenizer.files:
             shutil.copyfile(source.file(file), folder / file)
@@ -46,7 +43,7 @@ def write_derived_bundle(
         replace(
             manifest,
             name=Path(target).name.removesuffix(".retnet"),
-            graphs=specs,
+            variants=variants,
             files=record_files(folder, {"weights.bin": weights}),
             verification=None,
             **changes,

@@ -39,11 +39,6 @@ def check_build(
         UserError: with numbers, and what to do instead.
     """
     manifest = bundle.manifest
-    if manifest.dialect != "portable":
-        raise UserError(
-            f"{bundle.path}: its graphs are in the {manifest.dialect} dialect, which TensorRT does not parse; "
-            "give the portable bundle that it was made from, or export the checkpoint without --dialect"
-        )
     newest = newest_opset(target, version)
     for graph in manifest.graphs.values():
         if graph.opset > newest:

@@ -70,7 +70,9 @@ class Model:
         self._tokenizer = None if spec is None else Tokenizer(bundle.file(spec.file), spec)
 
     def __repr__(self) -> str:
-        config, backend = self.bundle.manifest.model, "closed" if self._backend is None else f"on {self._backend.name}"
+        config, backend = self.bundle.manifest.model, "closed"
+        if self._backend is not None:
+            backend = f"on {self._backend.name} ({self._backend.variant})"
         return (
             f"<Model {self.bundle.manifest.name} {backend}: {config.num_layers} layers, width {config.hidden_size}, "
             f"vocabulary {config.vocab_size}>"

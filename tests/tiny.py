@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from retnet_export.export.checkpoints.base import Checkpoint
 from retnet_export.export.pipeline import ExportOptions, export_bundle
 from retnet_export.graph.weights import random_weights
+from retnet_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.bundle.config import ModelConfig
+from retnet_export.runtime.model import Model
 
 
 def config(**changes: object) -> ModelConfig:
@@ -80,3 +82,8 @@ def bundle(folder: Path, model: ModelConfig, weights: Mapping[str, NDArray[np.ge
     weights = random_weights(model) if weights is None else weights
     checkpoint = Checkpoint(path=folder, family="random", config=model, read=weights.__getitem__, files=())
     return export_bundle(checkpoint, folder / "tiny.retnet", ExportOptions(**options))
+
+
+def model(made: Bundle, variant: str, **options: object) -> Model:
+    """A bundle on ONNX Runtime's CPU provider, with one variant of its graphs."""
+    return Model(made, OnnxRuntimeBackend(made, variant=variant, **options))

@@ -26,7 +26,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from retnet_export.graph.dialects.pattern import Writer, constant, made_by, narrowed, only_user, scope_of, substitute
+from retnet_export.graph.variants.pattern import Writer, constant, made_by, narrowed, only_user, scope_of, substitute
 from retnet_export.graph.weights_file import WeightsFile
 
 BLOCKS = (128, 64)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from retnet_export.graph.dialects.pattern import Writer, constant, inputs_of, only_user, scope_of, substitute
+from retnet_export.graph.variants.pattern import Writer, constant, inputs_of, only_user, scope_of, substitute
 
 
 class ReadOutAsSumPass(ir.passes.InPlacePass):

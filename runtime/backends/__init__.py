@@ -38,11 +38,6 @@ def open_backend(name: str, bundle: Bundle, threads: int | None = None, low_memo
     elif name == "onnxruntime-cuda":
         from retnet_export.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 
-        if bundle.manifest.dialect == "onnxruntime-cpu":
-            raise UserError(
-                f"{bundle.path}: its graphs are in the onnxruntime-cpu dialect, not made for {name}; "
-                "convert the portable bundle with --dialect onnxruntime-cuda"
-            )
         return OnnxRuntimeCudaBackend(bundle, low_memory=low_memory)
     from retnet_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
 
@@ -76,11 +71,9 @@ def _on_gpu(bundle: Bundle, low_memory: bool | None) -> Backend | None:
             return TensorRtBackend(bundle, target)
         except (UserError, CudaError):
             continue  # compiled for another machine, or TensorRT or the GPU is missing here
-    if bundle.manifest.dialect == "onnxruntime-cpu" or onnxruntime_cuda.unavailable() is not None:
+    if onnxruntime_cuda.unavailable() is not None:
         return None
     try:
         return onnxruntime_cuda.OnnxRuntimeCudaBackend(bundle, low_memory=low_memory)
     except UserError:
-        if bundle.manifest.dialect == "onnxruntime-cuda":
-            raise
         return None

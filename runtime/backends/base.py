@@ -112,6 +112,10 @@ class Backend(Protocol):
     def name(self) -> str:
         """As on the command line: "onnxruntime", …"""
 
+    @property
+    def variant(self) -> str:
+        """Which of the bundle's variants it runs, or was made from."""
+
     def open_stream(self, batch: int) -> Stream:
         """Allocate buffers for `batch` sequences, at the initial state."""
 

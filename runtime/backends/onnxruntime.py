@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: the portable graph, with the state looped through two sets of buffers.
+"""ONNX Runtime on the CPU: the best variant of the graphs that its version runs, the state looped through two sets of buffers.
 
 Rule: a step copies neither weights nor state. The graph reads the state from one set of buffers and writes it to the
 other; the next step swaps them. All buffers are bound once, when a stream is opened.
@@ -15,14 +15,13 @@ graph, unless memory matters more (docs/prefill.md has the measurements).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from retnet_export.runtime.backends.base import NUMPY_DTYPES, PassCost, State, last_rows, state_from_graph, state_to_graph, top_of
-from retnet_export.runtime.backends.onnxruntime_api import check_computes, check_session
+from retnet_export.runtime.backends.onnxruntime_api import best_variant, check_computes, check_session
 from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.bundle.layout import StateLayout
 from retnet_export.runtime.bundle.manifest import Manifest, StateSpec
@@ -30,12 +29,6 @@ from retnet_export.runtime.errors import MissingExtraError, UserError
 
 if TYPE_CHECKING:
     import onnxruntime
-
-NEEDS: Mapping[str, str] = {
-    "onnxruntime-cpu": "install ONNX Runtime 1.25 or later",
-    "onnxruntime-cuda": "run it with --backend onnxruntime-cuda, or install ONNX Runtime 1.32 or later",
-}
-"""What a dialect's operators need on the CPU."""
 
 
 class OnnxRuntimeBackend:
@@ -46,6 +39,7 @@ class OnnxRuntimeBackend:
         threads: threads per operator; ONNX Runtime's choice (one per physical core) when None.
         low_memory: True holds the weights once, and float weights as the mapped file itself instead of a packed copy; False
             gives each graph a session of its own; None weighs speed against memory as above.
+        variant: of the bundle's graphs; the best that this ONNX Runtime runs when None.
 
     Raises:
         UserError: ONNX Runtime is missing or refuses the graph.
@@ -53,13 +47,17 @@ class OnnxRuntimeBackend:
 
     name = "onnxruntime"
 
-    def __init__(self, bundle: Bundle, threads: int | None = None, low_memory: bool | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, threads: int | None = None, low_memory: bool | None = None, variant: str | None = None
+    ) -> None:
         try:
             import onnxruntime
         except ImportError as error:
             raise MissingExtraError("onnxruntime", "cpu", "running a bundle on the CPU") from error
         check_computes(bundle.manifest, bundle.path)
         self._bundle = bundle
+        self.variant = best_variant(bundle.manifest, "cpu") if variant is None else variant
+        self._graphs = bundle.manifest.variants[self.variant].graphs
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         if threads is not None:
@@ -76,16 +74,12 @@ class OnnxRuntimeBackend:
     def _load(self, graph: str) -> onnxruntime.InferenceSession:
         import onnxruntime
 
-        path = self._bundle.file(self._bundle.manifest.graphs[graph].file)
+        path = self._bundle.file(self._graphs[graph].file)
         try:
             session = onnxruntime.InferenceSession(str(path), self._options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its errors share no narrower base class
-            dialect = self._bundle.manifest.dialect
-            mend = (
-                "" if dialect == "portable" else f". It is in the {dialect} dialect: {NEEDS[dialect]}, or give the portable bundle"
-            )
-            raise UserError(f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load the graph: {error}{mend}") from error
-        check_session(path, self._bundle.manifest.graphs[graph], session)
+            raise UserError(f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load the graph: {error}") from error
+        check_session(path, self._graphs[graph], session)
         return session
 
     @property
@@ -98,7 +92,7 @@ class OnnxRuntimeBackend:
         fixed = manifest.graphs["decode"].inputs[0].shape[0]
         if fixed not in (-1, batch):
             raise UserError(f"{self._bundle.path}: exported for batch {fixed}, asked for {batch}; export it without --batch")
-        return OnnxRuntimeStream(self._decode, self._prefill, manifest, batch)
+        return OnnxRuntimeStream(self._decode, self._prefill, manifest, self._graphs["decode"].state_layout, batch)
 
 
 _Bindings: TypeAlias = "tuple[onnxruntime.IOBinding, ...]"
@@ -112,11 +106,12 @@ class OnnxRuntimeStream:
         decode: onnxruntime.InferenceSession,
         prefill: onnxruntime.InferenceSession,
         manifest: Manifest,
+        layout: StateLayout,
         batch: int,
     ) -> None:
         self._decode, self._prefill, self.batch = decode, prefill, batch
         self._specs = manifest.state
-        self._layout = manifest.graphs["decode"].state_layout
+        self._layout = layout
         self._tokens = np.zeros((batch, 1), np.int64)
         self._one_token, self._first_row = np.ones(batch, np.int64), np.zeros((batch, 1), np.int64)
         self._logits = np.zeros((batch, manifest.model.vocab_size), np.float32)

@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from retnet_export.runtime.backends.agreement import check_agrees
-from retnet_export.runtime.bundle.manifest import DType, GraphSpec, Manifest, TensorSpec
+from retnet_export.runtime.bundle.manifest import PORTABLE, DType, GraphSpec, Manifest, TensorSpec
 from retnet_export.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -74,6 +74,19 @@ def check_computes(manifest: Manifest, path: Path) -> None:
     """
     if manifest.precision.compute == "bfloat16":
         raise UserError(f"{path}: its products are bfloat16, which ONNX Runtime does not compute on a CPU; {BFLOAT16_REMEDY}")
+
+
+def best_variant(manifest: Manifest, provider: Literal["cpu", "cuda"]) -> str:
+    """The variant that the installed ONNX Runtime runs fastest: one for the provider, if this version has its operators."""
+    import onnxruntime
+
+    for name, variant in manifest.variants.items():
+        needs = variant.needs
+        if needs is not None and needs.provider == provider:
+            major, minor = map(int, needs.onnxruntime.split("."))
+            if not is_older(onnxruntime.__version__, (major, minor)):
+                return name
+    return PORTABLE
 
 
 def check_session(path: Path, spec: GraphSpec, session: onnxruntime.InferenceSession) -> None:

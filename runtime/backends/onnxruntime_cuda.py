@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from retnet_export.runtime.backends.base import NUMPY_DTYPES, State, last_rows, state_from_graph, state_to_graph, top_of
 from retnet_export.runtime.backends.device_weights import DeviceWeights
-from retnet_export.runtime.backends.onnxruntime_api import check_session
+from retnet_export.runtime.backends.onnxruntime_api import best_variant, check_session
 from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.bundle.manifest import GraphSpec, StateSpec
 from retnet_export.runtime.device import cuda
@@ -50,9 +50,10 @@ class OnnxRuntimeCudaBackend:
     the first batch of several sequences is opened. Streams may be used by different threads, each by one at a time.
 
     Args:
-        bundle: the bundle, of either dialect; `onnxruntime-cuda` is the faster one.
+        bundle: the bundle; one with the variant `onnxruntime-cuda` is faster.
         graphs: whether steps are captured as CUDA graphs.
         low_memory: True does without the second copy; steps of batches then take longer.
+        variant: of the bundle's graphs; the best that this ONNX Runtime runs when None.
 
     Raises:
         UserError: ONNX Runtime has no CUDA provider, there is no GPU, or the graph is refused.
@@ -60,12 +61,14 @@ class OnnxRuntimeCudaBackend:
 
     name = "onnxruntime-cuda"
 
-    def __init__(self, bundle: Bundle, *, graphs: bool = True, low_memory: bool | None = None) -> None:
+    def __init__(self, bundle: Bundle, *, graphs: bool = True, low_memory: bool | None = None, variant: str | None = None) -> None:
         reason = unavailable()
         if reason is not None:
             raise UserError(f"the backend {self.name!r} does not work here: {reason}")
         stream = _stream()
-        weights = DeviceWeights({name: bundle.file(spec.file) for name, spec in bundle.manifest.graphs.items()}, stream)
+        self.variant = best_variant(bundle.manifest, "cuda") if variant is None else variant
+        self._specs = bundle.manifest.variants[self.variant].graphs
+        weights = DeviceWeights({name: bundle.file(spec.file) for name, spec in self._specs.items()}, stream)
         # Attributes are dropped in this order: a session uses its weights and its stream until it is gone.
         self._prefill: onnxruntime.InferenceSession | None = None
         self._decode: dict[bool, onnxruntime.InferenceSession] = {}
@@ -77,7 +80,7 @@ class OnnxRuntimeCudaBackend:
     def _load(self, graph: str, capture: bool, *, many_rows: bool) -> onnxruntime.InferenceSession:
         import onnxruntime
 
-        path = self._bundle.file(self._bundle.manifest.graphs[graph].file)
+        path = self._bundle.file(self._specs[graph].file)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         onnxruntime.set_default_logger_severity(3)  # 1.31 warns, at every session, of a plugin that there is none of
@@ -101,13 +104,13 @@ class OnnxRuntimeCudaBackend:
             raise UserError(
                 f"ONNX Runtime {onnxruntime.__version__} could not start its CUDA provider; are CUDA and cuDNN installed?"
             )
-        check_session(path, self._bundle.manifest.graphs[graph], session)
+        check_session(path, self._specs[graph], session)
         return session
 
     def prefill_session(self) -> onnxruntime.InferenceSession | None:
         """The prefill graph's session, loaded when first needed; None if the bundle has none."""
         with cuda.LOCK:  # two sessions may need it at once
-            if self._prefill is None and "prefill" in self._bundle.manifest.graphs:
+            if self._prefill is None and "prefill" in self._specs:
                 self._prefill = self._load("prefill", False, many_rows=False)
         return self._prefill
 
@@ -121,7 +124,7 @@ class OnnxRuntimeCudaBackend:
 
     def open_stream(self, batch: int) -> OnnxRuntimeCudaStream:
         manifest = self._bundle.manifest
-        spec = manifest.graphs["decode"]
+        spec = self._specs["decode"]
         if spec.inputs[0].shape[0] not in (-1, batch):
             raise UserError(
                 f"{self._bundle.path}: exported for batch {spec.inputs[0].shape[0]}, asked for {batch}; export it without --batch"

@@ -42,7 +42,7 @@ from retnet_export.runtime.bundle.engines import (
     map_engine,
     open_shape,
 )
-from retnet_export.runtime.bundle.manifest import Manifest, StateSpec
+from retnet_export.runtime.bundle.manifest import PORTABLE, Manifest, StateSpec
 from retnet_export.runtime.device import cuda
 from retnet_export.runtime.errors import UserError
 
@@ -70,7 +70,7 @@ class TensorRtBackend:
     """
 
     def __init__(self, bundle: Bundle, target: str = "tensorrt") -> None:
-        self.name = target
+        self.name, self.variant = target, PORTABLE
         self.manifest: Manifest = bundle.manifest
         self.module: Any = load_module(target)
         device = cuda.device()

@@ -1,10 +1,11 @@
 """The bundle: a self-contained folder with graphs, weights and a manifest, that is either whole or absent.
 
     NAME.retnet/
-        manifest.json     what is in the folder; everything a host needs to run it (this module's dataclasses)
+        manifest.json     what is in the folder; everything a host needs to run it (manifest.py), and its own hash
         decode.onnx       one token per sequence
         prefill.onnx      a chunk of tokens per sequence, same state
-        weights.bin       external data of the graphs, stored once
+        decode.NAME.onnx, prefill.NAME.onnx     the same with the operators of one runtime, and so for each variant
+        weights.bin       external data of all graphs, stored once
         tokenizer.json    when the checkpoint has one
 
 A bundle is written into a temporary sibling and renamed into place. It is read with the size and hash of every file
@@ -23,6 +24,7 @@ from retnet_export.runtime.bundle.files import restore_old, sha256_of, write_ato
 from retnet_export.runtime.bundle.manifest import FORMAT, FORMAT_VERSION, FileRecord, Manifest
 from retnet_export.runtime.bundle.older import advice
 from retnet_export.runtime.bundle.schema import decode, encode, not_finite
+from retnet_export.runtime.bundle.seal import check_seal, sealed
 from retnet_export.runtime.bundle.validation import check_manifest
 from retnet_export.runtime.errors import UserError
 
@@ -86,7 +88,8 @@ def _read_manifest(path: Path) -> Manifest:
         size = path.stat().st_size
         if size > LARGEST_MANIFEST:
             raise UserError(f"{path}: {size:,} bytes, a manifest has at most {LARGEST_MANIFEST:,}")
-        document = json.loads(path.read_bytes(), object_pairs_hook=_object, parse_constant=_refuse_constant)
+        content = path.read_bytes()
+        document = json.loads(content, object_pairs_hook=_object, parse_constant=_refuse_constant)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -98,6 +101,10 @@ def _read_manifest(path: Path) -> Manifest:
             f"{path}: bundle format {document.get('format_version')!r}, this version of retnet-export reads {FORMAT_VERSION}; "
             + advice(document, path.parent, FORMAT_VERSION)
         )
+    try:
+        check_seal(document, content)
+    except UserError as error:
+        raise UserError(f"{path}: {error}; copy the bundle or export it again") from error
     manifest = decode(Manifest, document, str(path))
     try:
         check_manifest(manifest, MANIFEST)
@@ -142,8 +149,8 @@ def _check_file(root: Path, name: str, record: FileRecord, check_hash: bool, pro
 
 def _check_external_data(bundle: Bundle) -> None:
     """The graphs' weights must be in files of the bundle, which have been checked."""
-    for graph in bundle.manifest.graphs.values():
-        path = bundle.file(graph.file)
+    graphs = (graph for variant in bundle.manifest.variants.values() for graph in variant.graphs.values())
+    for path in (bundle.file(graph.file) for graph in graphs):
         try:
             locations = external_locations(path.read_bytes())
         except UserError as error:
@@ -169,6 +176,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         UserError: a figure in it is not finite, which no reader would take; the old manifest stays.
         OSError: the folder cannot be written.
     """
-    if strange := not_finite(encode(manifest)):
+    document = encode(manifest)
+    assert isinstance(document, dict)
+    if strange := not_finite(document):
         raise UserError(f"{folder}: {strange[0]} would be {strange[1]} in its manifest, so nothing was recorded")
-    write_atomically(folder / MANIFEST, (json.dumps(encode(manifest), indent=2) + "\n").encode())
+    write_atomically(folder / MANIFEST, sealed(document))

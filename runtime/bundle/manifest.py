@@ -10,8 +10,9 @@ from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.bundle.layout import AXES, Axis, StateLayout
 
 FORMAT = "retnet-export bundle"
-FORMAT_VERSION = 2
-"""2: states are named `state.007` and say their layer and axes; graphs say how they keep them."""
+FORMAT_VERSION = 3
+"""2: states are named `state.007` and say their layer and axes; graphs say how they keep them. 3: a bundle holds variants of its
+graphs, and the manifest its own hash."""
 DType = Literal["float32", "float16", "bfloat16", "int64"]
 
 
@@ -141,8 +142,40 @@ class TokenizerSpec:
         return (self.file,) if self.chat_template is None else (self.file, self.chat_template)
 
 
-Dialect = Literal["portable", "onnxruntime-cpu", "onnxruntime-cuda"]
-"""Of a bundle's graphs: standard ONNX, or with operators of one runtime."""
+PORTABLE = "portable"
+"""The variant that every bundle has: standard ONNX, which every runtime reads."""
+
+
+ONNXRUNTIME_CUDA = "onnxruntime-cuda"
+"""The variant that a bundle has only if it was exported with it: the GPU backend of our own reads the portable weights."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What it takes to run a variant.
+
+    Attributes:
+        onnxruntime: the first version of ONNX Runtime that has its operators, "1.25".
+        provider: on what.
+        operators: those that are not standard ONNX, "com.microsoft::LinearAttention".
+    """
+
+    onnxruntime: str
+    provider: Literal["cpu", "cuda"]
+    operators: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The graphs of a bundle in one form; all variants compute the same and read the same `weights.bin`.
+
+    Attributes:
+        graphs: "decode" and "prefill".
+        needs: what it takes to run them; None for standard ONNX.
+    """
+
+    graphs: Mapping[str, GraphSpec]
+    needs: Needs | None = None
 
 
 @dataclass(frozen=True)
@@ -157,8 +190,7 @@ class Manifest:
     name: str
     model: ModelConfig
     precision: Precision
-    dialect: Dialect
-    graphs: Mapping[str, GraphSpec]
+    variants: Mapping[str, Variant]
     state: tuple[StateSpec, ...]
     files: Mapping[str, FileRecord]
     tokenizer: TokenizerSpec | None = None
@@ -166,6 +198,11 @@ class Manifest:
     quantization: Mapping[str, object] | None = None
     verification: Mapping[str, object] | None = None
     provenance: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def graphs(self) -> Mapping[str, GraphSpec]:
+        """The portable graphs, "decode" and "prefill"."""
+        return self.variants[PORTABLE].graphs
 
     @property
     def state_bytes(self) -> int:

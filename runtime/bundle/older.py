@@ -32,6 +32,9 @@ def advice(document: dict[str, Any], path: Path, version: int) -> str:
 
 def _export(document: dict[str, Any], target: str) -> str:
     graphs = document.get("graphs")
+    variants = document.get("variants")  # from format 3 on
+    portable = variants.get("portable") if isinstance(variants, dict) else None
+    graphs = portable.get("graphs") if isinstance(portable, dict) else graphs
     prefill = graphs.get("prefill") if isinstance(graphs, dict) else None
     chunk = prefill.get("chunk_size") if isinstance(prefill, dict) else None
     options = ["--precision", _precision(document)]

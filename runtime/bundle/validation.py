@@ -6,12 +6,13 @@ the other fields and against the sizes of the files. A manifest is untrusted: it
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import PurePosixPath
 
 from retnet_export.runtime.backends.base import NUMPY_DTYPES
 from retnet_export.runtime.bundle.config import ModelConfig
-from retnet_export.runtime.bundle.manifest import POSITION, GraphSpec, Manifest, StateSpec, state_specs
+from retnet_export.runtime.bundle.manifest import PORTABLE, POSITION, GraphSpec, Manifest, StateSpec, state_specs
 from retnet_export.runtime.errors import UserError
 
 LARGEST_SIZE = 2**31 - 1
@@ -33,19 +34,46 @@ def check_manifest(manifest: Manifest, manifest_name: str) -> None:
     """
     for name in manifest.files:
         _check_name(name, manifest_name)
-    for graph_name in ("decode", "prefill"):
-        if graph_name not in manifest.graphs:
-            raise UserError(f"the bundle has no {graph_name} graph; export the checkpoint again")
-    named = [(f"graphs.{name}.file", graph.file) for name, graph in manifest.graphs.items()]
+    _check_variants(manifest)
+    graphs = _graphs(manifest)
+    named = [(f"the file of graph {name!r}", graph.file) for name, graph in graphs.items()]
     if manifest.tokenizer is not None:
         named += [("tokenizer", name) for name in manifest.tokenizer.files]
     for where, name in named:
         if name not in manifest.files:
             raise UserError(f"{where} is {name!r}, which is not among the bundle's files")
     _check_model(manifest)
-    for name, graph in manifest.graphs.items():
+    for name, graph in graphs.items():
         _check_graph(name, graph, manifest)
     _check_state(manifest)
+
+
+def _check_variants(manifest: Manifest) -> None:
+    if PORTABLE not in manifest.variants:
+        raise UserError(f"the bundle has no {PORTABLE} graphs; export the checkpoint again")
+    for name, variant in manifest.variants.items():
+        if set(variant.graphs) != {"decode", "prefill"}:
+            found = ", ".join(variant.graphs) or "none"
+            raise UserError(f"the graphs of variant {name!r} are {found}, expected decode and prefill; export the checkpoint again")
+        if (variant.needs is None) != (name == PORTABLE):
+            raise UserError(
+                f"variant {name!r} {'needs nothing' if variant.needs is None else 'has needs'}; only {PORTABLE!r} has none"
+            )
+        if variant.needs is not None and re.fullmatch(r"\d{1,4}\.\d{1,4}", variant.needs.onnxruntime) is None:
+            raise UserError(f"variant {name!r} needs ONNX Runtime {variant.needs.onnxruntime!r}, expected a version like 1.25")
+        if variant.graphs["decode"].state_layout != variant.graphs["prefill"].state_layout:
+            raise UserError(f"the graphs of variant {name!r} keep the state differently; they must be able to share it")
+        if variant.graphs["prefill"].chunk_size != manifest.graphs["prefill"].chunk_size:
+            raise UserError(f"variant {name!r} reads other chunks than the {PORTABLE} graphs")
+
+
+def _graphs(manifest: Manifest) -> dict[str, GraphSpec]:
+    """All graphs, those of a variant other than the portable one under "variant/graph"."""
+    return {
+        graph if name == PORTABLE else f"{name}/{graph}": spec
+        for name, variant in manifest.variants.items()
+        for graph, spec in variant.graphs.items()
+    }
 
 
 def _check_name(name: str, manifest_name: str) -> None:
@@ -115,7 +143,7 @@ def _check_state(manifest: Manifest) -> None:
                 f"expected one of {', '.join(NUMPY_DTYPES)} and a number of 32 bits"
             )
     _check_specs(manifest)
-    for name, graph in manifest.graphs.items():
+    for name, graph in _graphs(manifest).items():
         _check_state_of_graph(name, graph, manifest)
     if manifest.state_bytes > LARGEST_STATE_BYTES:
         raise UserError(f"the state of a sequence is {manifest.state_bytes:,} bytes, expected at most {LARGEST_STATE_BYTES:,}")

@@ -7,15 +7,15 @@ import oracle
 import pytest
 
 from retnet_export.graph.decode import build_decode
-from retnet_export.graph.dialects import DIALECTS, rewrite
 from retnet_export.graph.prefill import build_prefill
 from retnet_export.graph.retnet import graph_spec
+from retnet_export.graph.variants import ONNXRUNTIME_CUDA, rewrite
 from retnet_export.graph.weights import random_weights
 from retnet_export.graph.weights_file import WeightsFile
 from retnet_export.runtime.backends.base import top_of
 from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.bundle.config import ModelConfig
-from retnet_export.runtime.bundle.manifest import FORMAT_VERSION, Manifest, Precision, state_specs
+from retnet_export.runtime.bundle.manifest import FORMAT_VERSION, PORTABLE, Manifest, Precision, Variant, state_specs
 from retnet_export.runtime.numerics import TOLERANCES, measure
 
 pytestmark = pytest.mark.usefixtures("onnxruntime_cuda")
@@ -26,19 +26,20 @@ WEIGHTS = random_weights(CONFIG, seed=1)
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (3, 24))
 
 
-def make(folder, compute="float32", dialect="onnxruntime-cuda", state="float32", config=CONFIG, weights=WEIGHTS):
+def make(folder, compute="float32", special=True, state="float32", config=CONFIG, weights=WEIGHTS):
     import onnx_ir as ir
 
     folder.mkdir(exist_ok=True)
     graphs = {}
     with WeightsFile(folder / "weights.bin") as file:
         for name, build, chunk in (("decode", build_decode, 1), ("prefill", build_prefill, 16)):
-            model = rewrite(build(config, weights.__getitem__, file, compute, state), DIALECTS[dialect])
+            model = rewrite(build(config, weights.__getitem__, file, compute, state), ONNXRUNTIME_CUDA if special else ())
             ir.save(model, folder / f"{name}.onnx")
             graphs[name] = graph_spec(model, f"{name}.onnx", chunk)
     specs = state_specs(config, state)
     precision = Precision(compute, compute, state)
-    return Bundle(folder, Manifest("retnet-export bundle", FORMAT_VERSION, "t", config, precision, dialect, graphs, specs, {}))
+    variants = {PORTABLE: Variant(graphs)}
+    return Bundle(folder, Manifest("retnet-export bundle", FORMAT_VERSION, "t", config, precision, variants, specs, {}))
 
 
 def opened(bundle, **options):
@@ -55,10 +56,10 @@ def steps(stream, tokens):
     return np.stack(rows, 1)  # (B, T, V)
 
 
-@pytest.mark.parametrize("dialect", ["portable", "onnxruntime-cuda"])
+@pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("compute", ["float32", "float16"])
-def test_steps_agree_with_the_oracle(tmp_path, compute, dialect):
-    logits = steps(opened(make(tmp_path, compute, dialect)).open_stream(3), TOKENS)
+def test_steps_agree_with_the_oracle(tmp_path, compute, special):
+    logits = steps(opened(make(tmp_path, compute, special)).open_stream(3), TOKENS)
     expected = np.stack([oracle.logits(CONFIG, WEIGHTS, row) for row in TOKENS])
     assert measure(logits, expected).relative < TOLERANCES[f"onnxruntime-cuda-{compute}"].relative
 
@@ -169,8 +170,8 @@ def test_a_nan_among_the_logits_is_the_largest(tmp_path, token, k):
 
 def test_the_state_is_that_of_the_portable_graph(tmp_path):
     states = []
-    for dialect in ("portable", "onnxruntime-cuda"):
-        stream = opened(make(tmp_path / dialect, dialect=dialect)).open_stream(1)
+    for special in (False, True):
+        stream = opened(make(tmp_path / str(special), special=special)).open_stream(1)
         steps(stream, TOKENS[:1])
         states.append(stream.read_state(0))
     for name, array in states[0].items():
@@ -191,8 +192,8 @@ def test_sums_over_wide_rows_and_key_dims_of_256_stay_within_rounding(tmp_path):
     )
     weights = random_weights(config, seed=2)
     rows = []
-    for compute, dialect in (("float32", "portable"), ("float16", "onnxruntime-cuda")):
-        stream = opened(make(tmp_path / dialect, compute, dialect, config=config, weights=weights)).open_stream(2)
+    for compute, special in (("float32", False), ("float16", True)):
+        stream = opened(make(tmp_path / str(special), compute, special, config=config, weights=weights)).open_stream(2)
         rows.append(steps(stream, TOKENS[:2]))
     error = measure(rows[1], rows[0])
     print(error)

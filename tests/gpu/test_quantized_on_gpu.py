@@ -7,7 +7,6 @@ import onnxruntime
 import pytest
 import tiny
 
-from retnet_export.export.convert import convert_bundle
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.runtime.backends.base import initial_state
 from retnet_export.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
@@ -23,22 +22,20 @@ TOLERANCE = TOLERANCES["onnxruntime-cuda-float16"].relative
 
 
 @pytest.fixture(scope="module", params=["int4", "int8"])
-def bundles(request, tmp_path_factory):
-    """One quantized fp16 model, portable and in the GPU's dialect."""
+def bundle(request, tmp_path_factory):
+    """One quantized fp16 model, with the GPU's variant of its graphs."""
     folder = tmp_path_factory.mktemp(request.param)
-    source = tiny.bundle(folder, CONFIG, chunk=16, precision="fp16")
-    portable = quantize_bundle(source, folder / "portable.retnet", QuantizeOptions(request.param, group_size=32))
-    return portable, convert_bundle(portable, folder / "cuda.retnet", "onnxruntime-cuda")
+    source = tiny.bundle(folder, CONFIG, chunk=16, precision="fp16", variants=("onnxruntime-cuda",))
+    return quantize_bundle(source, folder / "portable.retnet", QuantizeOptions(request.param, group_size=32))
 
 
 @pytest.fixture(scope="module")
-def expected(bundles):
+def expected(bundle):
     """Logits (B, T, V) of the portable graph on the CPU, weights made floats one by one: nothing is fused or rounded again."""
-    portable = bundles[0]
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(str(portable.file("decode.onnx")), options, providers=["CPUExecutionProvider"])
-    state = {name: np.repeat(array, 3, 0) for name, array in initial_state(portable.manifest.state).items()}
+    session = onnxruntime.InferenceSession(str(bundle.file("decode.onnx")), options, providers=["CPUExecutionProvider"])
+    state = {name: np.repeat(array, 3, 0) for name, array in initial_state(bundle.manifest.state).items()}
     rows = []
     for column in TOKENS.T:
         logits, *after = session.run(["logits", *(f"{name}_out" for name in state)], {"tokens": column[:, None], **state})
@@ -56,9 +53,9 @@ def steps(stream, tokens):
 
 
 @pytest.mark.parametrize("low_memory", [None, True])
-@pytest.mark.parametrize("dialect", ["portable", "onnxruntime-cuda"])
-def test_steps_agree_with_the_same_integers_made_floats(bundles, expected, dialect, low_memory):
-    backend = OnnxRuntimeCudaBackend(next(each for each in bundles if each.manifest.dialect == dialect), low_memory=low_memory)
+@pytest.mark.parametrize("variant", ["portable", "onnxruntime-cuda"])
+def test_steps_agree_with_the_same_integers_made_floats(bundle, expected, variant, low_memory):
+    backend = OnnxRuntimeCudaBackend(bundle, low_memory=low_memory, variant=variant)
     for rows in (slice(0, 1), slice(0, 3)):
         logits = steps(backend.open_stream(rows.stop), TOKENS[rows])
         assert measure(logits, expected[rows]).relative < TOLERANCE

@@ -86,11 +86,11 @@ def test_a_state_saved_on_one_goes_on_on_the_other(models, tmp_path):
         assert list(moved.generate_tokens(options)) == list(session.generate_tokens(options))
 
 
-@pytest.mark.parametrize("dialect", ["portable", "onnxruntime-cuda"])
+@pytest.mark.parametrize("variants", [(), ("onnxruntime-cuda",)])
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", "onnxruntime-cuda-float32"), ("fp16", "onnxruntime-cuda-float16")])
-def test_a_prompt_read_in_chunks_leaves_the_oracles_logits_and_state(tmp_path, precision, tolerance, dialect):
+def test_a_prompt_read_in_chunks_leaves_the_oracles_logits_and_state(tmp_path, precision, tolerance, variants):
     """70 tokens are four chunks of 16 and one of 6."""
-    path = tiny.bundle(tmp_path, CONFIG, WEIGHTS, chunk=16, precision=precision, dialect=dialect).path
+    path = tiny.bundle(tmp_path, CONFIG, WEIGHTS, chunk=16, precision=precision, variants=variants).path
     session = fed(load(path, "onnxruntime-cuda"), TOKENS)
     state = oracle.initial_state(CONFIG)
     weights = {name: np.asarray(value, np.float64) for name, value in WEIGHTS.items()}

@@ -9,7 +9,6 @@ import sys
 import pytest
 import tiny
 
-from retnet_export.export.convert import convert_bundle
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 
 pytestmark = pytest.mark.usefixtures("onnxruntime_cuda")
@@ -53,10 +52,9 @@ WORKSPACE = 256 << 20
 
 @pytest.mark.parametrize("weights", ["fp16", "int4"])
 def test_decode_and_prefill_together_hold_the_weights_once(tmp_path, weights):
-    bundle = tiny.bundle(tmp_path, CONFIG, chunk=64, precision="fp16")
+    bundle = tiny.bundle(tmp_path, CONFIG, chunk=64, precision="fp16", variants=("onnxruntime-cuda",))
     if weights != "fp16":
         bundle = quantize_bundle(bundle, tmp_path / "small.retnet", QuantizeOptions(weights, group_size=32))
-    bundle = convert_bundle(bundle, tmp_path / "cuda.retnet", "onnxruntime-cuda")
     result = subprocess.run([sys.executable, "-c", USED, str(bundle.path)], check=True, capture_output=True, text=True)
     together, apart = json.loads(result.stdout)
     held, states = bundle.manifest.weights_bytes, 2 * bundle.manifest.state_bytes

@@ -9,8 +9,7 @@ import onnx
 import pytest
 import tiny
 
-from retnet_export.export.convert import convert_bundle
-from retnet_export.graph.dialects import ONNXRUNTIME_CUDA
+from retnet_export.graph.variants import ONNXRUNTIME_CUDA
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 
 
@@ -36,12 +35,12 @@ def test_a_random_model_has_the_graphs_of_an_exported_quantized_and_converted_on
     config = gpu_models.MODELS["tiny"]
     (tmp_path / "random").mkdir()
     random = gpu_models.write_bundle(tmp_path / "random", config, fmt, {"made": ONNXRUNTIME_CUDA})["made"].bundle
-    bundle = tiny.bundle(tmp_path, config, precision="fp16")
+    bundle = tiny.bundle(tmp_path, config, precision="fp16", variants=("onnxruntime-cuda",))
     if fmt == "int4":
         options = QuantizeOptions("int4", gpu_models.INT4_BLOCK, embedding="keep", head="int4")
         bundle = quantize_bundle(bundle, tmp_path / "small.retnet", options)
-    public = convert_bundle(bundle, tmp_path / "cuda.retnet", "onnxruntime-cuda")
     for graph in ("decode", "prefill"):
-        paths = [each.file(each.manifest.graphs[graph].file) for each in (random, public)]
+        variants = (random.manifest.variants["portable"], bundle.manifest.variants["onnxruntime-cuda"])
+        paths = [each.file(variant.graphs[graph].file) for each, variant in zip((random, bundle), variants, strict=True)]
         assert operators(paths[0]) == operators(paths[1])
-    assert random.manifest.state == public.manifest.state
+    assert random.manifest.state == bundle.manifest.state

@@ -1,4 +1,4 @@
-"""The dialect `onnxruntime-cpu` against the portable graphs, step by step, chunk by chunk, and through the runtime."""
+"""The variant `onnxruntime-cpu` against the portable graphs, step by step, chunk by chunk, and through the runtime."""
 
 import numpy as np
 import onnx_ir as ir
@@ -6,11 +6,9 @@ import onnxruntime
 import pytest
 import tiny
 
-from retnet_export.graph.dialects.linear_attention import PIECE_BYTES, pieces_of
+from retnet_export.graph.variants.linear_attention import PIECE_BYTES, pieces_of
 from retnet_export.runtime.backends.onnxruntime_api import FUSES_INTEGERS, is_older
-from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.generate.state import Snapshot
-from retnet_export.runtime.model import load
 from retnet_export.runtime.numerics import TOLERANCES, measure
 
 pytestmark = pytest.mark.skipif(
@@ -25,18 +23,12 @@ CONFIGS = {
 }
 
 
-def both(folder, config, **options):
-    """The same random model in both dialects."""
-    bundles = []
-    for dialect in ("portable", "onnxruntime-cpu"):
-        (folder / dialect).mkdir()
-        bundles.append(tiny.bundle(folder / dialect, config, dialect=dialect, **options))
-    return bundles
+VARIANTS = ("portable", "onnxruntime-cpu")
 
 
-def logits_of(bundle, tokens, batch=1):
+def logits_of(bundle, variant, tokens, batch=1):
     """Logits by steps, (T, B, V), and after all tokens by prefill, (B, V), and the state after either."""
-    backend = load(bundle.path, "onnxruntime", low_memory=False, check_hashes=False).backend
+    backend = tiny.model(bundle, variant, low_memory=False).backend
     stepping, reading = backend.open_stream(batch), backend.open_stream(batch)
     rows = []
     for token in tokens:
@@ -49,10 +41,11 @@ def logits_of(bundle, tokens, batch=1):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_steps_and_chunks_give_the_portable_graphs_logits_and_state(tmp_path, name):
     tokens = np.random.default_rng(0).integers(0, 50, 20)
-    portable, dialect = (logits_of(bundle, tokens, batch=2) for bundle in both(tmp_path, CONFIGS[name]))
-    for ours, theirs in zip(dialect[:2], portable[:2], strict=True):
+    bundle = tiny.bundle(tmp_path, CONFIGS[name])
+    portable, special = (logits_of(bundle, variant, tokens, batch=2) for variant in VARIANTS)
+    for ours, theirs in zip(special[:2], portable[:2], strict=True):
         assert measure(ours, theirs).relative < TOLERANCES["chunkwise-float32"].relative
-    for ours, theirs in zip(dialect[2:], portable[2:], strict=True):
+    for ours, theirs in zip(special[2:], portable[2:], strict=True):
         assert {name: array.shape for name, array in ours.items()} == {name: array.shape for name, array in theirs.items()}
         for key in ours:
             if key.startswith("state."):
@@ -62,14 +55,14 @@ def test_steps_and_chunks_give_the_portable_graphs_logits_and_state(tmp_path, na
 @pytest.mark.parametrize("name", CONFIGS)
 def test_drafts_see_one_another_and_the_state_sees_none(tmp_path, name):
     tokens = np.random.default_rng(0).integers(0, 50, (2, 12))
-    bundles = both(tmp_path, CONFIGS[name])
-    streams = [load(bundle.path, "onnxruntime", check_hashes=False).backend.open_stream(2) for bundle in bundles]
+    bundle = tiny.bundle(tmp_path, CONFIGS[name])
+    streams = [tiny.model(bundle, variant).backend.open_stream(2) for variant in VARIANTS]
     for chunk in (
         (tokens[:, :7], np.array([3, 7]), np.tile(np.arange(7), (2, 1))),
         (tokens, np.array([2, 0]), np.array([[11], [4]])),
     ):
-        portable, dialect = (stream.score(*chunk) for stream in streams)
-        assert measure(dialect, portable).relative < TOLERANCES["chunkwise-float32"].relative
+        portable, special = (stream.score(*chunk) for stream in streams)
+        assert measure(special, portable).relative < TOLERANCES["chunkwise-float32"].relative
     for slot in range(2):
         states = [stream.read_state(slot) for stream in streams]
         for key in states[0]:
@@ -78,8 +71,8 @@ def test_drafts_see_one_another_and_the_state_sees_none(tmp_path, name):
 
 
 def test_a_step_is_one_operator_over_the_state_of_a_layer(tmp_path):
-    bundle = both(tmp_path, CONFIGS["two pieces a head"])[1]
-    graph = ir.load(bundle.file("decode.onnx")).graph
+    bundle = tiny.bundle(tmp_path, CONFIGS["two pieces a head"])
+    graph = ir.load(bundle.file("decode.onnxruntime-cpu.onnx")).graph
     assert sum(node.op_type == "LinearAttention" for node in graph) == 2
     state = {value.name: tuple(value.shape)[1:] for value in graph.inputs if value.name.startswith("state.")}
     assert set(state.values()) == {(6, 32, 256)}
@@ -88,13 +81,13 @@ def test_a_step_is_one_operator_over_the_state_of_a_layer(tmp_path):
 
 
 def test_the_manifest_names_the_state_by_heads(tmp_path):
-    bundle = both(tmp_path, CONFIGS["two pieces a head"])[1]
+    bundle = tiny.bundle(tmp_path, CONFIGS["two pieces a head"])
     assert {spec.shape for spec in bundle.manifest.state if spec.input != "position"} == {(-1, 3, 64, 256)}
 
 
-def test_a_state_saved_in_one_dialect_goes_on_in_the_other(tmp_path):
-    portable, dialect = both(tmp_path, CONFIGS["two pieces a head"])
-    sessions = [load(bundle.path, "onnxruntime").session() for bundle in (portable, dialect)]
+def test_a_state_saved_with_one_variant_goes_on_with_the_other(tmp_path):
+    bundle = tiny.bundle(tmp_path, CONFIGS["two pieces a head"])
+    sessions = [tiny.model(bundle, variant).session() for variant in VARIANTS]
     sessions[0].feed([3, 1, 4, 1, 5])
     sessions[0].snapshot().save(tmp_path / "five.state")
     sessions[1].restore(Snapshot.load(tmp_path / "five.state"))
@@ -104,9 +97,10 @@ def test_a_state_saved_in_one_dialect_goes_on_in_the_other(tmp_path):
 
 
 def test_a_float16_state_stays_in_plain_operators(tmp_path):
-    bundle = both(tmp_path, CONFIGS["two pieces a head"], state="fp16")[1]
-    assert "LinearAttention" not in {node.op_type for node in ir.load(bundle.file("decode.onnx")).graph}
-    session = load(bundle.path, "onnxruntime").session()
+    bundle = tiny.bundle(tmp_path, CONFIGS["two pieces a head"], state="fp16")
+    assert "LinearAttention" not in {node.op_type for node in ir.load(bundle.file("decode.onnxruntime-cpu.onnx")).graph}
+    assert bundle.manifest.variants["onnxruntime-cpu"].needs.onnxruntime == "1.20"
+    session = tiny.model(bundle, "onnxruntime-cpu").session()
     session.feed([1, 2, 3])
     assert np.isfinite(session.logits).all()
 
@@ -117,9 +111,3 @@ def test_a_float16_state_stays_in_plain_operators(tmp_path):
 def test_pieces_fit_into_a_cache(key_dim, value_dim, count):
     assert pieces_of(key_dim, value_dim) == count
     assert key_dim // count * value_dim * 4 <= PIECE_BYTES or count == key_dim
-
-
-def test_it_is_not_for_the_gpu(tmp_path):
-    bundle = both(tmp_path, tiny.config())[1]
-    with pytest.raises(UserError, match="onnxruntime-cpu dialect, not made for onnxruntime-cuda; convert the portable bundle"):
-        load(bundle.path, "onnxruntime-cuda")

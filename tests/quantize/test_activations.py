@@ -10,7 +10,6 @@ import onnxruntime
 import pytest
 import tiny
 
-from retnet_export.export.convert import convert_bundle
 from retnet_export.quantize import activations, pipeline
 from retnet_export.quantize.activations import ActivationRanges
 from retnet_export.quantize.modelopt import Steps
@@ -227,14 +226,6 @@ def test_a_quantizer_that_fails_is_said_with_its_last_line_and_leaves_nothing(tm
     with pytest.raises(UserError, match="nvidia-modelopt could not measure the activations: it said nothing"):
         quantize_bundle(source, tmp_path / "small.retnet", eight_bit("int8"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.retnet"]
-
-
-def test_the_dialect_of_onnxruntime_on_cuda_is_refused(tmp_path, measured):
-    quantized = quantize_bundle(tiny.bundle(tmp_path, tiny.config()), tmp_path / "small.retnet", eight_bit("int8"))
-    with pytest.raises(
-        UserError, match="its activations are int8, for TensorRT, and the products of onnxruntime-cuda take them as floats"
-    ):
-        convert_bundle(quantized, tmp_path / "cuda.retnet", "onnxruntime-cuda")
 
 
 @needs_modelopt

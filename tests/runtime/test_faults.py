@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from retnet_export.runtime.bundle.bundle import open_bundle, record_files
 from retnet_export.runtime.bundle.external_data import external_locations
 from retnet_export.runtime.bundle.files import sha256_of
+from retnet_export.runtime.bundle.seal import check_seal, sealed
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.model import load
 
-FILES = ("decode.onnx", "prefill.onnx", "weights.bin")
+FILES = ("decode.onnx", "prefill.onnx", "decode.onnxruntime-cpu.onnx", "prefill.onnxruntime-cpu.onnx", "weights.bin")
 
 
 @pytest.fixture(scope="session")
@@ -43,8 +44,9 @@ def manifest_of(bundle: Path) -> dict:
     return json.loads((bundle / "manifest.json").read_text())
 
 
-def write_manifest(bundle: Path, document: object) -> None:
-    (bundle / "manifest.json").write_text(json.dumps(document))
+def write_manifest(bundle: Path, document: dict) -> None:
+    """Sealed, as whoever makes a harmful bundle would."""
+    (bundle / "manifest.json").write_bytes(sealed({name: value for name, value in document.items() if name != "sha256"}))
 
 
 def sign(bundle: Path) -> None:
@@ -64,6 +66,57 @@ def test_any_flipped_bit_of_a_file_is_noticed(bundle, name):
         (bundle / name).write_bytes(damaged)
         with pytest.raises(UserError, match=rf"{name}: its SHA-256 is not the one in the manifest"):
             open_bundle(bundle)
+
+
+def test_of_600_bits_flipped_anywhere_in_a_bundle_all_are_noticed(example_bundle, tmp_path):
+    """In the files that are read to the end; weights.bin is all but a few of the bits of a bundle."""
+    bundle = tmp_path / "flipped.retnet"
+    bundle.mkdir()
+    (bundle / "weights.bin").symlink_to(bundle / "weights")  # keeps its hash; its own bits are flipped above
+    shutil.copyfile(example_bundle.file("weights.bin"), bundle / "weights")
+    names = [name for name in [*example_bundle.manifest.files, "manifest.json"] if name != "weights.bin"]
+    contents = {name: example_bundle.file(name).read_bytes() for name in names}
+    for name, content in contents.items():
+        (bundle / name).write_bytes(content)
+    open_bundle(bundle, check_hashes=False)
+    generator = np.random.default_rng(7)
+    for _ in range(600):
+        name = names[int(generator.integers(len(names)))]
+        damaged = bytearray(contents[name])
+        damaged[int(generator.integers(len(damaged)))] ^= 1 << int(generator.integers(8))
+        (bundle / name).write_bytes(damaged)
+        with pytest.raises(UserError, match=name):
+            _open_without_weights(bundle)
+        (bundle / name).write_bytes(contents[name])
+
+
+def _open_without_weights(bundle: Path) -> None:
+    """`open_bundle` with all hashes but that of weights.bin, which would take a second each time."""
+    manifest = open_bundle(bundle, check_hashes=False).manifest
+    for name, record in manifest.files.items():
+        if name != "weights.bin" and sha256_of(bundle / name) != record.sha256:
+            raise UserError(f"{name}: its SHA-256 is not the one in the manifest")
+
+
+def test_the_manifests_own_hash_covers_every_byte():
+    document = {"name": "ü", "files": {"a": {"sha256": "1" * 64}}, "prose": [1, 2.5, None, "text"]}
+    content = sealed(document)
+    check_seal(json.loads(content), content)
+    for place in range(len(content)):
+        flipped = [content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :] for bit in range(8)]
+        for damaged in (*flipped, content[:place] + content[place + 1 :]):
+            with pytest.raises((UserError, ValueError)):
+                check_seal(json.loads(damaged), damaged)
+
+
+def test_a_manifest_written_by_hand_is_refused(bundle):
+    document = manifest_of(bundle)
+    (bundle / "manifest.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match="does not have the SHA-256 that it gives for itself; copy the bundle or export it again"):
+        open_bundle(bundle)
+    (bundle / "manifest.json").write_text(json.dumps({name: value for name, value in document.items() if name != "sha256"}))
+    with pytest.raises(UserError, match="it has no hash of itself, so it is damaged or was written by hand"):
+        open_bundle(bundle)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -183,6 +236,7 @@ def test_bytes_that_are_no_onnx_file_give_a_message_or_nothing(content):
 
 
 def changed(document: dict, path: str, value: object) -> dict:
+    path = f"variants/portable/{path}" if path.startswith("graphs/") else path
     *parents, last = (int(part) if part.isdigit() else part for part in path.split("/"))
     target = document
     for part in parents:
@@ -213,12 +267,28 @@ def changed(document: dict, path: str, value: object) -> dict:
         ("state/1/layer", 1, "'state.000' of layer 1 .*; the model configuration asks for 'state.000' of layer 0"),
         ("state/1/layer", None, "the state has 1 layers and 2 tensors more, the model configuration asks for 2 and 'position'"),
         ("state/1/output", "state.001_out", "after a step 'state.001_out'"),
-        ("graphs/decode/state_layout/axes", ["batch", "head", "value", "key"], r"float32\[-1, 4, 12, 8\] in the layout of graph"),
-        ("graphs/decode/state_layout/axes", ["head", "batch", "key", "value"], "its state_layout is .* in 1 pieces; expected"),
+        (
+            "graphs/decode/state_layout/axes",
+            ["batch", "head", "value", "key"],
+            r"float32\[-1, 4, 12, 8\] in the layout of graph",
+        ),
+        (
+            "graphs/decode/state_layout/axes",
+            ["head", "batch", "key", "value"],
+            "its state_layout is .* in 1 pieces; expected",
+        ),
         ("graphs/decode/state_layout/axes", [], "its state_layout is"),
-        ("graphs/decode/state_layout/pieces", 3, "in 3 pieces; expected .* pieces that divide the head_key_dim 8"),
+        (
+            "graphs/decode/state_layout/pieces",
+            3,
+            "in 3 pieces; expected .* pieces that divide the head_key_dim 8",
+        ),
         ("graphs/decode/state_layout/pieces", 0, "in 0 pieces"),
-        ("graphs/decode/state_layout/pieces", 2, r"float32\[-1, 8, 4, 12\] in the layout of graph 'decode', which has input"),
+        (
+            "graphs/decode/state_layout/pieces",
+            2,
+            r"float32\[-1, 8, 4, 12\] in the layout of graph 'decode', which has input",
+        ),
         ("graphs/decode/outputs/1/name", "position_after", "which has no output 'position_out'"),
         ("state/1/dtype", "bfloat16", "begins with 0; expected one of float32"),
         ("state/1/initial", 10**40, "and a number of 32 bits"),
@@ -227,13 +297,25 @@ def changed(document: dict, path: str, value: object) -> dict:
         ("graphs/decode/inputs", [], "its first input is not 'tokens'"),
         ("graphs/decode/inputs/0/shape", [0, 1], "sizes are 1 or more, or -1 for any"),
         ("graphs/decode/inputs/1/name", "tokens", "names an input or output twice"),
-        ("graphs/prefill/inputs/3/name", "row", "expected an input 'rows', int64 with two axes.*export the checkpoint again"),
+        (
+            "graphs/prefill/inputs/3/name",
+            "row",
+            "expected an input 'rows', int64 with two axes.*export the checkpoint again",
+        ),
         ("graphs/prefill/outputs/0/shape", [-1, 50], "'logits' with three; an older version wrote this bundle"),
         ("graphs/prefill/chunk_size", 0, "chunk_size is 0, expected 1 to"),
         ("graphs/prefill/chunk_size", 10**15, "expected 1 to"),
-        ("graphs", {}, "the bundle has no decode graph"),
+        ("variants", {}, "the bundle has no portable graphs"),
+        ("variants/portable/graphs", {}, "the graphs of variant 'portable' are none, expected decode and prefill"),
+        ("variants/portable/needs", {"onnxruntime": "1.25", "provider": "cpu", "operators": []}, "'portable' has needs; only"),
+        ("variants/onnxruntime-cpu/needs", None, "'onnxruntime-cpu' needs nothing; only 'portable'"),
+        ("variants/onnxruntime-cpu/needs/onnxruntime", "newest", "needs ONNX Runtime 'newest', expected a version like 1.25"),
+        ("variants/onnxruntime-cpu/needs/provider", "any", "expected one of 'cpu', 'cuda', found 'any'"),
+        ("variants/onnxruntime-cpu/graphs/decode/chunk_size", 0, "graph 'onnxruntime-cpu/decode': chunk_size is 0"),
+        ("variants/onnxruntime-cpu/graphs/prefill/chunk_size", 7, "reads other chunks than the portable graphs"),
+        ("variants/onnxruntime-cpu/graphs/prefill/state_layout/pieces", 2, "keep the state differently"),
         ("files/weights.bin", None, "expected an object, found None"),
-        ("format_version", 99, "bundle format 99, this version of retnet-export reads 2"),
+        ("format_version", 99, "bundle format 99, this version of retnet-export reads 3"),
         ("surprise", 1, "unknown field 'surprise'"),
         ("eos_ids", [50], "token 50, which begins or ends a text, is not in the vocabulary"),
         ("tokenizer", {"file": "weights.bin", "prefix_ids": [50]}, "token 50, which begins or ends a text"),
@@ -249,7 +331,7 @@ def test_a_manifest_that_contradicts_itself_is_refused(bundle, path, value, mess
 
 def test_a_manifest_that_contradicts_the_graph_is_refused_before_a_buffer_is_made(bundle):
     document = manifest_of(bundle)
-    document["graphs"]["prefill"]["inputs"].append({"name": "extra", "dtype": "int64", "shape": [-1]})
+    document["variants"]["portable"]["graphs"]["prefill"]["inputs"].append({"name": "extra", "dtype": "int64", "shape": [-1]})
     write_manifest(bundle, document)
     with pytest.raises(UserError, match=r"prefill\.onnx: the manifest has input 'extra' as int64\[-1\], it has none of that name"):
         load(bundle, "onnxruntime")

@@ -8,14 +8,12 @@ import oracle
 import pytest
 import tiny
 
-from retnet_export.export.convert import convert_bundle
 from retnet_export.graph.states import layout_of
 from retnet_export.graph.weights import random_weights
 from retnet_export.runtime.backends.base import initial_state, state_from_graph, state_to_graph
 from retnet_export.runtime.backends.onnxruntime_api import is_older
 from retnet_export.runtime.bundle.layout import AXES, StateLayout
 from retnet_export.runtime.bundle.manifest import state_name, state_specs
-from retnet_export.runtime.model import load
 from retnet_export.runtime.numerics import TOLERANCES, measure
 
 # Dk = Dv, of a size that every variant has an operator for, and of two pieces a head.
@@ -28,13 +26,13 @@ NEEDS_OPERATORS = pytest.mark.skipif(
 )
 
 
+VARIANTS = ("portable", "onnxruntime-cpu", "onnxruntime-cuda")
+
+
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory):
-    """One model in every form of its graphs."""
-    folder = tmp_path_factory.mktemp("square")
-    portable = tiny.bundle(folder, SQUARE, WEIGHTS, chunk=4)
-    forms = {name: convert_bundle(portable, folder / f"{name}.retnet", name) for name in ("onnxruntime-cpu", "onnxruntime-cuda")}
-    return {"portable": portable, **forms}
+def bundle(tmp_path_factory):
+    """One model with every variant of its graphs."""
+    return tiny.bundle(tmp_path_factory.mktemp("square"), SQUARE, WEIGHTS, chunk=4, variants=("onnxruntime-cuda",))
 
 
 def expected_state():
@@ -45,9 +43,9 @@ def expected_state():
 
 
 @NEEDS_OPERATORS
-@pytest.mark.parametrize("name", ["portable", "onnxruntime-cpu", "onnxruntime-cuda"])
-def test_every_form_gives_the_oracles_state_by_heads_keys_and_values(bundles, name):
-    session = load(bundles[name].path, "onnxruntime").session()
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_form_gives_the_oracles_state_by_heads_keys_and_values(bundle, name):
+    session = tiny.model(bundle, name).session()
     session.feed(TOKENS[:5])
     for token in TOKENS[5:]:
         session.step([token])
@@ -59,10 +57,10 @@ def test_every_form_gives_the_oracles_state_by_heads_keys_and_values(bundles, na
 
 
 @NEEDS_OPERATORS
-@pytest.mark.parametrize("source", ["portable", "onnxruntime-cpu", "onnxruntime-cuda"])
-@pytest.mark.parametrize("target", ["portable", "onnxruntime-cpu", "onnxruntime-cuda"])
-def test_a_state_moves_between_all_forms(bundles, source, target):
-    before, after = (load(bundles[name].path, "onnxruntime") for name in (source, target))
+@pytest.mark.parametrize("source", VARIANTS)
+@pytest.mark.parametrize("target", VARIANTS)
+def test_a_state_moves_between_all_forms(bundle, source, target):
+    before, after = (tiny.model(bundle, name) for name in (source, target))
     session = before.session()
     session.feed(TOKENS)
     stream = after.backend.open_stream(2)
@@ -72,8 +70,8 @@ def test_a_state_moves_between_all_forms(bundles, source, target):
 
 
 @NEEDS_OPERATORS
-def test_equal_states_of_two_forms_have_no_error(bundles, tmp_path):
-    stream, turned = (load(bundles[name].path, "onnxruntime").backend.open_stream(1) for name in ("portable", "onnxruntime-cuda"))
+def test_a_state_is_read_back_bit_by_bit(bundle):
+    stream, turned = (tiny.model(bundle, name).backend.open_stream(1) for name in ("portable", "onnxruntime-cuda"))
     state = {name: np.random.default_rng(1).standard_normal(array.shape) for name, array in stream.read_state(0).items()}
     for each in (stream, turned):
         each.write_state(0, state | {"position": np.array([7])})
@@ -81,11 +79,11 @@ def test_equal_states_of_two_forms_have_no_error(bundles, tmp_path):
         np.testing.assert_array_equal(turned.read_state(0)[name], array)
 
 
-def test_graphs_and_manifest_declare_the_same_layout(bundles):
+def test_graphs_and_manifest_declare_the_same_layout(bundle):
     expected = {"portable": StateLayout(), "onnxruntime-cpu": StateLayout(pieces=2), "onnxruntime-cuda": TURNED}
-    for name, bundle in bundles.items():
-        assert {spec.axes for spec in bundle.manifest.state if spec.layer is not None} == {AXES}
-        for spec in bundle.manifest.graphs.values():
+    assert {spec.axes for spec in bundle.manifest.state if spec.layer is not None} == {AXES}
+    for name, variant in bundle.manifest.variants.items():
+        for spec in variant.graphs.values():
             assert spec.state_layout == layout_of(ir.load(bundle.file(spec.file))) == expected[name]
 
 

@@ -57,6 +57,6 @@ def test_a_bundle_of_a_newer_version_asks_for_that_version(tmp_path):
 @pytest.mark.parametrize("strange", [None, 7, [], {"weights": "; rm -rf /", "group_size": [], "chunk_size": "x"}])
 def test_whatever_else_an_old_manifest_says_there_is_advice(tmp_path, strange):
     bundle = tiny.bundle(tmp_path, tiny.config())
-    message = refusal(aged(bundle, precision=strange, graphs=strange, quantization=strange))
+    message = refusal(aged(bundle, precision=strange, graphs=strange, variants=strange, quantization=strange))
     assert "retnet-export export CHECKPOINT -o" in message
     assert "rm -rf" not in message

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from retnet_export.graph.dialects.norms import match_rms_norm
-from retnet_export.graph.dialects.pattern import MICROSOFT, Writer, scope_of, substitute
+from retnet_export.graph.variants.norms import match_rms_norm
+from retnet_export.graph.variants.pattern import MICROSOFT, Writer, scope_of, substitute
 
 
 class SkipNormPass(ir.passes.InPlacePass):

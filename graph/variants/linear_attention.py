@@ -21,9 +21,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from retnet_export.graph.dialects.pattern import MICROSOFT, Writer, made_by, scope_of, size_of, substitute
-from retnet_export.graph.dialects.retention import Retention, log_decay, match_retention
 from retnet_export.graph.states import declare_layout, states
+from retnet_export.graph.variants.pattern import MICROSOFT, Writer, made_by, scope_of, size_of, substitute
+from retnet_export.graph.variants.retention import Retention, log_decay, match_retention
 from retnet_export.runtime.bundle.layout import StateLayout
 
 PIECE_BYTES = 1 << 15

@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from retnet_export.graph.dialects.pattern import MICROSOFT, Writer, constant, made_by, only_user, scope_of, substitute
+from retnet_export.graph.variants.pattern import MICROSOFT, Writer, constant, made_by, only_user, scope_of, substitute
 
 BITS = {ir.DataType.INT4: 4, ir.DataType.INT8: 8}
 BLOCK_OF_OUTPUT = 32

@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from retnet_export.graph.dialects.pattern import Writer
+from retnet_export.graph.variants.pattern import Writer
 
 TOP = 64
 """How many; a vocabulary smaller than this gives all of it."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from retnet_export.graph.dialects.norms import in_type, match_rms_norm
-from retnet_export.graph.dialects.pattern import (
+from retnet_export.graph.states import layout_of, states
+from retnet_export.graph.variants.norms import in_type, match_rms_norm
+from retnet_export.graph.variants.pattern import (
     MICROSOFT,
     Writer,
     inputs_of,
@@ -21,7 +22,6 @@ from retnet_export.graph.dialects.pattern import (
     size_of,
     substitute,
 )
-from retnet_export.graph.states import layout_of, states
 
 
 def swish_input(value: ir.Value) -> ir.Value | None:

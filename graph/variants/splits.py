@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from retnet_export.graph.dialects.pattern import Writer, constant, made_by, only_user, scope_of, substitute
+from retnet_export.graph.variants.pattern import Writer, constant, made_by, only_user, scope_of, substitute
 
 
 class SplitRowsPass(ir.passes.InPlacePass):

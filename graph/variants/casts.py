@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from retnet_export.graph.dialects.pattern import narrowed, substitute
+from retnet_export.graph.variants.pattern import narrowed, substitute
 
 MOVES_DATA = frozenset({"Reshape", "Split", "Gather"})
 

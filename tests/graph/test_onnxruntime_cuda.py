@@ -1,4 +1,4 @@
-"""The dialect `onnxruntime-cuda` against the portable graph, on the CPU, which has kernels for the same operators.
+"""The variant `onnxruntime-cuda` against the portable graph, on the CPU, which has kernels for the same operators.
 
 What it does on a GPU is shown in tests/gpu.
 """
@@ -10,9 +10,9 @@ import pytest
 
 from retnet_export.graph.builder import GraphBuilder
 from retnet_export.graph.decode import build_decode
-from retnet_export.graph.dialects import DIALECTS, rewrite
-from retnet_export.graph.dialects.products import pack_blocks
 from retnet_export.graph.prefill import build_prefill
+from retnet_export.graph.variants import FORMS, rewrite
+from retnet_export.graph.variants.products import pack_blocks
 from retnet_export.graph.weights import random_weights
 from retnet_export.graph.weights_file import WeightsFile
 from retnet_export.runtime.bundle.config import ModelConfig
@@ -38,13 +38,14 @@ CONFIGS = {
 }
 
 
-def run(folder, config, weights, compute, dialect, tokens):
+def run(folder, config, weights, compute, variant, tokens):
     """Logits after each token, (T, B, V), by steps; and by prefill, from the last to the first, (B, T, V)."""
     folder.mkdir()
     models = {}
     with WeightsFile(folder / "weights.bin") as file:
         for name, build in (("decode", build_decode), ("prefill", build_prefill)):
-            models[name] = rewrite(build(config, weights.__getitem__, file, compute), DIALECTS[dialect])
+            passes = FORMS[variant].passes if variant in FORMS else ()
+            models[name] = rewrite(build(config, weights.__getitem__, file, compute), passes)
             ir.save(models[name], folder / f"{name}.onnx")
     sessions = {
         name: onnxruntime.InferenceSession(str(folder / f"{name}.onnx"), providers=["CPUExecutionProvider"]) for name in models
@@ -72,12 +73,12 @@ def run(folder, config, weights, compute, dialect, tokens):
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("compute", ["float32", "float16"])
-def test_the_dialect_gives_the_portable_graphs_logits(tmp_path, name, compute):
+def test_the_variant_gives_the_portable_graphs_logits(tmp_path, name, compute):
     config = CONFIGS[name]
     weights = random_weights(config, seed=3)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (9, 3))
-    portable, dialect = (run(tmp_path / each, config, weights, compute, each, tokens) for each in ("portable", "onnxruntime-cuda"))
-    for expected, actual in zip(portable[:2], dialect[:2], strict=True):
+    portable, special = (run(tmp_path / each, config, weights, compute, each, tokens) for each in ("portable", "onnxruntime-cuda"))
+    for expected, actual in zip(portable[:2], special[:2], strict=True):
         assert measure(actual, expected).relative < TOLERANCES[f"onnxruntime-cuda-{compute}"].relative
 
 
@@ -115,7 +116,7 @@ def test_a_logit_that_is_not_finite_shows_among_the_largest_of_its_row_alone(tmp
     b = GraphBuilder("logits", 21)
     value = b.input("x", ir.DataType.FLOAT, (2, 300))
     b.output(b.op("Identity", value, name="y"), "logits", ir.DataType.FLOAT, (2, 300))
-    from retnet_export.graph.dialects.top import TOP, TopLogitsPass
+    from retnet_export.graph.variants.top import TOP, TopLogitsPass
 
     ir.save(rewrite(b.model("test"), (TopLogitsPass,)), tmp_path / "m.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
@@ -140,7 +141,7 @@ def test_quantized_products_become_matmul_nbits(tmp_path, dtype, bits):
     stored = b.initializer(ir.tensor(weight.astype(dtype.numpy()), dtype=dtype, name="w"))
     wide = b.op("DequantizeLinear", stored, b.constant(scale, "scale"), name="wide", axis=0, block_size=32)
     b.output(b.op("MatMul", value, wide, name="y"), "y", ir.DataType.FLOAT, (3, 32))
-    from retnet_export.graph.dialects.products import MatMulNBitsPass
+    from retnet_export.graph.variants.products import MatMulNBitsPass
 
     model = rewrite(b.model("test"), (MatMulNBitsPass,))
     assert [node.op_type for node in model.graph] == ["MatMulNBits"]
@@ -156,25 +157,9 @@ def test_four_bit_weights_are_packed_low_half_first():
     np.testing.assert_array_equal(packed[0, 0], np.arange(16) * 17)
 
 
-def test_an_exported_bundle_of_the_dialect_says_so_and_runs(tmp_path):
-    import tiny
-
-    from retnet_export.runtime.bundle.bundle import open_bundle
-    from retnet_export.runtime.model import load
-
-    config = CONFIGS["plain"]
-    made = tiny.bundle(tmp_path, config, dialect="onnxruntime-cuda")
-    manifest = open_bundle(made.path).manifest
-    assert manifest.dialect == "onnxruntime-cuda"
-    assert {spec.shape for spec in manifest.state if spec.input != "position"} == {(-1, 2, 64, 128)}
-    session = load(made.path, "onnxruntime").session()
-    session.feed([1, 2, 3])
-    assert len(list(session.generate_tokens(max_new_tokens=5))) == 5
-
-
-def test_an_unknown_dialect_is_refused():
+def test_a_variant_that_nobody_can_make_is_refused():
     from retnet_export.export.pipeline import ExportOptions
     from retnet_export.runtime.errors import UserError
 
-    with pytest.raises(UserError, match="--dialect is 'cuda', expected portable, onnxruntime-cpu, onnxruntime-cuda"):
-        ExportOptions(dialect="cuda")
+    with pytest.raises(UserError, match="--variant is 'cuda', expected onnxruntime-cuda"):
+        ExportOptions(variants=("cuda",))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from retnet_export.graph.dialects.pattern import substitute
+from retnet_export.graph.variants.pattern import substitute
 
 
 class SumAsAddPass(ir.passes.InPlacePass):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from retnet_export.graph.dialects.pattern import (
+from retnet_export.graph.variants.pattern import (
     MICROSOFT,
     Writer,
     constant,

@@ -21,7 +21,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from retnet_export.graph.dialects.pattern import (
+from retnet_export.graph.states import declare_layout, states
+from retnet_export.graph.variants.pattern import (
     MICROSOFT,
     Writer,
     constant,
@@ -32,7 +33,6 @@ from retnet_export.graph.dialects.pattern import (
     size_of,
     substitute,
 )
-from retnet_export.graph.states import declare_layout, states
 from retnet_export.runtime.bundle.layout import StateLayout
 
 VALUE_MAJOR = StateLayout(("batch", "head", "value", "key"))

@@ -1,0 +1,93 @@
+"""Variants: a graph rewritten for one runtime, where that runtime has operators of its own that are faster.
+
+Rule: a variant is a list of rewrites over the portable graph, each a module that names its pattern. A rewrite that does not
+find its pattern (a LayerNorm, a family's bias) leaves that part portable, so every model has every variant. A bundle holds its
+variants side by side (writing.py), and the runtime takes the best that works where it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
+
+from retnet_export.graph.variants.casts import SinkCastsPass
+from retnet_export.graph.variants.element_types import InferElementTypes
+from retnet_export.graph.variants.gates import GatedNormPass, SwishPass
+from retnet_export.graph.variants.linear_attention import LinearAttentionPass, StatePiecesPass
+from retnet_export.graph.variants.norms import ResidualNormPass
+from retnet_export.graph.variants.products import MatMulNBitsPass
+from retnet_export.graph.variants.retention import GatedDeltaNetPass, RotaryEmbeddingPass, ValueMajorStatePass
+from retnet_export.graph.variants.skip_norms import SkipNormPass
+from retnet_export.graph.variants.splits import SplitRowsPass
+from retnet_export.graph.variants.sums import SumAsAddPass
+from retnet_export.graph.variants.top import TopLogitsPass
+
+ONNXRUNTIME_CUDA: Sequence[type[ir.passes.InPlacePass]] = (
+    SumAsAddPass,
+    SinkCastsPass,
+    RotaryEmbeddingPass,
+    SinkCastsPass,
+    ValueMajorStatePass,
+    GatedDeltaNetPass,
+    GatedNormPass,
+    SinkCastsPass,
+    ResidualNormPass,
+    SwishPass,
+    SplitRowsPass,
+    MatMulNBitsPass,
+    TopLogitsPass,
+)
+"""In this order: casts are moved out of the way first, and the head norm is gated before the other norms are looked for."""
+
+ONNXRUNTIME_CPU: Sequence[type[ir.passes.InPlacePass]] = (RotaryEmbeddingPass, StatePiecesPass, LinearAttentionPass, SkipNormPass)
+"""What was measured to help (docs/quantization.md): of these operators, those for gates and GatedDeltaNet are slow on a CPU."""
+
+FIRST_VERSIONS: Mapping[str, str] = {
+    "com.microsoft::LinearAttention": "1.25",
+    "com.microsoft::GatedDeltaNet": "1.31",
+    "com.microsoft::GatedRMSNorm": "1.31",
+}
+"""The first ONNX Runtime with an operator, where that is not the oldest that we support."""
+OLDEST_VERSION = "1.20"
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a variant is made.
+
+    Attributes:
+        passes: the rewrites, in order.
+        provider: on what its operators are fast.
+    """
+
+    passes: Sequence[type[ir.passes.InPlacePass]]
+    provider: Literal["cpu", "cuda"]
+
+    def first_version(self, operators: Collection[str]) -> str:
+        """The first version of ONNX Runtime that has all operators."""
+        versions = [OLDEST_VERSION, *(FIRST_VERSIONS[name] for name in operators if name in FIRST_VERSIONS)]
+        return max(versions, key=lambda version: tuple(map(int, version.split("."))))
+
+
+FORMS: Mapping[str, Form] = {
+    "onnxruntime-cpu": Form(ONNXRUNTIME_CPU, "cpu"),
+    "onnxruntime-cuda": Form(ONNXRUNTIME_CUDA, "cuda"),
+}
+ALWAYS = ("portable", "onnxruntime-cpu")
+"""The variants of every bundle; the others are asked for."""
+
+
+def rewrite(model: ir.Model, passes: Sequence[type[ir.passes.InPlacePass]]) -> ir.Model:
+    """Apply rewrites in order, and drop what no output needs any more. The model is changed in place."""
+    if not passes:
+        return model
+    InferElementTypes()(model)
+    for each in passes:
+        each()(model)
+        RemoveUnusedNodesPass()(model)  # so that a value's users are those that count
+    TopologicalSortPass()(model)
+    return model

@@ -1,0 +1,149 @@
+"""A bundle's variants: the same integers, the same answers, one copy of the weights; the runtime takes the best that it can run."""
+
+import json
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import tiny
+from typer.testing import CliRunner
+
+from retnet_export.cli import app
+from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
+from retnet_export.runtime.backends.onnxruntime_api import best_variant, is_older
+from retnet_export.runtime.bundle.bundle import open_bundle
+from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.generate.state import Snapshot
+from retnet_export.runtime.model import load
+from retnet_export.runtime.numerics import TOLERANCES, measure
+
+NEEDS_OPERATORS = pytest.mark.skipif(
+    is_older(onnxruntime.__version__, (1, 32)), reason="ONNX Runtime before 1.32 lacks these operators on the CPU"
+)
+SIZES = {"vocab_size": 64, "hidden_size": 64, "num_heads": 2, "num_kv_heads": 2, "head_key_dim": 64, "ffn_size": 128}
+CONFIG = tiny.config(**SIZES, head_value_dim=128)
+TIED = tiny.config(**SIZES, head_value_dim=128, tied_embeddings=True)
+TOKENS = np.random.default_rng(0).integers(0, 64, 12)
+OTHERS = ("onnxruntime-cpu", "onnxruntime-cuda")
+
+
+def logits(bundle, variant):
+    stream = tiny.model(bundle, variant).backend.open_stream(1)
+    rows = []
+    for token in TOKENS:
+        stream.step(np.array([token]))
+        rows.append(stream.logits()[0].copy())
+    stream.prefill(TOKENS[None], np.array([len(TOKENS)]))
+    return np.stack([*rows, stream.logits()[0]])
+
+
+def operators(bundle, variant, graph="decode"):
+    return [node.op_type for node in ir.load(bundle.file(bundle.manifest.variants[variant].graphs[graph].file)).graph]
+
+
+def quantized(folder, config, weights, **options):
+    return quantize_bundle(tiny.bundle(folder, config, **options), folder / "q.retnet", QuantizeOptions(weights))
+
+
+@NEEDS_OPERATORS
+@pytest.mark.parametrize("config", [CONFIG, TIED], ids=["head", "tied head"])
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_quantized_variants_answer_alike(tmp_path, config, weights):
+    bundle = open_bundle(quantized(tmp_path, config, weights, variants=("onnxruntime-cuda",)).path)  # with its hashes
+    assert list(bundle.manifest.variants) == ["portable", *OTHERS]
+    expected = logits(bundle, "portable")
+    for variant in OTHERS:
+        assert measure(logits(bundle, variant), expected).relative < TOLERANCES["onnxruntime-quantized"].relative
+
+
+@NEEDS_OPERATORS
+@pytest.mark.parametrize(("precision", "name"), [("fp32", "onnxruntime-float32"), ("fp16", "onnxruntime-float16")])
+def test_float_variants_answer_alike(tmp_path, precision, name):
+    bundle = tiny.bundle(tmp_path, CONFIG, variants=("onnxruntime-cuda",), precision=precision)
+    expected = logits(bundle, "portable")
+    for variant in OTHERS:
+        assert measure(logits(bundle, variant), expected).relative < TOLERANCES[name].relative
+
+
+@pytest.mark.parametrize("config", [CONFIG, TIED], ids=["head", "tied head"])
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_for_cuda_every_product_is_one_operator_over_the_integers(tmp_path, config, weights):
+    bundle = quantized(tmp_path, config, weights, variants=("onnxruntime-cuda",))
+    for graph in ("decode", "prefill"):
+        found = operators(bundle, "onnxruntime-cuda", graph)
+        assert "DequantizeLinear" not in found
+        assert found.count("MatMulNBits") == 4 * config.num_layers + 1
+    names = [node.name for node in ir.load(bundle.file("decode.onnxruntime-cuda.onnx")).graph]
+    assert len(set(names)) == len(names)
+    assert {"weights.bin", "weights.onnxruntime-cuda.bin"} < set(bundle.manifest.files)
+
+
+@pytest.mark.parametrize("make", [tiny.bundle, lambda folder, config: quantized(folder, config, "int8")], ids=["float", "int8"])
+def test_variants_read_one_copy_of_the_weights(tmp_path, make):
+    bundle = make(tmp_path, TIED)
+    assert list(bundle.manifest.variants) == ["portable", "onnxruntime-cpu"]
+    assert [name for name in bundle.manifest.files if name.endswith(".bin")] == ["weights.bin"]
+    assert operators(bundle, "onnxruntime-cpu").count("LinearAttention") == TIED.num_layers
+    spans = []
+    for variant in bundle.manifest.variants.values():
+        tensors = [value.const_value for value in ir.load(bundle.file(variant.graphs["decode"].file)).graph.initializers.values()]
+        spans.append({(tensor.offset, tensor.length) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)})
+    assert spans[0] == spans[1]
+
+
+def test_the_manifest_says_what_each_variant_needs(tmp_path):
+    variants = tiny.bundle(tmp_path, CONFIG, variants=("onnxruntime-cuda",)).manifest.variants
+    assert variants["portable"].needs is None
+    cpu, cuda = (variants[name].needs for name in OTHERS)
+    assert (cpu.onnxruntime, cpu.provider) == ("1.25", "cpu")
+    assert "com.microsoft::LinearAttention" in cpu.operators
+    assert (cuda.onnxruntime, cuda.provider) == ("1.31", "cuda")
+    assert "com.microsoft::GatedDeltaNet" in cuda.operators
+
+
+@pytest.mark.parametrize(
+    ("version", "provider", "expected"),
+    [
+        ("1.23.2", "cpu", "portable"),
+        ("1.25.0", "cpu", "onnxruntime-cpu"),
+        ("1.32.0", "cpu", "onnxruntime-cpu"),
+        ("1.30.0", "cuda", "portable"),
+        ("1.31.1", "cuda", "onnxruntime-cuda"),
+    ],
+)
+def test_the_best_variant_is_taken_that_the_version_runs(tmp_path, monkeypatch, version, provider, expected):
+    bundle = tiny.bundle(tmp_path, CONFIG, variants=("onnxruntime-cuda",))
+    monkeypatch.setattr(onnxruntime, "__version__", version)
+    assert best_variant(bundle.manifest, provider) == expected
+
+
+@NEEDS_OPERATORS
+def test_the_variant_in_use_is_said(example_bundle):
+    path = str(example_bundle.path)
+    assert repr(load(path, "onnxruntime")) == "<Model classics on onnxruntime (onnxruntime-cpu)>"
+    inspected = CliRunner().invoke(app, ["inspect", path]).output
+    assert f"onnxruntime-cpu on the CPU, ONNX Runtime {onnxruntime.__version__}" in inspected
+    arguments = ["generate", path, "--prompt", "In", "--backend", "onnxruntime", "--max-new-tokens", "2"]
+    assert json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)["variant"] == "onnxruntime-cpu"
+    assert "onnxruntime, onnxruntime-cpu graphs" in CliRunner().invoke(app, [*arguments, "--stats"]).stderr
+
+
+def test_a_snapshot_file_moves_between_variants(tmp_path):
+    bundle = quantized(tmp_path, CONFIG, "int4")
+    sessions = [tiny.model(bundle, name).session() for name in bundle.manifest.variants]
+    sessions[0].feed([3, 1, 4, 1, 5])
+    sessions[0].snapshot().save(tmp_path / "five.state")
+    sessions[1].restore(Snapshot.load(tmp_path / "five.state"))
+    for session in sessions:
+        session.step([9])
+    assert measure(sessions[1].logits, sessions[0].logits).relative < TOLERANCES["onnxruntime-quantized"].relative
+
+
+def test_activations_and_graphs_for_cuda_do_not_go_together(tmp_path, monkeypatch):
+    source = tiny.bundle(tmp_path, CONFIG, variants=("onnxruntime-cuda",))
+    (tmp_path / "text.txt").write_text("words")
+    monkeypatch.setattr("retnet_export.quantize.pipeline.check_installed", lambda: None)
+    options = QuantizeOptions("int8", activations="int8", calibration=tmp_path / "text.txt")
+    with pytest.raises(UserError, match="it has graphs for onnxruntime-cuda, whose products take activations as floats"):
+        quantize_bundle(source, tmp_path / "q.retnet", options)
