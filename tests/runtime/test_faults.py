@@ -313,7 +313,7 @@ def changed(document: dict, path: str, value: object) -> dict:
         ("variants/onnxruntime-cpu/needs/provider", "any", "expected one of 'cpu', 'cuda', found 'any'"),
         ("variants/onnxruntime-cpu/graphs/decode/chunk_size", 0, "graph 'onnxruntime-cpu/decode': chunk_size is 0"),
         ("variants/onnxruntime-cpu/graphs/prefill/chunk_size", 7, "reads other chunks than the portable graphs"),
-        ("variants/onnxruntime-cpu/graphs/prefill/state_layout/pieces", 2, "keep the state differently"),
+        ("variants/onnxruntime-cpu/graphs/prefill/state_layout/pieces", 2, "in the layout of graph 'onnxruntime-cpu/prefill'"),
         ("files/weights.bin", None, "expected an object, found None"),
         ("format_version", 99, "bundle format 99, this version of retnet-export reads 3"),
         ("surprise", 1, "unknown field 'surprise'"),
