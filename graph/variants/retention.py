@@ -6,7 +6,7 @@ Queries, keys, values and the result have the format of the products; the state 
     state ─ ·γ ─ + ─ state_out             q (B, H, Dk), k, v ─┐
     k·v ────────┘ └─ q· ─ o       ->       ln γ (B, H), state ─┴─ GatedDeltaNet ─ o (B, H, Dv), state_out
 
-The operator keeps a head's state as (Dv, Dk), each row the key side of one value channel. So in this dialect the state of both
+The operator keeps a head's state as (Dv, Dk), each row the key side of one value channel. So in this variant the state of both
 graphs is (B, H, Dv, Dk); prefill, which runs once a chunk, transposes it on its way in and out.
 
 `com.microsoft::LinearAttention` would keep (Dk, Dv), but its kernel for Dk = 256 reads one column a warp: 21.4 µs where the
@@ -117,7 +117,7 @@ class Retention:
     Attributes:
         q, k: (B, H, Dk).
         v: (B, H, Dv).
-        state: a graph input, in the layout of the dialect.
+        state: a graph input, in the layout of the variant.
         state_after: the graph output that is to hold the state after the step.
         gamma: the decay of each head, (H,).
         node: computes the read o, (B, H, Dv).

@@ -79,7 +79,7 @@ class CudaBackend:
         UserError: there is no GPU, NVRTC is missing, or the weights do not fit.
     """
 
-    name = "cuda"
+    name, variant = "cuda", "portable"
 
     def __init__(self, bundle: Bundle, *, ptx: tuple[int, int] | None = None, weights: DeviceWeights | None = None) -> None:
         self.manifest, self.path = bundle.manifest, bundle.path
