@@ -137,7 +137,7 @@ def match_retention(node: ir.Node, turn: str) -> Retention | None:
 
     Args:
         node: any node; matches if it is that Squeeze.
-        turn: the operator that takes the state from the layout of the dialect to (B, H, Dk, Dv) and back.
+        turn: the operator that takes the state from the layout of the variant to (B, H, Dk, Dv) and back.
     """
     product = inputs_of(node.inputs[0], "MatMul") if node.op_type == "Squeeze" else None
     total = inputs_of(product[1], "Add") if product else None

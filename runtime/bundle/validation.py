@@ -61,8 +61,6 @@ def _check_variants(manifest: Manifest) -> None:
             )
         if variant.needs is not None and re.fullmatch(r"\d{1,4}\.\d{1,4}", variant.needs.onnxruntime) is None:
             raise UserError(f"variant {name!r} needs ONNX Runtime {variant.needs.onnxruntime!r}, expected a version like 1.25")
-        if variant.graphs["prefill"].chunk_size != manifest.graphs["prefill"].chunk_size:
-            raise UserError(f"variant {name!r} reads other chunks than the {PORTABLE} graphs")
 
 
 def _graphs(manifest: Manifest) -> dict[str, GraphSpec]:
@@ -146,6 +144,8 @@ def _check_state(manifest: Manifest) -> None:
     for name, variant in manifest.variants.items():
         if variant.graphs["decode"].state_layout != variant.graphs["prefill"].state_layout:
             raise UserError(f"the graphs of variant {name!r} keep the state differently; they must be able to share it")
+        if variant.graphs["prefill"].chunk_size != manifest.graphs["prefill"].chunk_size:
+            raise UserError(f"variant {name!r} reads other chunks than the {PORTABLE} graphs")
     if manifest.state_bytes > LARGEST_STATE_BYTES:
         raise UserError(f"the state of a sequence is {manifest.state_bytes:,} bytes, expected at most {LARGEST_STATE_BYTES:,}")
 

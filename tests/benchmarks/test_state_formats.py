@@ -8,8 +8,6 @@ import onnx_ir as ir
 import pytest
 import tiny
 
-from retnet_export.runtime.model import load
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from state_formats import (
     FLOAT8,
@@ -51,7 +49,7 @@ def stepped(stream):
 
 
 def exact(bundle):
-    return stepped(load(bundle.path, threads=1, low_memory=False).backend.open_stream(1))
+    return stepped(tiny.model(bundle, "portable", threads=1, low_memory=False).backend.open_stream(1))
 
 
 def test_a_float32_state_in_one_part_or_two_is_the_bundles_own(bundle):

@@ -28,7 +28,8 @@ def bundle(example_bundle, tmp_path):
 def test_export_says_what_it_made_as_one_json_document(tmp_path):
     document = json.loads(run("export", EXAMPLE, "-o", tmp_path / "out.retnet", "--json"))
     assert document["state_bytes_per_sequence"] == 5 * 4 * 64 * 128 * 4 + 8
-    assert document["graphs"]["decode"] == {"file": "decode.onnx", "opset": 20, "chunk_size": 1}
+    assert document["variants"]["portable"] == {"graphs": {"decode": "decode.onnx", "prefill": "prefill.onnx"}, "needs": None}
+    assert document["variants"]["onnxruntime-cpu"]["needs"]["onnxruntime"] == "1.25"
 
 
 def test_the_bundle_can_be_moved(bundle, tmp_path):
@@ -73,8 +74,9 @@ def test_verify_writes_its_result_into_the_manifest(bundle):
 
 
 def test_inspect_gives_the_manifest_and_the_engines_as_json(bundle):
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    assert json.loads(run("inspect", bundle, "--json")) == {**manifest, "engines": []}
+    written = json.loads((bundle / "manifest.json").read_text())
+    assert len(written.pop("sha256")) == 64  # the document's own
+    assert json.loads(run("inspect", bundle, "--json")) == {**written, "engines": []}
 
 
 def test_doctor_says_what_works():

@@ -331,9 +331,12 @@ def test_a_manifest_that_contradicts_itself_is_refused(bundle, path, value, mess
 
 def test_a_manifest_that_contradicts_the_graph_is_refused_before_a_buffer_is_made(bundle):
     document = manifest_of(bundle)
-    document["variants"]["portable"]["graphs"]["prefill"]["inputs"].append({"name": "extra", "dtype": "int64", "shape": [-1]})
+    for variant in document["variants"].values():
+        variant["graphs"]["prefill"]["inputs"].append({"name": "extra", "dtype": "int64", "shape": [-1]})
     write_manifest(bundle, document)
-    with pytest.raises(UserError, match=r"prefill\.onnx: the manifest has input 'extra' as int64\[-1\], it has none of that name"):
+    with pytest.raises(
+        UserError, match=r"prefill.*\.onnx: the manifest has input 'extra' as int64\[-1\], it has none of that name"
+    ):
         load(bundle, "onnxruntime")
 
 
