@@ -15,6 +15,7 @@ checked; no name in a manifest may leave the folder.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,7 +62,7 @@ def open_bundle(path: str | Path, *, check_hashes: bool = True, progress: Callab
 
     Raises:
         UserError: it is not a bundle, its manifest contradicts itself, or a file is missing, changed, truncated, or outside
-            the folder, by its name, by a link, or as the place of a graph's weights.
+            the folder: by its name, by a link other than those of a Hugging Face cache, or as the place of a graph's weights.
     """
     path = Path(path)
     if not path.is_dir() and (old := restore_old(path)) is not None:
@@ -131,20 +132,33 @@ def _check_file(root: Path, name: str, record: FileRecord, check_hash: bool, pro
     try:
         if not path.is_file():
             raise UserError(f"{path}: missing; the manifest lists it, so the bundle is incomplete: copy or export it again")
-        if not path.resolve().is_relative_to(root.resolve()):
-            raise UserError(f"{path}: a link that leaves the bundle; a bundle must hold its own files")
+        real = path.resolve()
+        linked = not real.is_relative_to(root.resolve())
+        if linked and real.parent != _blobs(root):
+            raise UserError(
+                f"{path}: a link that leaves the bundle, to {real}; a bundle holds its own files, or lies in a Hugging Face cache "
+                f"and links into its blobs. Copy it with what its links lead to: cp -rL {shlex.quote(str(root))} COPY"
+            )
         size = path.stat().st_size
         if size != record.bytes:
             raise UserError(
                 f"{path}: {size:,} bytes, the manifest says {record.bytes:,}; "
                 "the file is truncated or replaced: copy or export it again"
             )
-        if check_hash and sha256_of(path, progress) != record.sha256:
+        # What a link leads to is shared with other snapshots: it is never taken by its size alone.
+        if (check_hash or linked) and sha256_of(path, progress) != record.sha256:
             raise UserError(
                 f"{path}: its SHA-256 is not the one in the manifest; the file is damaged or replaced: copy or export it again"
             )
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _blobs(root: Path) -> Path | None:
+    """Where the files of a bundle are that lies in a Hugging Face cache: NAME/snapshots/REVISION/… has links into NAME/blobs."""
+    snapshots = next((folder for folder in root.resolve().parents if folder.name == "snapshots"), None)
+    blobs = None if snapshots is None else snapshots.parent / "blobs"
+    return blobs if blobs is not None and blobs.is_dir() and not blobs.is_symlink() else None
 
 
 def _check_external_data(bundle: Bundle) -> None:
