@@ -1,8 +1,9 @@
 """Continuous batching: sequences join and leave a batch between its steps, and prompts are read in between.
 
-Rule: a turn of the engine takes one token for every sequence that generates, and at most `read_tokens` tokens of the prompts
-that are being read, shared evenly among them. So no prompt, however long, keeps the others waiting for more than that, and a
-short one that comes later overtakes it. A sequence's text does not depend on its neighbours: slots share nothing but the step.
+Rule: a turn of the engine takes one token for every sequence that generates (or several, where a draft foresaw them), and at
+most `read_tokens` tokens of the prompts that are being read, shared evenly among them. So no prompt, however long, keeps the
+others waiting for more than that, and a short one that comes later overtakes it. A sequence's text does not depend on its
+neighbours: slots share nothing but the step.
 
 Sequences lie in the first slots of their session, side by side: when one leaves, the last one takes its place, and a step
 costs what the sequences in it cost. Prompts are read by a session of their own, in which the same holds.
@@ -26,6 +27,7 @@ from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.generate.generation import Continuation, Finish, Options, Piece
 from retnet_export.runtime.generate.sampling import Logits, log_softmax
 from retnet_export.runtime.generate.session import Session
+from retnet_export.runtime.generate.speculation import Speculation
 from retnet_export.runtime.generate.state import Snapshot
 from retnet_export.runtime.generate.stats import Stats
 
@@ -149,11 +151,12 @@ class _Ready:
 
 @dataclass(eq=False)
 class _Sequence:
-    """A continuation in its slot; of the tokens that it `made`, the last one is read at the next step."""
+    """A continuation in its slot; of the tokens that it `made`, the session counts all but the last one as read."""
 
     job: Job
     index: int
     continuation: Continuation
+    speculation: Speculation
     made: list[int] = field(default_factory=list)
 
 
@@ -276,7 +279,11 @@ class Engine:
             return None
         began = time.perf_counter()
         try:
-            self._generator.advance([sequence.made[-1] for sequence in self._sequences])
+            self._generator.check(
+                [sequence.made[-1] for sequence in self._sequences],
+                [sequence.speculation for sequence in self._sequences],
+                [sequence.continuation.left for sequence in self._sequences],
+            )
         except Exception as error:  # noqa: BLE001 (whatever a backend raises: the jobs are told, others go on)
             for job in {sequence.job: None for sequence in self._sequences}:
                 self._fail(job, error, events)
@@ -383,21 +390,25 @@ class Engine:
             ready, slot = self._ready.popleft(), len(self._sequences)
             self._generator.restore(ready.snapshot, slot)
             continuation = self._generator.continuation(ready.job.options[ready.index], ready.job.with_text, slot)
-            self._sequences.append(_Sequence(ready.job, ready.index, continuation))
+            speculation = self._generator.speculation(continuation, self.stats, slot)
+            self._sequences.append(_Sequence(ready.job, ready.index, continuation, speculation))
 
     def _choose(self, events: list[Event]) -> int:
-        """A token for every sequence, or its end; returns how many tokens that made."""
+        """A token for every sequence and those that a draft foresaw after it, or its end; returns how many that made."""
         made, ended, failed = 0, set(), set()
         for slot, sequence in enumerate(self._sequences):
             job, continuation = sequence.job, sequence.continuation
             if job in failed:
                 continue
             try:
-                token = None if continuation.finish is not None else self._generator.choose(continuation, slot)
-                if token is not None:
+                token = None
+                while continuation.finish is None and (token := self._generator.choose(continuation, slot)) is not None:
                     made += 1
                     sequence.made.append(token)
                     events.append(Made(job, sequence.index, continuation.accept(token)))
+                    if continuation.finish is not None or (row := sequence.speculation.row_after(token)) is None:
+                        break
+                    self._generator.foresee(slot, token, row)
                 if continuation.finish is not None:
                     if text := continuation.flush():
                         events.append(Made(job, sequence.index, Piece(None, text)))

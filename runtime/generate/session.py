@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet_export.runtime.backends.base import Narrowing, Stream, initial_state, top_of
+from retnet_export.runtime.backends.base import Narrowing, PassCost, Stream, initial_state, top_of
 from retnet_export.runtime.errors import ArgumentError, UserError
 from retnet_export.runtime.generate.generation import Continuation, Generation, OptionChanges, Options, Piece
 from retnet_export.runtime.generate.sampling import Logits, Tokens
-from retnet_export.runtime.generate.speculation import History, Speculation
+from retnet_export.runtime.generate.speculation import History, Speculation, length_of_drafts
 from retnet_export.runtime.generate.state import Snapshot, first_broken_layer, model_hash
 from retnet_export.runtime.generate.stats import Stats
 
@@ -67,7 +67,9 @@ class Session:
         self._tails: list[deque[int]] = [deque(maxlen=TAIL) for _ in range(self.batch)]
         self._unread = [""] * self.batch
         self._histories = [History() for _ in range(self.batch)]
-        self._ahead: list[int] = []  # chosen with the logits that a pass showed; the stream has yet to take them in
+        # Chosen from logits that a pass over a draft has shown; the stream takes them in with the next pass.
+        self._ahead: list[list[int]] = [[] for _ in range(self.batch)]
+        self._in_use = self.batch  # the first so many slots hold sequences
         self._restored: Logits | None = None
         self._tops: dict[int, tuple[Tokens, Logits]] = {}
         self._failed = False
@@ -277,7 +279,7 @@ class Session:
         # A stop string is known by its last token; those before have been read by then, and are taken back.
         start = self.snapshot() if continuation.options.stops else None
         changes, made = self._changes, 0
-        speculation = Speculation(self.model.backend, continuation.options.speculate, stats)
+        speculation = self.speculation(continuation, stats)
         while continuation.finish is None:
             began = time.perf_counter()
             with self._alone():
@@ -291,7 +293,11 @@ class Session:
                 accepted = time.perf_counter()
                 ran = False
                 if not continuation.stopped_in_text:
-                    ran = self._read_chosen(token, speculation, continuation.left)
+                    if (row := speculation.row_after(token)) is not None:
+                        self._foresee(0, token, row)
+                    else:
+                        ran = True
+                        self._check([token], [speculation], [continuation.left])
                     made += 1
                 changes = self._changes
             stepped = time.perf_counter()
@@ -309,46 +315,94 @@ class Session:
         if text:
             yield Piece(None, text)
 
-    def _read_chosen(self, token: int, speculation: Speculation, left: int) -> bool:
-        """Read the token chosen for the only sequence, of which `left` more may come; returns whether a graph ran for it.
+    def speculation(self, continuation: Continuation, stats: Stats | None, slot: int = 0) -> Speculation:
+        """What drafts for one sequence, from here on."""
+        speculation = Speculation(self.model.backend, continuation.options.speculate, stats)
+        self._histories[slot].watched = speculation.most > 0
+        return speculation
 
-        The stream takes it in with the next pass if the last one has shown what follows it.
+    def check(self, tokens: Sequence[int], speculations: Sequence[Speculation], left: Sequence[int]) -> None:
+        """As `advance`, and look at what follows drafts in the same pass, where that pays.
+
+        Args:
+            tokens: (n,), the tokens chosen last.
+            speculations: of the n sequences; they take what the pass has shown.
+            left: how many tokens may still follow in each.
         """
+        self._checked(tokens)
+        with self._alone():
+            self._check(tokens, speculations, left)
+
+    def foresee(self, slot: int, token: int, row: Logits) -> None:
+        """Take a chosen token whose logits (V,) a pass has shown: its sequence may choose again at once."""
+        with self._alone():
+            self._foresee(slot, token, row)
+
+    def _check(self, tokens: Sequence[int], speculations: Sequence[Speculation], left: Sequence[int]) -> None:
         self._check_whole()
+        taken = [[*self._ahead[slot], token] for slot, token in enumerate(tokens)]
+        for slot, token in enumerate(tokens):
+            self._note(slot, np.array([token]))
+            self._histories[slot].note(token)
+        longest = self._chunk - max(map(len, taken))
+        histories = self._histories[: len(tokens)]
+        own = list(zip(speculations, histories, left, strict=True))
+        chances = [each.chances(history, min(longest, most - 1)) for each, history, most in own]
+        cost = next((each.cost for each, row in zip(speculations, chances, strict=True) if row), PassCost(0.0, 0.0))
+        length = length_of_drafts(cost, chances)
+        drafts = [history.expected(min(length, len(row))) for history, row in zip(histories, chances, strict=True)]
+        self._failed = True
         self._changes += 1
         self._tops.clear()
-        history = self._histories[0]
-        if speculation.most:
-            history.follow(token)
+        self._restored = None
+        if not any(drafts) and len(max(taken, key=len)) == 1:
+            self._stream.step(self._widened(np.array(taken))[:, 0])
         else:
-            history.extend([token])
-        self._note(0, np.array([token]))
-        if (row := speculation.row_after(token)) is not None:
-            self._ahead.append(token)
-            self._restored = row[None]
-            return False
-        taken, self._failed = [*self._ahead, token], True
-        draft = history.draft(speculation.cost, min(speculation.most, left, self._chunk - len(taken)))
-        tokens, lengths = np.array([[*taken, *draft]]), np.array([len(taken)])
-        if draft:
-            rows = np.arange(len(taken) - 1, tokens.shape[1])[None]
-            self._restored = speculation.check(draft, self._stream.score(tokens, lengths, rows)[0])[None]
-        elif len(taken) > 1:
-            self._stream.prefill(tokens, lengths)
-            self._restored = None
-        else:
-            self._stream.step(tokens[0])
-            self._restored = None
-        self._ahead, self._failed = [], False
-        return True
+            rows = self._pass(taken, drafts)
+            self._restored = np.zeros((self.batch, self._vocab_size), np.float32) if self.batch > 1 else rows[0][:1]
+            for slot, (draft, logits) in enumerate(zip(drafts, rows, strict=True)):
+                self._restored[slot] = logits[0]
+                speculations[slot].check(draft, logits)
+        self._ahead, self._failed = [[] for _ in range(self.batch)], False
+
+    def _pass(self, taken: Sequence[Sequence[int]], drafts: Sequence[Sequence[int]]) -> list[Logits]:
+        """Let the stream take in tokens of the first sequences; logits after the last one and after each of the drafts'."""
+        lengths = np.array([len(each) for each in taken])
+        wanted = 1 + max(map(len, drafts))
+        tokens = np.zeros((len(taken), max(len(own) + len(draft) for own, draft in zip(taken, drafts, strict=True))), np.int64)
+        rows = np.zeros((len(taken), wanted), np.int64)
+        for slot, (own, draft) in enumerate(zip(taken, drafts, strict=True)):
+            tokens[slot, : len(own) + len(draft)] = [*own, *draft]
+            rows[slot] = len(own) - 1 + np.minimum(np.arange(wanted), len(draft))
+        wide = self._widened(tokens)
+        more = len(wide) - len(tokens)
+        logits = self._stream.score(wide, np.pad(lengths, (0, more)), np.pad(rows, ((0, more), (0, 0))))
+        return [logits[slot, : 1 + len(draft)] for slot, draft in enumerate(drafts)]
+
+    def _foresee(self, slot: int, token: int, row: Logits) -> None:
+        self._check_whole()
+        assert self._restored is not None
+        self._note(slot, np.array([token]))
+        self._histories[slot].note(token)
+        self._ahead[slot].append(token)
+        self._restored[slot] = row
+        self._changes += 1
+        self._tops.clear()
 
     def _settle(self) -> None:
-        """Let the stream take in what was chosen from logits that a pass has shown; those logits stay."""
-        if self._ahead:
-            self._check_whole()
-            self._failed = True
-            self._stream.prefill(np.array([self._ahead]), np.array([len(self._ahead)]))
-            self._ahead, self._failed = [], False
+        """Let the stream take in what was chosen from logits that a pass has shown; all logits stay as they are."""
+        if not any(self._ahead):
+            return
+        self._check_whole()
+        assert self._restored is not None
+        self._failed = True
+        lengths = np.array([len(ahead) for ahead in self._ahead[: self._in_use]])
+        tokens = np.zeros((self._in_use, lengths.max()), np.int64)
+        for slot, length in enumerate(lengths):
+            tokens[slot, :length] = self._ahead[slot]
+        wide = self._widened(tokens)
+        self._stream.prefill(wide, np.pad(lengths, (0, len(wide) - len(lengths))))
+        self._ahead, self._failed = [[] for _ in range(self.batch)], False
 
     def _go_back(self, start: Snapshot, made: int, tokens: list[int], text: str) -> None:
         """Stand after `tokens` and `text`, behind `start`; `made` tokens have been read since."""
@@ -385,12 +439,13 @@ class Session:
         with self._alone():
             if self.batch > 1:
                 self._check_whole()
-            self._ahead = []
+            self._ahead[slot] = []
             logits = self.logits
             self._restored = np.zeros((self.batch, self._vocab_size), np.float32) if logits is None else logits.copy()
             if snapshot.logits is not None:
                 self._restored[slot] = snapshot.logits
             self._stream.write_state(slot, snapshot.state)
+            self._in_use = max(self._in_use, slot + 1)
             self._positions[slot] = snapshot.position
             self._read[slot] = snapshot.read.copy()
             self._tails[slot] = deque(snapshot.tail, TAIL)
@@ -482,6 +537,7 @@ class Session:
 
     def _widened(self, tokens: Tokens) -> Tokens:
         """Tokens (n, C) of the first n sequences as the stream wants them: as they are if it can leave the others out."""
+        self._in_use = len(tokens)
         if isinstance(self._stream, Narrowing):
             self._stream.narrow(len(tokens))
             return tokens
@@ -496,6 +552,9 @@ class Session:
             self._read[target], self._read[source] = self._read[source], np.zeros(self._vocab_size, np.int32)
             self._tails[target] = deque(self._tails[source], TAIL)
             self._unread[target] = self._unread[source]
+            self._ahead[target], self._ahead[source] = self._ahead[source], []
+            if self._restored is not None:
+                self._restored[target] = self._restored[source]
             self._histories[target] = self._histories[source]
             self._histories[source] = History()
             self._changes += 1
@@ -517,11 +576,14 @@ class Session:
     def _choose(self, continuation: Continuation, slot: int) -> int | None:
         self._check_whole()
         if k := continuation.needs:
-            if k not in self._tops:
-                self._tops[k] = self._stream.top(k) if self._restored is None else top_of(self._restored, k)
-            tokens, logits = self._tops[k]
-            self._check_finite(logits[slot, 0], slot)
-            return continuation.choose_among(tokens[slot], logits[slot])
+            if self._restored is not None:
+                (tokens,), (logits,) = top_of(self._restored[slot : slot + 1], k)
+            else:
+                if k not in self._tops:
+                    self._tops[k] = self._stream.top(k)
+                tokens, logits = (each[slot] for each in self._tops[k])
+            self._check_finite(logits[0], slot)
+            return continuation.choose_among(tokens, logits)
         everything = self.logits
         assert everything is not None
         # NaN is passed on by max, and so are +inf and a row of nothing but -inf.

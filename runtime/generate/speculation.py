@@ -33,6 +33,8 @@ RATE = 1 / 16
 """Weight of the newest guess in those shares."""
 GAIN = 1.1
 """Tokens for the time of one that a pass must promise; less is not worth the risk."""
+LEAST = 0.1
+"""A draft ends where it is less probable than this."""
 
 
 class History:
@@ -40,11 +42,15 @@ class History:
 
     Args:
         tokens: read so far; the last `HISTORY` of them count.
+
+    Attributes:
+        watched: whether guesses are compared with what is chosen, so that `chances` follow it.
     """
 
     def __init__(self, tokens: Sequence[int] = ()) -> None:
         self._tokens = list(tokens[-HISTORY:])
         self._shares = list(PRIOR)
+        self.watched = False
         self._forget()
 
     def _forget(self) -> None:
@@ -66,8 +72,11 @@ class History:
             del self._tokens[:-HISTORY]
             self._forget()
 
-    def follow(self, token: int) -> None:
-        """Note a token that was chosen, and whether it was expected."""
+    def note(self, token: int) -> None:
+        """Note a token that was chosen, and whether it was expected, if it is `watched`."""
+        if not self.watched:
+            self.extend([token])
+            return
         expected, matched = self._next, self._matched
         right = expected is not None and self._tokens[expected] == token
         if expected is not None:
@@ -80,26 +89,25 @@ class History:
         else:
             self._look_up()
 
-    def draft(self, cost: PassCost, most: int) -> list[int]:
-        """The tokens that are worth checking, `most` at most; none if a step is the better choice."""
+    def chances(self, most: int) -> list[float]:
+        """How probable it is that the next token is the expected one, that the next two are, …; `most` at most."""
         if self._next is None and not self._indexed:
             self._look_up()
+        chances: list[float] = []
+        survives = 1.0
+        while self._next is not None and len(chances) < most and survives > LEAST:
+            survives *= self._shares[_kind(self._matched + len(chances))]
+            chances.append(survives)
+        return chances
+
+    def expected(self, count: int) -> list[int]:
+        """The next tokens, if what happened before happens again; none if this place is new."""
         if self._next is None:
             return []
-        survives, expected, best, count = 1.0, 0.0, GAIN, 0
-        for number in range(1, most + 1):
-            survives *= self._shares[_kind(self._matched + number - 1)]
-            expected += survives
-            # What is accepted is read again by the next pass, into the state.
-            gain = (1 + expected) / (1 + cost.fixed + cost.token * (number + expected))
-            if gain > best:
-                best, count = gain, number
-            if survives < 0.1:
-                break
-        draft = self._tokens[self._next : self._next + count]
-        for place in range(count - len(draft)):  # it runs into its own beginning: what repeats goes on
-            draft.append(draft[place])
-        return draft
+        tokens = self._tokens[self._next : self._next + count]
+        for place in range(count - len(tokens)):  # it runs into its own beginning: what repeats goes on
+            tokens.append(tokens[place])
+        return tokens
 
     def _index(self) -> None:
         """Enter the runs that end before the last token."""
@@ -119,8 +127,30 @@ class History:
         self._next = None
 
 
+def length_of_drafts(cost: PassCost, chances: Sequence[Sequence[float]]) -> int:
+    """How many tokens to draft for sequences that step together; 0 if a step is the better choice.
+
+    All rows of a pass are as wide as the widest, so one length serves all. What is accepted is read once more, into the state.
+
+    Args:
+        cost: of a pass for one sequence.
+        chances: of each sequence, as `History.chances` gives them.
+    """
+    count, best, length = len(chances), GAIN, 0
+    expected, longest = float(count), 0.0
+    for number in range(1, 1 + max(map(len, chances), default=0)):
+        column = [row[number - 1] for row in chances if len(row) >= number]
+        expected += sum(column)
+        longest += max(column)
+        step = 1 + cost.token * (count - 1)
+        gain = expected / count * step / (step + cost.fixed + cost.token * count * (number + longest))
+        if gain > best:
+            best, length = gain, number
+    return length
+
+
 class Speculation:
-    """What one generation drafts, and what its last pass over a draft has shown.
+    """What one continuation drafts, and what the last pass over a draft has shown of it.
 
     Args:
         backend: where it runs.
@@ -136,17 +166,21 @@ class Speculation:
         self.cost, self.most = PassCost(0.0, 0.0), 0 if speculate is None else speculate
         if speculate is None and isinstance(backend, Checking):
             self.cost, self.most = backend.pass_cost, MOST
+        self._asked = speculate is not None
         self._stats = Stats() if stats is None else stats
         self._draft: Sequence[int] = ()
         self._rows: NDArray[np.float32] | None = None
         self._used = 0
 
-    def check(self, draft: Sequence[int], rows: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Take the logits (R, V) of a pass: after the tokens taken in, (V,), which is returned, and after each of the draft."""
+    def chances(self, history: History, most: int) -> Sequence[float]:
+        """Those of a draft of up to `most` tokens; certain ones if that is what was asked for."""
+        chances = history.chances(min(most, self.most)) if self.most else []
+        return [1.0] * min(most, self.most) if chances and self._asked else chances
+
+    def check(self, draft: Sequence[int], rows: NDArray[np.float32]) -> None:
+        """Take the logits of a pass after the tokens taken in and after each of the draft's, (R, V)."""
         self._draft, self._rows, self._used = draft, rows, 0
         self._stats.drafted += len(draft)
-        first: NDArray[np.float32] = rows[0]
-        return first
 
     def row_after(self, token: int) -> NDArray[np.float32] | None:
         """Logits (V,) after a token that was chosen, if it is the draft's next; otherwise the draft has come to its end."""

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from retnet_export.runtime.backends.base import PassCost
 from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.generate.batching import Prompt
 from retnet_export.runtime.generate.generation import Options
-from retnet_export.runtime.generate.speculation import HISTORY, ORDERS, History
+from retnet_export.runtime.generate.speculation import HISTORY, ORDERS, History, length_of_drafts
 from retnet_export.runtime.generate.state import Snapshot
 from retnet_export.runtime.generate.stats import Stats
 from retnet_export.runtime.numerics import TOLERANCES, measure
@@ -84,16 +85,17 @@ def test_whatever_is_guessed_the_text_is_the_same(model, options, draws):
     random = np.random.default_rng(draws)
     tokens = [piece.token for piece in expected[0] if piece.token is not None]
 
-    def guess(self, cost, most):
+    def guess(self, count):
         """The truth, up to a place where it goes wrong."""
-        count = int(random.integers(0, most + 1)) if most > 0 else 0
+        count = int(random.integers(0, count + 1))
         start = len(self._tokens) - len(REPEATING)
         right = tokens[start : start + count]
         place = int(random.integers(0, count + 1))
         return [*right[:place], *random.integers(0, 50, count - len(right[:place])).tolist()]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(History, "draft", guess)
+        patch.setattr(History, "chances", lambda self, most: [1.0] * most)
+        patch.setattr(History, "expected", guess)
         assert_same(outcome(model, REPEATING, replace(options, speculate=7)), expected)
 
 
@@ -169,6 +171,32 @@ def test_the_history_is_saved_with_the_state_and_bounded(model, tmp_path):
     np.testing.assert_array_equal(again.snapshot().history[:-20], loaded.history[20:])
 
 
+PROMPTS = [REPEATING, [1, 2, 3], REPEATING[5:], [9] * 12, [4, 4, 7, 4, 4, 7, 4, 4], list(range(30)), REPEATING * 3]
+
+
+@settings(deadline=None, max_examples=30)
+@given(options=SAMPLINGS, batch=st.integers(1, 4), speculate=st.sampled_from([1, 6, 16, None]))
+def test_many_prompts_get_the_same_texts(model, options, batch, speculate):
+    stats = Stats()
+    expected = list(model.generate_many(PROMPTS, replace(options, speculate=0), batch=batch))
+    found = list(model.generate_many(PROMPTS, replace(options, speculate=speculate), batch=batch, stats=stats))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.tokens, ours.finish) == (theirs.tokens, theirs.finish)
+    assert stats.new_tokens == sum(len(completion.tokens) for completion in found)
+
+
+def test_sequences_of_one_batch_may_guess_or_not(model):
+    prompts = [(REPEATING, 0), (REPEATING, 9), ([4, 4, 7] * 4, 2), ([1, 2], None)]
+
+    def texts(speculate):
+        many = [
+            Prompt(text, temperature=0.2, seed=1, max_new_tokens=30, speculate=own if speculate else 0) for text, own in prompts
+        ]
+        return [completion.tokens for completion in model.generate_many(many, batch=3)]
+
+    assert texts(True) == texts(False)
+
+
 def test_a_number_below_zero_is_refused():
     with pytest.raises(UserError, match="speculate is -1, expected 0 or more"):
         Options(speculate=-1)
@@ -178,7 +206,7 @@ def test_a_number_below_zero_is_refused():
 @given(tokens=st.lists(st.integers(0, 3), max_size=60), most=st.integers(0, 9))
 def test_a_draft_is_what_followed_the_longest_run_the_last_time(tokens, most):
     history = History(tokens)
-    draft = history.draft(FREE, most)
+    draft = history.expected(length_of_drafts(FREE, [history.chances(most)]))
     places = next(
         (
             found
@@ -198,24 +226,29 @@ def test_a_draft_is_what_followed_the_longest_run_the_last_time(tokens, most):
 def test_nothing_is_drafted_where_guesses_fail_and_much_where_they_hold():
     random, cost = np.random.default_rng(0), PassCost(0.5, 0.13)
     wild, tame = History(), History()
+    wild.watched = tame.watched = True
     for index, token in enumerate(random.integers(0, 6, 600).tolist()):
-        wild.follow(token)
-        tame.follow(index % 7)
-    assert wild.draft(cost, 16) == []
-    assert tame.draft(cost, 16) == [(600 + index) % 7 for index in range(16)]
+        wild.note(token)
+        tame.note(index % 7)
+    assert length_of_drafts(cost, [wild.chances(16)]) == 0
+    assert length_of_drafts(cost, [tame.chances(16)]) == 16
+    assert tame.expected(16) == [(600 + index) % 7 for index in range(16)]
+    assert length_of_drafts(cost, [tame.chances(16), *[[]] * 7]) == 0  # eight rows as wide as one draft cost more than it brings
+    assert length_of_drafts(cost, [tame.chances(16)] * 2) > 0
 
 
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_a_history_is_the_last_tokens_however_they_came(data):
     history, tokens = History(), []
+    history.watched = True
     for _ in range(data.draw(st.integers(1, 12))):
         part = np.random.default_rng(data.draw(st.integers(0, 99))).integers(0, 9, data.draw(st.integers(1, 2000))).tolist()
         if len(part) % 2:
             history.extend(part)
         else:
             for token in part[:300]:
-                history.follow(token)
+                history.note(token)
             history.extend(part[300:])
         tokens += part
     np.testing.assert_array_equal(history.tokens, tokens[-HISTORY:])
