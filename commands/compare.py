@@ -116,7 +116,7 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
 
 
 def print_comparison(comparison: Comparison, target: Path) -> None:
-    from retnet_export.compare.analysis import paragraph
+    from retnet_export.compare.analysis import caveats, summary
     from retnet_export.compare.report import batch_table, facts, latency_table, model_table, prefill_table
 
     tables = {
@@ -131,4 +131,5 @@ def print_comparison(comparison: Comparison, target: Path) -> None:
     for line in sorted({f"{m.engine}, {m.cell.name}: {m.note}" for m in comparison.measurements if m.note and m.timing is None}):
         typer.echo(f"\n{line}")
     print_table("\nmeasured on", facts(comparison))
-    typer.echo(f"\n{paragraph(comparison)}\n\nreport: {target / 'report.html'}")
+    typer.echo("\n" + "\n".join(summary(comparison)))
+    typer.echo("\n" + "\n".join(caveats(comparison)) + f"\n\nreport: {target / 'report.html'}")

@@ -1,4 +1,4 @@
-"""What the numbers say: ratios, break-even contexts, what fits in a budget, and one paragraph in plain language.
+"""What the numbers say: ratios, break-even contexts, what fits in a budget, and the result in a few sentences.
 
 Rule: every sentence is computed from the measurements; one that the numbers do not bear is not written.
 """
@@ -129,69 +129,45 @@ def fit(comparison: Comparison) -> Fit | None:
     )
 
 
-def paragraph(comparison: Comparison) -> str:
-    """The result in plain language."""
-    sentences = [*_speed(comparison), *_memory(comparison), *_capacity(comparison), *_caveats(comparison)]
-    return " ".join(sentences)
+def summary(comparison: Comparison) -> tuple[str, ...]:
+    """The result in a few short sentences: speed, memory, what fits."""
+    return tuple(sentence for sentence in (_speed(comparison), _memory(comparison), _capacity(comparison)) if sentence)
 
 
-def _speed(comparison: Comparison) -> list[str]:
-    measured = [row for row in decode_rows(comparison) if row.advantage is not None]
-    if not measured:
-        return ["Neither model could be timed."]
-    first, last = measured[0], measured[-1]
-    assert first.retnet.timing is not None
-    assert first.transformer.timing is not None
-    sentences = [
-        f"At {_context(first.cell.context)} the RetNet takes {first.retnet.timing.median_ms:.1f} ms a token and the Transformer "
-        f"{first.transformer.timing.median_ms:.1f} ms: the RetNet is {_times(first.advantage)}."
+def _speed(comparison: Comparison) -> str:
+    measured = [
+        (row.cell.context, row.retnet.timing.median_ms, row.advantage)
+        for row in decode_rows(comparison)
+        if row.retnet.timing is not None and row.advantage is not None
     ]
-    if len(measured) > 1:
-        assert last.retnet.timing is not None
-        assert last.transformer.timing is not None
-        drift = max(r.retnet.timing.median_ms for r in measured if r.retnet.timing) / min(
-            r.retnet.timing.median_ms for r in measured if r.retnet.timing
-        )
-        sentences.append(
-            f"At {_context(last.cell.context)} it is {_times(last.advantage)} ({last.retnet.timing.median_ms:.1f} ms against "
-            f"{last.transformer.timing.median_ms:.1f} ms); over these contexts its own time varied by {100 * (drift - 1):.0f} %."
-        )
-        crossing = faster_from(comparison)
-        if crossing is None:
-            sentences.append("Within the contexts measured it does not become faster for good.")
-        elif crossing == 0:
-            sentences.append("It is faster at every context measured.")
-        else:
-            sentences.append(f"It becomes faster at a context of about {crossing:,} tokens.")
-    prompts = [row for row in rows(comparison, "prefill") if row.advantage is not None]
-    if prompts:
-        row = prompts[-1]
-        sentences.append(
-            f"A prompt of {row.cell.tokens:,} tokens is read at {row.retnet.tokens_per_second:,.0f} tokens/s, "
-            f"by the Transformer at {row.transformer.tokens_per_second:,.0f}."
-        )
-    return sentences
+    if not measured:
+        return "Neither model could be timed."
+    (context, milliseconds, advantage), (longest, _, last) = measured[0], measured[-1]
+    sentence = f"The RetNet takes {milliseconds:.1f} ms a token at {_context(context)}, {advantage:.2f}× as fast as the Transformer"
+    if len(measured) == 1:
+        return f"{sentence}."
+    crossing = faster_from(comparison)
+    where = "" if not crossing else f" (faster from about {crossing:,} tokens on)"
+    return f"{sentence}; at {_context(longest)} it is {last:.2f}× as fast{where}."
 
 
-def _memory(comparison: Comparison) -> list[str]:
+def _memory(comparison: Comparison) -> str:
     state, per_token = comparison.retnet.bytes_per_sequence, comparison.transformer.bytes_per_token
     longest = max((cell.context for cell in comparison.cells("decode")), default=0)
-    sentence = f"The RetNet's state is {state / 1e6:,.1f} MB a sequence at any length"
-    sentence += f"; the cache grows by {per_token / 1e3:,.1f} kB a token"
+    sentence = f"Its state is {state / 1e6:,.1f} MB at any length; the cache grows by {per_token / 1e3:,.1f} kB a token"
     if per_token * longest > state:
-        sentence += f" and is {per_token * longest / state:,.0f} times as large at {longest:,} tokens"
-    return [f"{sentence}; the state is smaller from {smaller_from(comparison):,} tokens on."]
+        sentence += f" and is {per_token * longest / state:,.0f}× as large at {longest:,} tokens"
+    return f"{sentence}."
 
 
-def _capacity(comparison: Comparison) -> list[str]:
+def _capacity(comparison: Comparison) -> str:
     fits = fit(comparison)
     if fits is None or fits.retnet_batch < 1:
-        return []
-    return [
-        f"In {comparison.memory_budget / 1e9:,.1f} GB fit {fits.retnet_batch:,} RetNet sequences of any length, or "
-        f"{fits.transformer_batch:,} of the Transformer's with {fits.context:,} tokens each; its longest single sequence there is "
-        f"{fits.transformer_context:,} tokens."
-    ]
+        return ""
+    return (
+        f"{comparison.memory_budget / 1e9:,.1f} GB hold {fits.retnet_batch:,} RetNet sequences of any length, or "
+        f"{fits.transformer_batch:,} Transformer sequences of {fits.context:,} tokens."
+    )
 
 
 def parameter_difference(comparison: Comparison) -> float:
@@ -199,8 +175,9 @@ def parameter_difference(comparison: Comparison) -> float:
     return comparison.transformer.parameters / comparison.retnet.parameters - 1
 
 
-def _caveats(comparison: Comparison) -> list[str]:
-    sentences = ["The Transformer's weights are random, which its speed does not depend on, so nothing is said of its quality."]
+def caveats(comparison: Comparison) -> list[str]:
+    """What a reader must know before quoting the result."""
+    sentences = ["The Transformer's weights are random: its speed does not depend on them, and this says nothing of its quality."]
     if abs(difference := parameter_difference(comparison)) > PARAMETER_MATCH:
         sentences.append(
             f"The Transformer has {100 * abs(difference):.1f} % {'more' if difference > 0 else 'fewer'} parameters than the "
@@ -209,16 +186,9 @@ def _caveats(comparison: Comparison) -> list[str]:
     if comparison.perplexity is not None:
         sentences.append(f"The RetNet's perplexity on {comparison.text} is {comparison.perplexity:.2f}.")
     if slower_than_peer(comparison):
-        sentences.append("Where onnxruntime-genai ran the Transformer faster by more than a tenth, its figure is used.")
+        sentences.append(f"*: the figure of {GENAI}, which runs the Transformer faster than this project by more than a tenth.")
     return sentences
 
 
 def _context(tokens: int) -> str:
-    return "an empty context" if tokens == 0 else f"a context of {tokens:,} tokens"
-
-
-def _times(advantage: float | None) -> str:
-    assert advantage is not None
-    if 0.97 <= advantage <= 1.03:
-        return "as fast"
-    return f"{advantage:.2f} times as fast" if advantage > 1 else f"{1 / advantage:.2f} times slower"
+    return f"a context of {tokens:,} tokens" if tokens else "an empty context"

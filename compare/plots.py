@@ -19,12 +19,26 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+INK, SOFT, PAGE = "#1a1a1a", "#dddddd", "#ffffff"
+"""Of text, of grid lines, and behind them."""
+
 STYLES: dict[str, dict[str, Any]] = {
     RETNET: {"color": "#0072B2", "linestyle": "-", "marker": "o", "linewidth": 2.4, "zorder": 4},
     TRANSFORMER: {"color": "#D55E00", "linestyle": "--", "marker": "s", "linewidth": 2.0, "zorder": 3},
     GENAI: {"color": "#009E73", "linestyle": "-.", "marker": "^", "linewidth": 1.4, "zorder": 2},
     LLAMA_CPP: {"color": "#555555", "linestyle": ":", "marker": "D", "linewidth": 1.4, "zorder": 2},
 }
+
+THEMED = {
+    INK: "currentColor",
+    SOFT: "var(--rule)",
+    PAGE: "var(--page)",
+    "#0072b2": "var(--retnet)",
+    "#d55e00": "var(--transformer)",
+    "#009e73": "var(--genai)",
+    "#555555": "var(--llama)",
+}
+"""Colors of an SVG figure that follow the page's theme, as variables of its style sheet (report.py)."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +109,10 @@ def svg(plot: Plot) -> str:
     buffer = io.StringIO()
     figure = _figure(plot)
     figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+    text = buffer.getvalue()[buffer.getvalue().index("<svg") :]
+    for color, variable in THEMED.items():
+        text = text.replace(color, variable)
+    return text
 
 
 def png(plot: Plot) -> bytes:
@@ -121,22 +138,31 @@ def _figure(plot: Plot, *, title: bool = False) -> Figure:
 
     settings: Any = {
         "font.family": "DejaVu Sans",
-        "font.size": 10,
+        "font.size": 12,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "figure.facecolor": PAGE,
+        "axes.facecolor": PAGE,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,
-        "grid.color": "#dddddd",
+        "grid.color": SOFT,
         "axes.axisbelow": True,
         # The same input gives the same file.
         "svg.hashsalt": "retnet-export",
         "svg.fonttype": "path",
     }
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(6.0, 3.7), layout="constrained")
+        figure = Figure(figsize=(6.0, 4.0), layout="constrained")
         axes = figure.subplots()
         plot.draw(axes)
         if title:
-            axes.set_title(plot.title, loc="left", fontsize=11, fontweight="bold")
+            figure.suptitle(plot.title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+        # Above the axes, where it hides no data.
+        figure.legend(loc="outside upper left", ncols=2, frameon=False, handlelength=2.6, columnspacing=1.4)
         return figure
 
 
@@ -150,8 +176,8 @@ def _latency(axes: Axes, comparison: Comparison) -> None:
 
 def _memory(axes: Axes, comparison: Comparison) -> None:
     for engine, found in _series(comparison, "decode", lambda m: m.cell.batch == 1 and m.steady_bytes is not None):
-        _line(axes, engine, [m.cell.context for m in found], [(m.steady_bytes or 0) / 1e9 for m in found])
-    _finish(axes, "tokens of context", "GB", [cell.context for cell in comparison.cells("decode")])
+        _line(axes, engine, [m.cell.context for m in found], [(m.steady_bytes or 0) / 1e6 for m in found])
+    _finish(axes, "tokens of context", "MB", [cell.context for cell in comparison.cells("decode")])
 
 
 def _throughput(axes: Axes, comparison: Comparison) -> None:
@@ -164,8 +190,8 @@ def _throughput(axes: Axes, comparison: Comparison) -> None:
 def _batch_memory(axes: Axes, comparison: Comparison) -> None:
     context = comparison.settings["batch_context"]
     for engine, found in _series(comparison, "decode", lambda m: m.cell.context == context and m.steady_bytes is not None):
-        _line(axes, engine, [m.cell.batch for m in found], [(m.steady_bytes or 0) / 1e9 for m in found])
-    _finish(axes, "sequences in the batch", "GB", _batches(comparison))
+        _line(axes, engine, [m.cell.batch for m in found], [(m.steady_bytes or 0) / 1e6 for m in found])
+    _finish(axes, "sequences in the batch", "MB", _batches(comparison))
 
 
 def _prefill(axes: Axes, comparison: Comparison) -> None:
@@ -190,21 +216,25 @@ def _series(comparison: Comparison, kind: str, wanted: Callable[[Measurement], b
 
 def _line(axes: Axes, engine: str, x: Sequence[float], y: Sequence[float], above: Sequence[float] | None = None) -> None:
     style = STYLES[engine]
-    axes.plot(x, y, label=engine, markersize=6, markeredgecolor="white", **style)
+    axes.plot(x, y, label=engine, markersize=6, markeredgecolor=PAGE, **style)
     if above is not None:
         axes.errorbar(x, y, yerr=[[0.0] * len(y), above], fmt="none", ecolor=style["color"], elinewidth=1.0, capsize=3)
 
 
 def _finish(axes: Axes, x_label: str, y_label: str, ticks: Sequence[int]) -> None:
-    """Axes from 0; x by its place on a log scale that holds 0, because contexts double."""
+    """The y axis starts at 0. The x axis is logarithmic, or linear up to the first tick above 0 where it starts at 0."""
     ticks = sorted(set(ticks))
     least = min((tick for tick in ticks if tick > 0), default=1)
-    axes.set_xscale("symlog", base=2, linthresh=least, linscale=0.7)
+    if ticks[0] == 0:
+        axes.set_xscale("symlog", base=2, linthresh=least, linscale=0.7)
+        x_label = f"{x_label} (linear up to {least:,}, then logarithmic)"
+    else:
+        axes.set_xscale("log", base=2)
+        x_label = f"{x_label} (logarithmic)"
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlim(min(ticks) - (0.06 * least if min(ticks) == 0 else 0.07 * min(ticks)), max(ticks) * 1.12)
+    axes.set_xlim(min(ticks) - (0.06 * least if min(ticks) == 0 else 0.07 * min(ticks)), max(ticks) * 1.25)
     axes.set_ylim(0, 1.06 * axes.get_ylim()[1])
     axes.yaxis.set_major_formatter(lambda value, position: f"{value:,.10g}")
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
-    axes.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none", handlelength=3.2)

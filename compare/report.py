@@ -10,34 +10,37 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from retnet_export.compare.analysis import Row, batch_rows, decode_rows, paragraph, parameter_difference, rows, slower_than_peer
+from retnet_export.compare.analysis import Row, batch_rows, caveats, decode_rows, parameter_difference, rows, summary
 from retnet_export.compare.plots import plots, png, svg
 from retnet_export.compare.results import GENAI, LLAMA_CPP, RETNET, TRANSFORMER, Comparison, Measurement, Model
 from retnet_export.runtime.bundle.schema import decode, encode
 from retnet_export.runtime.errors import UserError
 
 JSON_NAME = "report.json"
-RATIO = "RetNet faster"
-"""The Transformer's time over the RetNet's; an asterisk: onnxruntime-genai's time, which was better than ours by over a tenth."""
+RATIO = "RetNet is"
+"""The Transformer's time over the RetNet's, as in "0.82× as fast"; an asterisk: onnxruntime-genai's time was the better one."""
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Column heads, and rows of cells."""
 
 STYLE = """
-:root { color-scheme: light }
-body { font: 16px/1.5 system-ui, "Helvetica Neue", Arial, sans-serif; color: #1a1a1a; background: #fff;
+:root { color-scheme: light dark; --page: #fff; --ink: #1a1a1a; --soft: #555; --rule: #ddd; --box: #f4f6f8;
+        --retnet: #0072b2; --transformer: #d55e00; --genai: #009e73; --llama: #555 }
+@media (prefers-color-scheme: dark) { :root { --page: #16181b; --ink: #e8e8e8; --soft: #a8adb3; --rule: #3a3f45; --box: #20242a;
+        --retnet: #56b4e9; --transformer: #e69f00; --genai: #2fc79a; --llama: #aaa } }
+body { font: 16px/1.5 system-ui, "Helvetica Neue", Arial, sans-serif; color: var(--ink); background: var(--page);
        max-width: 62rem; margin: 2.5rem auto; padding: 0 1.25rem }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .25rem } h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem }
-.what { color: #555; margin: 0 0 1.5rem } .result { background: #f4f6f8; border-left: 4px solid #0072b2; padding: .9rem 1.1rem }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(25rem, 1fr)); gap: 1.5rem }
-figure { margin: 0 } figure svg { width: 100%; height: auto } figcaption { color: #555; font-size: .875rem }
+.what { color: var(--soft); margin: 0 0 1.5rem }
+.result { background: var(--box); border-left: 4px solid var(--retnet); padding: .9rem 1.1rem } .result p { margin: .2rem 0 }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(25rem, 100%), 1fr)); gap: 1.5rem }
+figure { margin: 0 } figure svg { width: 100%; height: auto } figcaption { color: var(--soft); font-size: .875rem }
 figure h3 { font-size: 1rem; margin: 0 0 .25rem }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .925rem }
-th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
+th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--rule); text-align: right; white-space: nowrap }
 th { white-space: pre-line }
-th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid #1a1a1a; vertical-align: bottom }
-table.facts td:last-child { text-align: left; white-space: normal } .notes { font-size: .875rem; color: #555 }
+th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid var(--ink); vertical-align: bottom }
+table.facts td:last-child { text-align: left; white-space: normal } .notes { font-size: .875rem; color: var(--soft) }
 @media print { body { margin: 0; max-width: none } figure { break-inside: avoid } }
-@media (max-width: 30rem) { .figures { grid-template-columns: 1fr } }
 """
 
 
@@ -85,6 +88,7 @@ def page(comparison: Comparison) -> str:
         ("How it was measured", _facts(facts(comparison)) + _notes(comparison)),
     ]
     body = "".join(f"<h2>{_text(title)}</h2>{content}" for title, content in sections if content)
+    result = "".join(f"<p>{_text(sentence)}</p>" for sentence in summary(comparison))
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -92,7 +96,7 @@ def page(comparison: Comparison) -> str:
         f"<h1>{_text(comparison.bundle)}: RetNet against a KV-cache Transformer</h1>"
         f'<p class="what">{_text(models)}; {_text(comparison.machine["processor"])}, {_text(comparison.machine["cores"])}; '
         f"{_text(comparison.machine['date'])}</p>"
-        f'<p class="result">{_text(paragraph(comparison))}</p>{body}</body></html>\n'
+        f'<div class="result">{result}</div>{body}</body></html>\n'
     )
 
 
@@ -172,7 +176,7 @@ def ratio(row: Row) -> str:
     """The Transformer's time over the RetNet's."""
     if row.advantage is None:
         return "–"
-    return f"{row.advantage:.2f}×" + (" *" if row.transformer.engine == GENAI else "")
+    return f"{row.advantage:.2f}× as fast" + (" *" if row.transformer.engine == GENAI else "")
 
 
 def _peers(comparison: Comparison) -> list[str]:
@@ -210,9 +214,8 @@ def _million(side: Model) -> str:
 def _notes(comparison: Comparison) -> str:
     lines = [f"{m.engine}, {m.cell.name}: {m.note}" for m in comparison.measurements if m.note is not None and m.timing is None]
     lines += sorted({f"{m.engine}: {m.note}" for m in comparison.measurements if m.note is not None and m.timing is not None})
-    if slower_than_peer(comparison):
-        lines.append(f"* against {GENAI}, which runs the Transformer faster than this project by more than a tenth")
-    return f'<ul class="notes">{"".join(f"<li>{_text(line)}</li>" for line in lines)}</ul>' if lines else ""
+    lines += caveats(comparison)
+    return f'<ul class="notes">{"".join(f"<li>{_text(line)}</li>" for line in lines)}</ul>'
 
 
 def _table(table: Table) -> str:

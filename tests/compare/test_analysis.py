@@ -84,30 +84,27 @@ def test_a_peer_that_is_faster_by_more_than_a_tenth_is_what_the_retnet_is_compar
     assert row.transformer.engine == engine
 
 
-def test_the_paragraph_says_what_the_numbers_say():
-    text = analysis.paragraph(comparison({0: 10, 2000: 10}, {0: 8, 2000: 16}))
-    assert text.startswith(
-        "At an empty context the RetNet takes 10.0 ms a token and the Transformer 8.0 ms: the RetNet is 1.25 times slower. "
-        "At a context of 2,000 tokens it is 1.60 times as fast (10.0 ms against 16.0 ms); over these contexts its own time varied "
-        "by 0 %. It becomes faster at a context of about 500 tokens. The RetNet's state is 1.0 MB a sequence at any length; the "
-        "cache grows by 10.0 kB a token and is 20 times as large at 2,000 tokens; the state is smaller from 101 tokens on."
+def test_the_result_is_three_short_sentences():
+    assert analysis.summary(comparison({0: 10, 2000: 10}, {0: 8, 2000: 16})) == (
+        "The RetNet takes 10.0 ms a token at an empty context, 0.80× as fast as the Transformer; at a context of 2,000 tokens it "
+        "is 1.60× as fast (faster from about 500 tokens on).",
+        "Its state is 1.0 MB at any length; the cache grows by 10.0 kB a token and is 20× as large at 2,000 tokens.",
+        "0.1 GB hold 50 RetNet sequences of any length, or 10 Transformer sequences of 1,000 tokens.",
     )
-    assert "perplexity" not in text
 
 
 def test_quality_stands_beside_speed():
     result = replace(comparison({0: 10}, {0: 10}), perplexity=12.345, text="ruth.txt")
-    assert "The RetNet's perplexity on ruth.txt is 12.35." in analysis.paragraph(result)
+    assert "The RetNet's perplexity on ruth.txt is 12.35." in analysis.caveats(result)
 
 
 def test_a_comparison_without_times_says_so():
-    text = analysis.paragraph(comparison({}, {}))
-    assert text.startswith("Neither model could be timed.")
+    assert analysis.summary(comparison({}, {}))[0] == "Neither model could be timed."
 
 
 @pytest.mark.parametrize(("parameters", "said"), [(1_016_000, "1.6 % more"), (970_000, "3.0 % fewer"), (1_005_000, None)])
 def test_a_transformer_of_other_size_is_said_to_be_one(parameters, said):
     made = replace(comparison({0: 1.0}, {0: 1.0}), transformer=model(parameters=parameters, bytes_per_token=10_000))
-    text = analysis.paragraph(made)
+    text = " ".join(analysis.caveats(made))
     assert (f"The Transformer has {said} parameters than the RetNet" in text) if said else "parameters" not in text
     assert f"({100 * (parameters / 1_000_000 - 1):+.1f} %)" in model_table(made)[1][0][2]
