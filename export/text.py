@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from retnet_export.export.checkpoints.files import CHAT_TEMPLATE, GENERATION_CONFIG, SPECIAL_TOKENS, TOKENIZER, TOKENIZER_CONFIG
 from retnet_export.export.checkpoints.sources import read_json
+from retnet_export.export.tokenizers import converted
 from retnet_export.runtime.bundle.files import read_text
 from retnet_export.runtime.bundle.manifest import TokenizerSpec
 from retnet_export.runtime.errors import CheckpointWarning, UserError
@@ -70,7 +71,7 @@ def read_text_settings(folder: Path | None, settings: Mapping[str, Any], vocab_s
         return Text(eos_ids=_ends(vocab_size, _ids("config.json", settings)))
     config, generation = _optional(folder / TOKENIZER_CONFIG), _optional(folder / GENERATION_CONFIG)
     special = {**_named_tokens(_optional(folder / SPECIAL_TOKENS)), **_named_tokens(config)}
-    content = read_text(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else None
+    content = read_text(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else converted(folder)
     tokenizer = None if content is None else _parsed(content, folder / TOKENIZER)
     if tokenizer is not None:
         _check_vocabulary(tokenizer, folder / TOKENIZER, vocab_size)

@@ -17,8 +17,9 @@ from retnet_export.runtime.errors import UserError
 NESTED = ("model", "state_dict", "model_state_dict")
 """Keys under which a file of torch.save keeps its tensors when it keeps other things too."""
 TOKENIZER, CHAT_TEMPLATE = "tokenizer.json", "chat_template.jinja"
-TOKENIZER_CONFIG, GENERATION_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"
-TEXT_FILES = (TOKENIZER, CHAT_TEMPLATE, TOKENIZER_CONFIG, GENERATION_CONFIG, SPECIAL_TOKENS)
+TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
+SPECIAL_TOKENS, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
+TEXT_FILES = (TOKENIZER, CHAT_TEMPLATE, TOKENIZER_CONFIG, GENERATION_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS)
 """What is read of a checkpoint beside its tensors and settings, if it is there: how it takes and gives text (export/text.py)."""
 
 
