@@ -23,6 +23,7 @@ from retnet_export.commands.plan import plan
 from retnet_export.commands.quantize import quantize
 from retnet_export.commands.serve import serve
 from retnet_export.commands.tokenize import tokenize
+from retnet_export.commands.triton import triton
 from retnet_export.commands.verify import verify
 
 app = typer.Typer(
@@ -61,6 +62,7 @@ COMMANDS = (
     generate,
     chat,
     serve,
+    triton,
     tokenize,
     inspect,
     compare,

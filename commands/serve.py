@@ -62,8 +62,9 @@ def serve(
 ) -> None:
     """Serve a bundle to OpenAI's clients, with a chat page at /. Ends in good order on SIGTERM or Ctrl-C."""
     try:
-        from retnet_export.serve.server import Settings, run
+        from retnet_export.serve.server import run
         from retnet_export.serve.service import Limits
+        from retnet_export.serve.settings import Settings
     except ImportError as error:
         raise MissingExtraError(error.name or "starlette", "serve", "the server") from error
 

@@ -31,7 +31,7 @@ from retnet_export.serve.bodies import (
 )
 from retnet_export.serve.errors import ApiError
 from retnet_export.serve.guards import Guards
-from retnet_export.serve.metrics import CONTENT_TYPE
+from retnet_export.serve.metrics import CONTENT_TYPE, Metrics
 from retnet_export.serve.service import Run, Service
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ class Endpoints:
 
     def __init__(self, most_bytes: int) -> None:
         self.service: Service | None = None
+        self.metrics = Metrics()
         self._most_bytes = most_bytes
 
     def app(self, guards: Guards) -> Starlette:
@@ -51,7 +52,7 @@ class Endpoints:
         routes = [
             Route("/", self.page, methods=["GET"]),
             Route("/health", self.health, methods=["GET"]),
-            Route("/metrics", self.metrics, methods=["GET"]),
+            Route("/metrics", self.figures, methods=["GET"]),
             Route("/v1/models", self.models, methods=["GET"]),
             Route("/v1/models/{name:path}", self.model, methods=["GET"]),
             Route("/v1/completions", self.completions, methods=["POST"]),
@@ -78,8 +79,8 @@ class Endpoints:
         ready = self.service is not None
         return JSONResponse({"status": "ok" if ready else "loading"}, 200 if ready else 503)
 
-    async def metrics(self, request: Request) -> Response:
-        return Response(self._ready.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+    async def figures(self, request: Request) -> Response:
+        return Response(self.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._about(name) for name in self._ready.names]})
@@ -195,8 +196,7 @@ class Endpoints:
         return parse(kind, bytes(content))
 
     def _count(self, path: str, status: int) -> None:
-        if self.service is not None:
-            self.service.metrics.requests.labels(path, str(status)).inc()
+        self.metrics.requests.labels(path, str(status)).inc()
 
 
 class _Stream(StreamingResponse):

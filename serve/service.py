@@ -20,7 +20,6 @@ from retnet_export.serve.scheduler import BusyError, ClosedError, Scheduler, Tic
 if TYPE_CHECKING:
     from retnet_export.runtime.model import Model
     from retnet_export.serve.cache import PrefixCache
-    from retnet_export.serve.metrics import Metrics
     from retnet_export.serve.prompts import Prompts
     from retnet_export.serve.store import Store
 
@@ -57,7 +56,6 @@ class Service:
     names: Sequence[str]
     scheduler: Scheduler
     prompts: Prompts
-    metrics: Metrics
     limits: Limits = field(default_factory=Limits)
     cache: PrefixCache | None = None
     store: Store | None = None

@@ -15,8 +15,9 @@ import uvicorn
 
 from retnet_export.runtime.model import Model
 from retnet_export.serve.endpoints import Endpoints
-from retnet_export.serve.server import Settings, build, guards
+from retnet_export.serve.server import guards
 from retnet_export.serve.service import Service
+from retnet_export.serve.settings import Settings, build
 
 
 @contextlib.contextmanager
@@ -33,7 +34,9 @@ def server(model: Model, **settings: object) -> Iterator[tuple[str, Service]]:
     try:
         while httpx.get(f"{address}/health").status_code != 503:
             time.sleep(0.01)
-        endpoints.service = build(chosen, model)
+        service = build(chosen, model, endpoints.metrics)
+        endpoints.metrics.watch(service.scheduler, service.cache)
+        endpoints.service = service
         yield address, endpoints.service
     finally:
         if endpoints.service is not None:

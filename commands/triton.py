@@ -1,0 +1,31 @@
+"""`retnet-export triton`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from retnet_export.commands.common import BundlePath, Force
+
+
+def triton(
+    bundle: BundlePath,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The repository to write.", show_default=False)],
+    name: Annotated[str | None, typer.Option(help="Of the model; the bundle's if not given.", show_default=False)] = None,
+    instances: Annotated[int, typer.Option(min=1, help="Copies of each model (on each GPU).")] = 1,
+    max_batch: Annotated[int, typer.Option(min=1, help="Sequences that generate together in an instance.")] = 8,
+    gpu: Annotated[
+        list[int] | None, typer.Option(min=0, help="A GPU to run on; may be repeated; none: the CPU.", show_default=False)
+    ] = None,
+    step: Annotated[Literal["onnxruntime", "tensorrt"], typer.Option(help="What runs the bare step.")] = "onnxruntime",
+    force: Force = False,
+) -> None:
+    """Write a model repository for Triton Inference Server: a streaming text model, and the bare step with Triton's own state."""
+    from retnet_export.runtime.bundle.bundle import open_bundle
+    from retnet_export.serve.triton import TritonOptions, write_repository
+
+    options = TritonOptions(name, instances, max_batch, tuple(gpu or ()), step)
+    write_repository(open_bundle(bundle), output, options, force=force)
+    typer.echo(f"{output}: a model repository; {output / 'README.md'} says how to run it")
