@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from retnet_export.commands.bench import bench
 from retnet_export.commands.chat import chat
 from retnet_export.commands.common import Commands
 from retnet_export.commands.compare import compare
@@ -65,6 +66,7 @@ COMMANDS = (
     triton,
     tokenize,
     inspect,
+    bench,
     compare,
     plan,
     doctor,

@@ -1,4 +1,4 @@
-"""What the benchmarks share: model sizes, random bundles, the machine's description, medians with spread.
+"""What the benchmarks share: model sizes, random bundles, the machine's description, bandwidth.
 
 Weights are random: speed does not depend on them. Random bundles are kept in .cache/benchmarks, so that a second run
 starts at once.
@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -68,28 +67,6 @@ def random_bundle(size: str, **options: object) -> Bundle:
     return export_bundle(checkpoint, target, ExportOptions(**options), force=True)  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A quantity measured several times."""
-
-    values: Sequence[float]
-
-    @property
-    def median(self) -> float:
-        return float(np.median(self.values))
-
-    @property
-    def low(self) -> float:
-        return float(np.percentile(self.values, 10))
-
-    @property
-    def high(self) -> float:
-        return float(np.percentile(self.values, 90))
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
-
-
 def read_bandwidth(threads: int, size_bytes: int = 1 << 30, repeats: int = 7) -> float:
     """Bytes per second at which this machine's cores read memory: the best of several sums over an array too large for caches."""
     from concurrent.futures import ThreadPoolExecutor
@@ -102,13 +79,6 @@ def read_bandwidth(threads: int, size_bytes: int = 1 << 30, repeats: int = 7) ->
             list(pool.map(lambda part: part.max(), parts))
             best = min(best, time.perf_counter() - began)
     return size_bytes / best
-
-
-def timed_ms(action: Callable[[], object]) -> float:
-    """Milliseconds that one call takes."""
-    began = time.perf_counter()
-    action()
-    return 1e3 * (time.perf_counter() - began)
 
 
 def describe_machine() -> str:

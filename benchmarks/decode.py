@@ -18,7 +18,7 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from common import ROOT, Sample, describe_machine, parameters, random_bundle, read_bandwidth
+from common import ROOT, describe_machine, parameters, random_bundle, read_bandwidth
 
 from retnet_export.export.checkpoints import open_checkpoint
 from retnet_export.export.pipeline import export_bundle
@@ -28,6 +28,7 @@ from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.generate.generation import Options
 from retnet_export.runtime.generate.stats import Stats
 from retnet_export.runtime.model import Model
+from retnet_export.runtime.timing import Sample
 
 BLOCK = 1000
 """Tokens per block when looking for drift."""

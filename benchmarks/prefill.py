@@ -15,18 +15,20 @@ import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import typer
-from common import Sample, describe_machine, parameters, random_bundle, read_bandwidth, timed_ms
+from common import describe_machine, parameters, random_bundle, read_bandwidth
 
 from retnet_export.graph.weights import weight_shapes
 from retnet_export.runtime.backends.base import Stream
 from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.model import load
+from retnet_export.runtime.timing import Sample, timed_ms
 
 CHUNKS = (16, 32, 64, 128, 256, 512)
 STEPS = 64
@@ -62,11 +64,11 @@ def speed(bundle: Bundle, tokens: int, threads: int, repeats: int) -> None:
     chunks = [chunk for chunk in CHUNKS if chunk <= tokens]
     times: dict[int, list[float]] = {chunk: [] for chunk in (1, *chunks)}
     for chunk in chunks:
-        read(stream, prompt[:chunk], chunk)  # warm-up
+        read(stream, prompt[None, :chunk], chunk)  # warm-up
     for _ in range(repeats):
         for chunk in chunks:
-            times[chunk].append(timed_ms(lambda chunk=chunk: read(stream, prompt, chunk)))
-        times[1] += [tokens * timed_ms(lambda token=token: stream.step(token)) for token in prompt[: STEPS // repeats, None]]
+            times[chunk].append(timed_ms(partial(read, stream, prompt[None], chunk)))
+        times[1] += [tokens * timed_ms(partial(stream.step, token)) for token in prompt[: STEPS // repeats, None]]
     bandwidth, rate = read_bandwidth(threads), product_rate()
     print(f"\n{tokens} tokens, median [10 %, 90 %] of {repeats}; floor at {rate / 1e9:.0f} GFLOP/s and {bandwidth / 1e9:.1f} GB/s")
     print("| chunk | prompt, ms                 | tokens/s | against steps | floor, ms | reached |")
@@ -117,7 +119,7 @@ def footprint(path: Path, low_memory: bool | None, tokens: int, threads: int) ->
     prompt = np.linspace(0, model.bundle.manifest.model.vocab_size - 1, tokens).astype(np.int64).tolist()
     session.feed(prompt)
     prompt_ms = timed_ms(lambda: session.feed(prompt))
-    steps = [timed_ms(lambda token=token: session.step([token])) for token in prompt[:STEPS]]
+    steps = [timed_ms(partial(session.step, [token])) for token in prompt[:STEPS]]
     return Footprint(
         resident=resident("Rss:") - before,
         anonymous=resident("Anonymous:") - anonymous,

@@ -19,7 +19,7 @@ from typing import Annotated
 import numpy as np
 import onnxruntime
 import typer
-from common import CACHE, Sample, describe_machine, parameters, random_bundle, read_bandwidth
+from common import CACHE, describe_machine, parameters, random_bundle, read_bandwidth
 from decode import bytes_per_token
 
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
@@ -27,6 +27,7 @@ from retnet_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from retnet_export.runtime.bundle.bundle import Bundle, open_bundle
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.model import Model
+from retnet_export.runtime.timing import Sample
 
 FORMATS = {
     "int8": QuantizeOptions("int8"),

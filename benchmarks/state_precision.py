@@ -30,7 +30,7 @@ from typing import Annotated, Any
 import numpy as np
 import onnx_ir as ir
 import typer
-from common import CACHE, ROOT, Sample, describe_machine, random_bundle, timed_ms
+from common import CACHE, ROOT, describe_machine, random_bundle
 from numpy.typing import NDArray
 from state_formats import (
     BFLOAT16,
@@ -58,6 +58,7 @@ from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.runtime.bundle.bundle import Bundle, open_bundle
 from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.model import Model
+from retnet_export.runtime.timing import Sample, timed_ms
 
 PARTS = ("text", "prefill", "runs", "slower", "heads")
 RUN = 1000

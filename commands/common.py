@@ -213,6 +213,14 @@ def progress(title: str, *, quiet: bool = False) -> Iterator[Callable[[str, floa
         yield update
 
 
+def numbers(option: str, text: str) -> tuple[int, ...]:
+    """Whole numbers separated by commas; none in an empty text."""
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise UserError(f"{option} is {text!r}, expected whole numbers separated by commas, as in {option} 0,2048") from error
+
+
 def size(count: float) -> str:
     """Bytes for people: 11.3 MB."""
     for unit in ("B", "kB", "MB", "GB"):

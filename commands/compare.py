@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retnet_export.commands.common import BackendName, BundlePath, Json, Threads, print_columns, print_json, print_table, progress
+from retnet_export.commands.common import (
+    BackendName,
+    BundlePath,
+    Json,
+    Threads,
+    numbers,
+    print_columns,
+    print_json,
+    print_table,
+    progress,
+)
 from retnet_export.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -72,9 +82,9 @@ def compare(
     if memory_budget is not None and not 0 < memory_budget < 1e6:
         raise UserError(f"--memory-budget is {memory_budget:g}, expected gigabytes, more than 0")
     options = Options(
-        contexts=_numbers("--contexts", contexts),
-        prompts=_numbers("--prompts", prompts),
-        batches=_numbers("--batches", batches),
+        contexts=numbers("--contexts", contexts),
+        prompts=numbers("--prompts", prompts),
+        batches=numbers("--batches", batches),
         batch_context=batch_context,
         kv_heads=kv_heads,
         cache=cache,
@@ -105,14 +115,6 @@ def _perplexity(bundle: Path, text: Path, backend: str, threads: int | None, upd
     from retnet_export.runtime.model import load
 
     return evaluate(load(bundle, backend, threads=threads, check_hashes=False), text, progress=update).perplexity
-
-
-def _numbers(option: str, text: str) -> tuple[int, ...]:
-    """Whole numbers separated by commas; none in an empty text."""
-    try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError as error:
-        raise UserError(f"{option} is {text!r}, expected whole numbers separated by commas, as in {option} 0,2048") from error
 
 
 def print_comparison(comparison: Comparison, target: Path) -> None:

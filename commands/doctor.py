@@ -26,6 +26,7 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
     "chat (with the bundle's chat template)": ("onnxruntime", "jinja2"),
     "serve": ("onnxruntime", "starlette", "uvicorn", "prometheus_client", "pydantic"),
     "inspect": (),
+    "bench": ("onnxruntime",),
     "compare": (*WRITE, "onnxruntime", "matplotlib"),
     "compare (--peer llama.cpp)": (*WRITE, "onnxruntime", "matplotlib", "gguf"),
     "plan": (),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
+from retnet_export.runtime.timing import Sample
 
 
 @dataclass
@@ -101,4 +101,4 @@ def peak_memory_bytes() -> int | None:
 
 
 def _percentile(values: Sequence[float], percent: float) -> float | None:
-    return float(np.percentile(values, percent)) if values else None
+    return Sample(values).percentile(percent) if values else None

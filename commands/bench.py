@@ -1,0 +1,59 @@
+"""`retnet-export bench`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, Literal
+
+import typer
+
+from retnet_export.commands.common import (
+    BackendName,
+    BundlePath,
+    Json,
+    LowMemory,
+    Threads,
+    numbers,
+    print_columns,
+    print_json,
+    progress,
+)
+
+
+def bench(
+    bundle: BundlePath,
+    prompt: Annotated[str, typer.Option("-p", "--prompt", metavar="N,…", help="Read prompts of so many tokens: pp512.")] = "512",
+    new: Annotated[str, typer.Option("-n", "--new", metavar="N,…", help="Decode so many tokens: tg128.")] = "128",
+    batches: Annotated[str, typer.Option("-b", "--batches", metavar="N,…", help="So many sequences together.")] = "1",
+    depths: Annotated[str, typer.Option("-d", "--depths", metavar="N,…", help="After so many tokens read before.")] = "0",
+    repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1, help="Times each test counts.")] = 5,
+    backend: BackendName = "auto",
+    threads: Threads = None,
+    low_memory: LowMemory = None,
+    form: Annotated[Literal["table", "md", "csv"], typer.Option("--format", help="How results are printed.")] = "table",
+    as_json: Json = False,
+) -> None:
+    """Measure prompt and decode speed in tokens/s, mean ± deviation, in the manner of llama-bench."""
+    from retnet_export.compare.bench import HEAD, cells, comma_separated, line, markdown, run, trials_of
+    from retnet_export.compare.machine import cores, description, versions
+    from retnet_export.plan.sizes import sizes_of_bundle
+    from retnet_export.runtime.model import load
+
+    trials = trials_of(
+        *(numbers(*pair) for pair in (("--prompt", prompt), ("--new", new), ("--batches", batches), ("--depths", depths)))
+    )
+    model = load(bundle, backend, threads=threads, low_memory=low_memory)
+    parameters = sizes_of_bundle(model.bundle.manifest).parameters
+    with progress("bench", quiet=as_json) as update:
+        speeds = list(run(model, trials, repetitions, update))
+    lines = [line(model, parameters, threads, speed) for speed in speeds]
+    if as_json:
+        machine = description(cores(threads)) | {"cores": str(len(cores(None)))}
+        results = [
+            asdict(each) | {"samples": list(speed.tokens_per_second.values)} for each, speed in zip(lines, speeds, strict=True)
+        ]
+        print_json({"bundle": str(bundle), "machine": machine, "versions": versions(), "results": results})
+    elif form == "table":
+        print_columns("", HEAD, [cells(each) for each in lines])
+    else:
+        typer.echo(markdown(lines) if form == "md" else comma_separated(lines))
