@@ -18,6 +18,7 @@ import onnx_ir as ir
 from retnet_export.graph.blocks import Writer, head_norm, join_heads, projections, rotation
 from retnet_export.graph.builder import GraphBuilder, Value
 from retnet_export.graph.retnet import OPSET, STATE_TYPES, embed, layers, logits
+from retnet_export.graph.states import allow_steps_in_place
 from retnet_export.graph.weights import ReadWeight
 from retnet_export.graph.weights_file import WeightsFile
 from retnet_export.runtime.bundle.config import ModelConfig
@@ -80,4 +81,6 @@ def build_decode(
     b.output(after, "position_out", ir.DataType.INT64, (size,))
     for index, value in enumerate(state_after):
         b.output(value, f"{state_name(index)}_out", state_type, state_shape)
-    return b.model(f"RetNet decode step, {config.num_layers} layers, {compute}")
+    model = b.model(f"RetNet decode step, {config.num_layers} layers, {compute}")
+    allow_steps_in_place(model)  # one operator reads a layer's state, and a later one writes it
+    return model

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from retnet_export.graph.blocks import NUMPY_DTYPES, Writer, feed_forward, norm
 from retnet_export.graph.builder import Value
-from retnet_export.graph.states import layout_of
+from retnet_export.graph.states import layout_of, steps_in_place
 from retnet_export.graph.weights import narrowed
 from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.bundle.manifest import GraphSpec, TensorSpec
@@ -116,4 +116,5 @@ def graph_spec(model: ir.Model, file: str, chunk_size: int) -> GraphSpec:
         outputs=tuple(spec(value) for value in graph.outputs),
         chunk_size=chunk_size,
         state_layout=layout_of(model),
+        steps_in_place=steps_in_place(model),
     )

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from retnet_export.runtime.bundle.layout import AXES, StateLayout
 from retnet_export.runtime.bundle.manifest import state_name
 
-AXES_KEY, PIECES_KEY = "retnet.state_axes", "retnet.state_pieces"
+AXES_KEY, PIECES_KEY, IN_PLACE_KEY = "retnet.state_axes", "retnet.state_pieces", "retnet.steps_in_place"
 
 
 def states(graph: ir.Graph) -> list[tuple[ir.Value, ir.Value]]:
@@ -34,3 +34,13 @@ def layout_of(model: ir.Model) -> StateLayout:
     axes = model.metadata_props.get(AXES_KEY, ",".join(AXES)).split(",")
     pieces = int(model.metadata_props.get(PIECES_KEY, "1"))
     return StateLayout(tuple(axis for name in axes for axis in AXES if axis == name), pieces)
+
+
+def allow_steps_in_place(model: ir.Model) -> None:
+    """Say that a run of one token for each sequence may write the states of the layers where it reads them."""
+    model.metadata_props[IN_PLACE_KEY] = "1"
+
+
+def steps_in_place(model: ir.Model) -> bool:
+    """Whether `allow_steps_in_place` was called."""
+    return model.metadata_props.get(IN_PLACE_KEY) == "1"

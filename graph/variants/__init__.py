@@ -20,9 +20,15 @@ from retnet_export.graph.variants.gates import GatedNormPass, SwishPass
 from retnet_export.graph.variants.linear_attention import LinearAttentionPass, StatePiecesPass
 from retnet_export.graph.variants.norms import ResidualNormPass
 from retnet_export.graph.variants.products import MatMulNBitsPass
-from retnet_export.graph.variants.retention import GatedDeltaNetPass, RotaryEmbeddingPass, ValueMajorStatePass
+from retnet_export.graph.variants.retention import (
+    GatedDeltaNetPass,
+    RotaryEmbeddingOfChunksPass,
+    RotaryEmbeddingPass,
+    ValueMajorStatePass,
+)
 from retnet_export.graph.variants.skip_norms import SkipNormPass
 from retnet_export.graph.variants.splits import SplitRowsPass
+from retnet_export.graph.variants.steps import StepBranchPass
 from retnet_export.graph.variants.sums import SumAsAddPass
 from retnet_export.graph.variants.top import TopLogitsPass
 
@@ -43,7 +49,13 @@ ONNXRUNTIME_CUDA: Sequence[type[ir.passes.InPlacePass]] = (
 )
 """In this order: casts are moved out of the way first, and the head norm is gated before the other norms are looked for."""
 
-ONNXRUNTIME_CPU: Sequence[type[ir.passes.InPlacePass]] = (RotaryEmbeddingPass, StatePiecesPass, LinearAttentionPass, SkipNormPass)
+ONNXRUNTIME_CPU: Sequence[type[ir.passes.InPlacePass]] = (
+    RotaryEmbeddingOfChunksPass,
+    StatePiecesPass,
+    LinearAttentionPass,
+    StepBranchPass,
+    SkipNormPass,
+)
 """What was measured to help (docs/quantization.md): of these operators, those for gates and GatedDeltaNet are slow on a CPU."""
 
 FIRST_VERSIONS: Mapping[str, str] = {

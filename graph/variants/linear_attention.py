@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from retnet_export.graph.states import declare_layout, states
 from retnet_export.graph.variants.pattern import MICROSOFT, Writer, made_by, scope_of, size_of, substitute
@@ -80,21 +81,41 @@ class LinearAttentionPass(ir.passes.InPlacePass):
 
 def _replace(graph: ir.Graph, found: Retention) -> None:
     w = Writer(graph, found.node, scope_of(found.node))
-    pieces, value_dim = size_of(found.state, 1), size_of(found.state, 3)
-    heads, key_size = len(found.gamma), pieces * size_of(found.state, 2)
-    count = pieces // heads
     reshaped = made_by(found.v, "Reshape")
     v = found.v if reshaped is None or reshaped.inputs[0] is None else reshaped.inputs[0]
+    o, state_after = attend(w, found.q, found.k, v, found.state, found.gamma)
+    substitute(found.state_after, state_after)
+    substitute(found.node.outputs[0], o)
+
+
+def attend(
+    w: Writer, q: ir.Value, k: ir.Value, v: ir.Value, state: ir.Value, gamma: NDArray[np.generic]
+) -> tuple[ir.Value, ir.Value]:
+    """One token's retention over a state in pieces.
+
+    Args:
+        w: writes the nodes.
+        q, k: (B, …) of H·Dk numbers.
+        v: (B, …) of H·Dv numbers.
+        state: (B, H·s, Dk/s, Dv).
+        gamma: the decay of each head, (H,).
+
+    Returns:
+        The read (B, H, Dv), and the state after.
+    """
+    pieces, value_dim = size_of(state, 1), size_of(state, 3)
+    heads, key_size = len(gamma), pieces * size_of(state, 2)
+    count = pieces // heads
     v = w.reshape(v, "v_of_head", 0, heads, 1, value_dim)
     if count > 1:
         v = w.op("Tile", v, w.initializer(np.array([1, 1, count, 1]), "once_a_piece"), name="v_of_piece", dtype=ir.DataType.FLOAT)
     read, state_after = w.op_n(
         "LinearAttention",
-        w.reshape(found.q, "q_joined", 0, 1, key_size),
-        w.reshape(found.k, "k_joined", 0, 1, key_size),
+        w.reshape(q, "q_joined", 0, 1, key_size),
+        w.reshape(k, "k_joined", 0, 1, key_size),
         w.reshape(v, "v_joined", 0, 1, pieces * value_dim),
-        found.state,
-        _decay(graph, np.repeat(found.gamma, count)),
+        state,
+        _decay(w.graph, np.repeat(gamma, count)),
         names=["retention", "state_after_retention"],
         dtypes=[ir.DataType.FLOAT, ir.DataType.FLOAT],
         domain=MICROSOFT,
@@ -103,13 +124,15 @@ def _replace(graph: ir.Graph, found: Retention) -> None:
         scale=1.0,
         update_rule="gated",
     )
-    o = w.reshape(read, "o_of_piece", 0, heads, count, value_dim)
-    o = w.op("ReduceSum", o, w.initializer(np.array([2]), "piece_axis"), name="o_of_head", dtype=ir.DataType.FLOAT, keepdims=0)
-    substitute(found.state_after, state_after)
-    substitute(found.node.outputs[0], o)
+    if count > 1:
+        o = w.reshape(read, "o_of_piece", 0, heads, count, value_dim)
+        o = w.op("ReduceSum", o, w.initializer(np.array([2]), "piece_axis"), name="o_of_head", dtype=ir.DataType.FLOAT, keepdims=0)
+    else:
+        o = w.reshape(read, "o_of_head", 0, heads, value_dim)
+    return o, state_after
 
 
-def _decay(graph: ir.Graph, gamma: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> ir.Value:
+def _decay(graph: ir.Graph, gamma: NDArray[np.generic]) -> ir.Value:
     """ln γ of each piece for every sequence, (B, 1, pieces), once for all layers."""
     name = "log_decay_of_piece"
     made = next((node.outputs[0] for node in graph if node.outputs[0].name == f"decay.{name}"), None)

@@ -78,26 +78,49 @@ class RotaryEmbeddingPass(ir.passes.InPlacePass):
     step, one row a sequence, so it is handed the batch as its sequence axis.
     """
 
+    axes: tuple[int, ...] = (3,)
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph, modified = model.graph, False
         for node in list(graph):
-            found = _match_rotation(node)
+            found = _match_rotation(node, self.axes)
             if found is None:
                 continue
-            first, second, cos, sin, heads, half = found
+            first, second, cos, sin, lead, heads, half = found
             w = Writer(graph, node, scope_of(node))
             narrow = [narrowed(each) for each in (first, second)]
             dtype = narrow[0][1] if narrow[0] is not None and narrow[1] is not None else ir.DataType.FLOAT
             parts = [each[0] for each in narrow if each is not None] if dtype != ir.DataType.FLOAT else [first, second]
             joined = w.op("Concat", *parts, name="qk_unrotated", dtype=dtype, axis=-1)
-            packed = w.reshape(joined, "qk_packed", 1, -1, 2 * heads * half)
-            start = w.initializer(np.zeros(1, np.int64), "rotary_start")
+            packed = w.reshape(joined, "qk_packed", *((1, -1) if lead == 1 else (0, 0)), 2 * heads * half)
+            places = w.initializer(np.zeros(1, np.int64), "rotary_start") if lead == 1 else _rows_of_table(graph)
             tables = [_table(graph, angle, name, half, dtype) for angle, name in ((cos, "cos"), (sin, "sin"))]
-            turned = w.op("RotaryEmbedding", packed, start, *tables, name="qk_rotated", dtype=dtype, domain=MICROSOFT)
-            result = w.reshape(turned, "qk_of_head", -1, heads, 2 * half)
+            turned = w.op("RotaryEmbedding", packed, places, *tables, name="qk_rotated", dtype=dtype, domain=MICROSOFT)
+            result = w.reshape(turned, "qk_of_head", *((-1,) if lead == 1 else (0, 0)), heads, 2 * half)
             substitute(node.outputs[0], w.cast(result, ir.DataType.FLOAT, "qk_float32") if dtype != ir.DataType.FLOAT else result)
             modified = True
         return ir.passes.PassResult(model, modified)
+
+
+class RotaryEmbeddingOfChunksPass(RotaryEmbeddingPass):
+    """The same of prefill's four axes: the tables have a row for each token of each sequence, and say which row is whose."""
+
+    axes = (3, 4)
+
+
+def _rows_of_table(graph: ir.Graph) -> ir.Value:
+    """0 … B·C - 1 as (B, C), once for all layers."""
+    name = "rotation.row_of_token"
+    made = next((node.outputs[0] for node in graph if node.outputs[0].name == name), None)
+    if made is not None:
+        return made
+    w = Writer(graph, graph[0], "rotation")  # nodes are put in order at the end
+    tokens = next(value for value in graph.inputs if value.name == "tokens")
+    shape = w.op("Shape", tokens, name="tokens_shape", dtype=ir.DataType.INT64)
+    count = w.reshape(w.op("Size", tokens, name="tokens_size", dtype=ir.DataType.INT64), "tokens_count")
+    zero, one = (w.initializer(np.array(value, np.int64), f"row_{value}") for value in (0, 1))
+    rows = w.op("Range", zero, count, one, name="rows", dtype=ir.DataType.INT64)
+    return w.op("Reshape", rows, shape, name="row_of_token", dtype=ir.DataType.INT64)
 
 
 class GatedDeltaNetPass(ir.passes.InPlacePass):
@@ -206,8 +229,8 @@ def log_decay(graph: ir.Graph, gamma: NDArray[np.generic]) -> ir.Value:
     return w.op("Add", column, w.initializer(log_gamma[None], "log_gamma_row"), name=name, dtype=ir.DataType.FLOAT)
 
 
-def _match_rotation(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value, int, int] | None:
-    """Concat(first·cos - second·sin, second·cos + first·sin) of (B, heads, half): decode's three axes, not prefill's four."""
+def _match_rotation(node: ir.Node, axes: tuple[int, ...]) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value, int, int, int] | None:
+    """Concat(first·cos - second·sin, second·cos + first·sin) of (B, heads, half), 3 axes, or (B, C, heads, half)."""
     if node.op_type != "Concat" or len(node.inputs) != 2:
         return None
     pairs = inputs_of(node.inputs[0], "Sub"), inputs_of(node.inputs[1], "Add")
@@ -217,9 +240,9 @@ def _match_rotation(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value, ir.Val
     (first, cos), (second, sin), again, last = (each for each in products if each is not None)
     shapes = [each.inputs[1] for value in (first, second) if (each := made_by(_wide_source(value), "Reshape"))]
     shape = constant(shapes[0]) if len(shapes) == 2 else None
-    if again != (second, cos) or last != (first, sin) or shape is None or shape.shape != (3,):
+    if again != (second, cos) or last != (first, sin) or shape is None or len(shape) not in axes:
         return None
-    return first, second, cos, sin, int(shape[1]), int(shape[2])
+    return first, second, cos, sin, len(shape) - 2, int(shape[-2]), int(shape[-1])
 
 
 def _wide_source(value: ir.Value) -> ir.Value:

@@ -3,18 +3,20 @@
 Rule: a step copies neither weights nor state. The graph reads the state from one set of buffers and writes it to the
 other; the next step swaps them. All buffers are bound once, when a stream is opened.
 
-decode.onnx may write a layer's state where it read it: one operator reads it, a later one writes it, and ONNX Runtime runs
-operators one after another. That spares a third of the memory traffic of the state. Only the position, which is read again
-after it was advanced, has a place of its own. prefill.onnx reads the state several times and always swaps.
+A step may write a layer's state where it read it, if its graph says so (`GraphSpec.steps_in_place`): one operator reads it, a later
+one writes it, and ONNX Runtime runs operators one after another. That spares a third of the memory traffic of the state. Only the
+position, which is read again after it was advanced, has a place of its own. Chunks read the state several times and always swap.
 
 ONNX Runtime packs the weights of every session for itself, so decode.onnx and prefill.onnx side by side would hold them
-twice. Float weights are therefore held by one session, of prefill.onnx, which reads one token as well as many: a step then
-costs up to a sixth more than decode.onnx. Quantized weights are small and steps over them short, so they get a session a
-graph, unless memory matters more (docs/prefill.md has the measurements).
+twice. They are therefore held by one session, of prefill.onnx, which reads one token as well as many. Of the variant for CPUs that
+costs a step 1 % more than decode.onnx. Of the portable graphs, which older versions run, it is a sixth; that is worth it for float
+weights, but quantized ones are small and steps over them short, so there they get a session a graph, unless memory matters more
+(docs/prefill.md has the measurements).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -24,7 +26,7 @@ from retnet_export.runtime.backends.base import NUMPY_DTYPES, PassCost, State, l
 from retnet_export.runtime.backends.onnxruntime_api import best_variant, check_computes, check_session
 from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.bundle.layout import StateLayout
-from retnet_export.runtime.bundle.manifest import Manifest, StateSpec
+from retnet_export.runtime.bundle.manifest import GraphSpec, Manifest, StateSpec
 from retnet_export.runtime.errors import MissingExtraError, UserError
 
 if TYPE_CHECKING:
@@ -68,7 +70,7 @@ class OnnxRuntimeBackend:
             options.add_session_config_entry("session.disable_prepacking", "1")
         self._options = options
         self._prefill = self._load("prefill")
-        share = not quantized if low_memory is None else low_memory
+        share = (not quantized or self._graphs["prefill"].steps_in_place) if low_memory is None else low_memory
         self._decode = self._prefill if share else self._load("decode")
 
     def _load(self, graph: str) -> onnxruntime.InferenceSession:
@@ -84,15 +86,15 @@ class OnnxRuntimeBackend:
 
     @property
     def pass_cost(self) -> PassCost:
-        """Float weights are read by both graphs' session at the speed of memory; quantized steps have a session of their own."""
-        return PassCost(0.15, 0.07) if self._decode is self._prefill else PassCost(0.5, 0.13)
+        """Float weights are read at the speed of memory, so that more tokens cost little; products of quantized ones are not."""
+        return PassCost(0.15, 0.07) if self._bundle.manifest.quantization is None else PassCost(0.5, 0.13)
 
     def open_stream(self, batch: int) -> OnnxRuntimeStream:
         manifest = self._bundle.manifest
         fixed = manifest.graphs["decode"].inputs[0].shape[0]
         if fixed not in (-1, batch):
             raise UserError(f"{self._bundle.path}: exported for batch {fixed}, asked for {batch}; export it without --batch")
-        return OnnxRuntimeStream(self._decode, self._prefill, manifest, self._graphs["decode"].state_layout, batch)
+        return OnnxRuntimeStream(self._decode, self._prefill, manifest, self._graphs, batch)
 
 
 _Bindings: TypeAlias = "tuple[onnxruntime.IOBinding, ...]"
@@ -106,17 +108,18 @@ class OnnxRuntimeStream:
         decode: onnxruntime.InferenceSession,
         prefill: onnxruntime.InferenceSession,
         manifest: Manifest,
-        layout: StateLayout,
+        graphs: Mapping[str, GraphSpec],
         batch: int,
     ) -> None:
         self._decode, self._prefill, self.batch = decode, prefill, batch
         self._specs = manifest.state
-        self._layout = layout
+        self._layout = graphs["decode"].state_layout
         self._tokens = np.zeros((batch, 1), np.int64)
         self._one_token, self._first_row = np.ones(batch, np.int64), np.zeros((batch, 1), np.int64)
         self._logits = np.zeros((batch, manifest.model.vocab_size), np.float32)
         self._buffers = tuple({spec.input: _filled(spec, self._layout, batch) for spec in manifest.state} for _ in range(2))
-        self._in_place = decode is not prefill
+        self._shared = decode is prefill
+        self._in_place = graphs["prefill" if self._shared else "decode"].steps_in_place
         self._position_after = np.zeros(batch, np.int64)
         self._side = 0
         self._bindings: dict[int, tuple[_Bindings, _Bindings]] = {}
@@ -138,7 +141,7 @@ class OnnxRuntimeStream:
         decode = tuple(self._bind_state(self._decode, before, after) for before, after in swapping)
         for binding in decode:
             _bind_input(binding, "tokens", self._tokens[:slots])
-            if not self._in_place:
+            if self._shared:
                 _bind_input(binding, "length", self._one_token[:slots])
                 _bind_input(binding, "rows", self._first_row[:slots])
         return decode, prefill

@@ -93,6 +93,7 @@ class GraphSpec:
         inputs, outputs: everything it takes and gives, state included.
         chunk_size: the most tokens per sequence in one run; 1 for decode.
         state_layout: how it keeps the states of the layers.
+        steps_in_place: whether a run of one token for each sequence may write the states of the layers where it reads them.
     """
 
     file: str
@@ -101,6 +102,7 @@ class GraphSpec:
     outputs: tuple[TensorSpec, ...]
     chunk_size: int = 1
     state_layout: StateLayout = field(default_factory=StateLayout)
+    steps_in_place: bool = False
 
 
 @dataclass(frozen=True)
