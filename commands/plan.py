@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from retnet_export.plan.devices import DeviceSpec
     from retnet_export.plan.outlook import Outlook
     from retnet_export.plan.sizes import Sizes
+    from retnet_export.runtime.bundle.anatomy import Anatomy
 
 HEAD = ("device", "fits", "peak", "tokens/s", "range", "Transformer at 8k", "largest batch")
 
@@ -50,10 +51,11 @@ def plan(
     from retnet_export.plan.outlook import outlook
 
     sizes, chunk, name, formats = _model(bundle, layers, width, heads, ffn, vocabulary, weights, state)
+    step = None if bundle is None else _counted_step(bundle)
     chosen = list(DEVICES.values()) if devices else [find_device(key) for key in device or ()]
     if not chosen:
         raise UserError(f"on which device? --device NAME, or --devices for all: {', '.join(DEVICES)}")
-    outlooks = [(spec, outlook(sizes, spec, batch, chunk, formats)) for spec in chosen]
+    outlooks = [(spec, outlook(sizes, spec, batch, chunk, formats, step)) for spec in chosen]
     if as_json:
         print_json({"model": name, "batch": batch, "parameters": sizes.parameters, "devices": [_record(*row) for row in outlooks]})
         return
@@ -128,6 +130,17 @@ def _model(
     return sizes, DEFAULT_CHUNK, f"{layers} layers of width {width}, {weights}", (FORMATS[weights],)
 
 
+def _counted_step(bundle: Path) -> Anatomy | None:
+    """What a step does in an engine of the bundle: in one for a GPU that was there when it was built, if there are several."""
+    from retnet_export.runtime.bundle.bundle import open_bundle
+    from retnet_export.runtime.bundle.engines import read_engines, sources_of
+
+    opened = open_bundle(bundle, check_hashes=False)
+    records = [record for record in read_engines(opened) if dict(record.sources) == sources_of(opened)]
+    counted = [step for record in sorted(records, key=lambda each: each.device is None) if (step := record.anatomy_of("decode"))]
+    return counted[0] if counted else None
+
+
 def _record(spec: DeviceSpec, result: Outlook) -> dict[str, object]:
     return {
         "device": spec.key,
@@ -138,6 +151,7 @@ def _record(spec: DeviceSpec, result: Outlook) -> dict[str, object]:
         "memory_usable_bytes": round(spec.usable_bytes),
         "largest_batch": result.largest_batch,
         "bytes_per_step": round(result.prediction.bytes_per_step),
+        "kernels_per_step": result.prediction.kernels,
         "tokens_per_second": round(result.prediction.tokens_per_second, 1) if result.fits else None,
         "range": [round(result.prediction.low, 1), round(result.prediction.high, 1)] if result.fits else None,
         "transformer_tokens_per_second": {
@@ -154,7 +168,11 @@ def _print_one(name: str, sizes: Sizes, batch: int, spec: DeviceSpec, result: Ou
     rows = [
         ("model", f"{sizes.parameters / 1e6:,.0f} million parameters, weights {size(sizes.weights_bytes)}"),
         ("state", f"{size(sizes.state_bytes)} a sequence, at any length"),
-        ("a step reads and writes", size(prediction.bytes_per_step)),
+        (
+            "a step reads and writes",
+            size(prediction.bytes_per_step)
+            + (", as its sizes say; compile counts it" if prediction.kernels is None else f" in {prediction.kernels} kernels"),
+        ),
         ("memory", f"{size(result.at_rest)} at rest, {size(result.at_peak)} at peak, of {size(spec.usable_bytes)} usable"),
         ("fits", "yes" if result.fits else f"NO: {result.why_not}"),
         ("largest batch", f"{result.largest_batch:,}"),

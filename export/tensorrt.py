@@ -292,7 +292,7 @@ def _build(
         raise UserError(parser_message(bundle.path, parser, options.target, module.__version__))
     if options.candidates:
         add_candidates(module, network, min(options.candidates, bundle.manifest.model.vocab_size))
-    config = builder_config(module, builder, capabilities)
+    config = builder_config(module, builder, capabilities, bundle.manifest.precision.compute)
     if options.workspace_mb is not None:
         config.set_memory_pool_limit(module.MemoryPoolType.WORKSPACE, options.workspace_mb << 20)
     for profile in plan.profiles:

@@ -39,7 +39,7 @@ def ask(module: Any, capabilities: Sequence[str], on_this_gpu: bool, compute: st
     parser = module.OnnxParser(network, logger)
     if not parser.parse(network_of_two(compute).SerializeToString()):
         return Probe(joined=False, int8_fused=None)
-    config = builder_config(module, builder, capabilities)
+    config = builder_config(module, builder, capabilities, compute)
     for profile in (Profile("decode", 1, 1, 1), Profile("prefill", CHUNK, CHUNK, CHUNK), Profile("prefill", 1, 2, CHUNK)):
         config.add_optimization_profile(optimization_profile(builder, GRAPHS, profile, 1))
     serialized = builder.build_serialized_network(network, config)

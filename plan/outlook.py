@@ -9,6 +9,7 @@ from retnet_export.plan.devices import FORMAT_FLOOR, DeviceSpec, parse_capabilit
 from retnet_export.plan.prediction import MEASUREMENTS, Prediction, predict
 from retnet_export.plan.preflight import largest_batch, needed_bytes
 from retnet_export.plan.sizes import Sizes
+from retnet_export.runtime.bundle.anatomy import Anatomy
 
 BASES = {
     "tensorrt": "a roofline fitted to NVIDIA's figures for INT4 Transformers on Jetson Orin; no RetNet was measured there",
@@ -40,7 +41,9 @@ class Outlook:
     basis: str
 
 
-def outlook(sizes: Sizes, device: DeviceSpec, batch: int, chunk: int, formats: Sequence[str]) -> Outlook:
+def outlook(
+    sizes: Sizes, device: DeviceSpec, batch: int, chunk: int, formats: Sequence[str], step: Anatomy | None = None
+) -> Outlook:
     """What to expect.
 
     Args:
@@ -49,6 +52,7 @@ def outlook(sizes: Sizes, device: DeviceSpec, batch: int, chunk: int, formats: S
         batch: sequences that step together.
         chunk: tokens of a prompt that are read at once.
         formats: of its weights and products.
+        step: what an engine of TensorRT does in a step, if there is one.
     """
     peak = needed_bytes(sizes, batch, chunk)
     why_not = None
@@ -58,6 +62,7 @@ def outlook(sizes: Sizes, device: DeviceSpec, batch: int, chunk: int, formats: S
             why_not = f"{name} needs compute capability {floor[0]}.{floor[1]}, this GPU has {device.compute_capability}"
     if peak > device.usable_bytes:
         why_not = f"it needs {peak / 1e9:.2f} GB at batch {batch}, {device.usable_bytes / 1e9:.2f} are usable"
+    counted = device.runtime == "tensorrt" and step is not None
     rows = sum(row.runtime == device.runtime for row in MEASUREMENTS)
     return Outlook(
         fits=why_not is None,
@@ -65,6 +70,6 @@ def outlook(sizes: Sizes, device: DeviceSpec, batch: int, chunk: int, formats: S
         at_rest=sizes.memory_at_rest(batch),
         at_peak=peak,
         largest_batch=largest_batch(sizes, device.usable_bytes, chunk),
-        prediction=predict(sizes, device, batch),
-        basis=f"{BASES[device.runtime]} ({rows} figures)",
+        prediction=predict(sizes, device, batch, step if counted else None),
+        basis=f"{BASES[device.runtime]} ({rows} figures){', with bytes and kernels counted in the engine' if counted else ''}",
     )

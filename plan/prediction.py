@@ -18,6 +18,7 @@ import numpy as np
 
 from retnet_export.plan.devices import DEVICES, DeviceSpec
 from retnet_export.plan.sizes import Sizes
+from retnet_export.runtime.bundle.anatomy import Anatomy
 
 STATE_PASSES: Mapping[str, float] = {
     # Decay, update and read-out of a layer's state are one kernel: read once, written once. In TensorRT by its fusion, in the
@@ -114,13 +115,13 @@ class Fit:
     slowest: float
     fastest: float
 
-    def milliseconds(self, bandwidth_gbs: float, bytes_moved: float, layers: int, batch: int) -> float:
+    def milliseconds(self, bandwidth_gbs: float, bytes_moved: float, layers: float, batch: int) -> float:
         """The predicted time of a step."""
         constants = np.array([1 / self.efficiency, self.overhead_ms, self.sequence_overhead_ms])
         return float(_features(bandwidth_gbs, bytes_moved, layers, batch) @ constants)
 
 
-def _features(bandwidth_gbs: float, bytes_moved: float, layers: int, batch: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def _features(bandwidth_gbs: float, bytes_moved: float, layers: float, batch: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     return np.array([bytes_moved / bandwidth_gbs / 1e6, layers, layers * (batch - 1)], np.float64)
 
 
@@ -154,6 +155,7 @@ class Prediction:
 
     Attributes:
         bytes_per_step: bytes that a step moves.
+        kernels: that a step launches; None where no engine says it.
         tokens_per_second: of all sequences together.
         low, high: the range, from the spread of the figures that the constants were fitted to.
         transformer: tokens per second of a Transformer of the same size with a key-value cache, by tokens in the cache; None
@@ -161,25 +163,35 @@ class Prediction:
     """
 
     bytes_per_step: float
+    kernels: int | None
     tokens_per_second: float
     low: float
     high: float
     transformer: Mapping[int, float | None]
 
 
+KERNELS_PER_LAYER = 10
+"""Kernels for which the overhead of a layer was fitted: two norms, four products, rotation, attention, activation, residual."""
+
 CONTEXTS = (0, 2048, 8192, 32768)
 """Tokens in the Transformer's cache for the comparison."""
 
 
-def predict(sizes: Sizes, device: DeviceSpec, batch: int = 1) -> Prediction:
+def predict(sizes: Sizes, device: DeviceSpec, batch: int = 1, step: Anatomy | None = None) -> Prediction:
     """Predict the decode speed of a model on a device.
+
+    Without an engine a step is taken to move what its form should. With one, bytes are what the engine moves, and the overhead of a
+    layer grows with the kernels that the engine launches for it.
 
     The Transformer of the same size reads the same matrices and, in place of the state, its cache: float16 keys and values of
     the model's width, for all its heads.
     """
     constants, layers = fit(device.runtime), sizes.config.num_layers
-    bytes_per_step = sizes.bytes_per_step(batch, state_passes=STATE_PASSES[device.runtime])
-    rate = 1e3 * batch / constants.milliseconds(device.bandwidth_gbs, bytes_per_step, layers, batch)
+    bytes_per_step, like = sizes.bytes_per_step(batch, state_passes=STATE_PASSES[device.runtime]), float(layers)
+    if step is not None:
+        bytes_per_step = float(step.weight_bytes + batch * (step.state_bytes + step.other_bytes))
+        like = step.kernels / KERNELS_PER_LAYER
+    rate = 1e3 * batch / constants.milliseconds(device.bandwidth_gbs, bytes_per_step, like, batch)
     transformer: dict[int, float | None] = {}
     for context in CONTEXTS:
         cache = batch * context * sizes.kv_bytes_per_token
@@ -188,4 +200,5 @@ def predict(sizes: Sizes, device: DeviceSpec, batch: int = 1) -> Prediction:
             continue
         moved = sizes.bytes_per_step(batch, state_passes=0.0) + cache
         transformer[context] = 1e3 * batch / constants.milliseconds(device.bandwidth_gbs, moved, layers, batch)
-    return Prediction(bytes_per_step, rate, rate * constants.slowest, rate * constants.fastest, transformer)
+    kernels = None if step is None else step.kernels
+    return Prediction(bytes_per_step, kernels, rate, rate * constants.slowest, rate * constants.fastest, transformer)

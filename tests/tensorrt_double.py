@@ -188,6 +188,9 @@ class IBuilderConfig(Strict):
     def clear_flag(self, flag):
         self._flags.discard(BuilderFlag(flag))
 
+    def set_flag(self, flag):
+        self._flags.add(BuilderFlag(flag))
+
     def set_memory_pool_limit(self, pool, pool_size):
         MemoryPoolType(pool)
 

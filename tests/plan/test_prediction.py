@@ -8,6 +8,7 @@ from retnet_export.plan.outlook import outlook
 from retnet_export.plan.prediction import check_against_measurements, fit, predict
 from retnet_export.plan.preflight import largest_batch, nearest_fit, needed_bytes
 from retnet_export.plan.sizes import sizes_of_bundle, sizes_of_model
+from retnet_export.runtime.bundle.anatomy import Anatomy
 from retnet_export.runtime.errors import UserError
 
 SIZES = sizes_of_model(tiny.config(hidden_size=2048, num_layers=24, num_heads=8, head_key_dim=256, head_value_dim=512), "float16")
@@ -79,3 +80,36 @@ def test_the_nearest_fit_is_a_smaller_batch_then_smaller_weights(tmp_path):
 def test_an_unknown_device_is_answered_with_the_known_ones():
     with pytest.raises(UserError, match=r"no device 'nano'; the planner knows orin-nano-4gb, .*h100"):
         find_device("nano")
+
+
+def counted(kernels, *, weights=1.0e9, state=2.0e8, other=1e7):
+    return Anatomy(
+        role="decode",
+        tokens=1,
+        kernels=kernels,
+        layers=24,
+        weight_bytes=int(weights),
+        state_bytes=int(state),
+        other_bytes=int(other),
+        state_passes=2.0,
+        floor_bytes=int(weights + state),
+        excess=(),
+        source="builder's log",
+    )
+
+
+def test_an_engines_bytes_and_kernels_are_what_is_predicted_from():
+    device = find_device("agx-orin-64gb")
+    lean, wasteful = predict(SIZES, device, step=counted(220)), predict(SIZES, device, step=counted(440, state=6e8))
+    assert (lean.bytes_per_step, lean.kernels) == (1.21e9, 220)
+    assert predict(SIZES, device, 4, counted(220)).bytes_per_step == 1.0e9 + 4 * 2.1e8
+    constants = fit("tensorrt")
+    expected = 1.21e9 / 205e6 / constants.efficiency + 22 * constants.overhead_ms
+    assert lean.tokens_per_second == pytest.approx(1e3 / expected)
+    assert wasteful.tokens_per_second < 0.7 * lean.tokens_per_second
+
+
+def test_what_a_tensorrt_engine_does_says_nothing_of_another_runtime():
+    result = outlook(SIZES, find_device("h100"), 1, 256, ("float16",), counted(220))
+    assert result.prediction.kernels is None
+    assert outlook(SIZES, find_device("agx-orin-64gb"), 1, 256, ("float16",), counted(220)).prediction.kernels == 220
