@@ -2,14 +2,18 @@
 
 A matrix W is (N, K): N outputs, K inputs, y = W x. Both are padded, N to whole tiles of 16 rows, K to whole runs; padding is zero.
 
-**Floats** (float32, float16, bfloat16) lie row by row: W[n, k] at element n · pitch + k, where the pitch is the padded K. So cuBLAS
-reads them too, with the pitch as its leading dimension. A run is 128 bytes of a row.
+The unit is a **run** of a **tile**: 16 rows by so many inputs, contiguous; a tile's runs follow each other, then comes the next tile. A
+warp fetches whole runs, 2 or 1 KB at once: rows of a plain matrix, 128 bytes here and 128 there, cost a tenth of the memory's speed
+(docs/gpu.md). In a run the bytes lie in the order in which the threads of a warp feed `mma.m16n8k16`, 16 bytes a thread:
 
-**Integers** (INT8, INT4) lie in the order in which the threads of a warp feed `mma.m16n8k16`: tile by tile (16 rows), in a tile
-run by run (64 inputs of INT8, 128 of INT4). A run is 1,024 bytes of values, then its scales if there are any by group:
+**Floats** (float32, float16, bfloat16): 2,048 bytes, 32 inputs of float32, 64 of the others.
 
-    run of a tile:   values [half 2][g 8][t 4][16 bytes]     row of the tile = g + 8 · half
-                     scales [group][g 8][half 2]             groups of `granularity` inputs, 16 scales each
+    [half 2][i 2][g 8][t 4][16 bytes]                       row of the tile = g + 8 · half; the 16 bytes are number 4i + t of the row
+
+**Integers** (INT8, INT4): 1,024 bytes of values, 64 inputs of INT8, 128 of INT4; then the scales if there are any by group.
+
+    values [half 2][g 8][t 4][16 bytes]                     row of the tile = g + 8 · half
+    scales [group][g 8][half 2]                             groups of `granularity` inputs, 16 scales each
 
 Thread t of a row's four holds, of every 32 inputs, two fours: inputs 4t … 4t+3 and 16+4t … 16+4t+3. The first four of all threads
 are the 16 inputs of one mma, the second four those of the next. So the 16 bytes of a thread are
@@ -45,7 +49,7 @@ FloatKind = Literal["float32", "float16", "bfloat16"]
 
 TILE_ROWS = 16
 RUN_COLUMNS: Mapping[Kind, int] = {"float32": 32, "float16": 64, "bfloat16": 64, "int8": 64, "int4": 128}
-"""Inputs of a run: 128 bytes of a row of floats, 1,024 bytes of a tile of integers."""
+"""Inputs of a run: 128 bytes of each row of floats, 64 of integers."""
 BITS: Mapping[Kind, int] = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "int4": 4}
 MMA_COLUMNS = 16
 """Inputs of one mma; a group of inputs that share a scale is a multiple of it."""
@@ -100,14 +104,14 @@ class MatrixLayout:
         return RUN_COLUMNS[self.kind]
 
     @property
-    def runs(self) -> int:
-        """Runs of a row."""
+    def tile_runs(self) -> int:
+        """Runs of a tile."""
         return -(-self.columns // self.run)
 
     @property
-    def pitch(self) -> int:
-        """The padded K: elements from one row of floats to the next."""
-        return self.runs * self.run
+    def padded_columns(self) -> int:
+        """The padded K."""
+        return self.tile_runs * self.run
 
     @property
     def granularity(self) -> int:
@@ -121,14 +125,14 @@ class MatrixLayout:
 
     @property
     def run_bytes(self) -> int:
-        """Bytes of one run of one tile, scales included: of integers contiguous, of floats 16 pieces."""
+        """Bytes of one run of one tile, scales included."""
         values = TILE_ROWS * self.run * BITS[self.kind] // 8
         return values + self.scales_in_run * TILE_ROWS * BITS[self.scale] // 8
 
     @property
     def bytes(self) -> int:
         """Bytes of the matrix on the device, without the vector of scales by output."""
-        return self.tiles * self.runs * self.run_bytes
+        return self.tiles * self.tile_runs * self.run_bytes
 
     @property
     def has_row_scales(self) -> bool:
@@ -153,10 +157,12 @@ def place(k: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def device_bytes_from_floats(layout: MatrixLayout, weights: NDArray[np.generic]) -> NDArray[np.uint8]:
     """Lay out a matrix of floats (N, K), of the layout's kind (bfloat16 as uint16): uint8 (layout.bytes,)."""
-    padded = np.zeros((layout.padded_rows, layout.pitch), weights.dtype)
+    padded = np.zeros((layout.padded_rows, layout.padded_columns), weights.dtype)
     rows = source_rows(layout)
     padded[rows >= 0, : layout.columns] = weights[rows[rows >= 0]]
-    return padded.view(np.uint8).reshape(-1)
+    # (tile, half, g, run, i, t, 16 bytes) -> (tile, run, half, i, g, t, 16 bytes)
+    pieces = padded.view(np.uint8).reshape(layout.tiles, 2, 8, layout.tile_runs, 2, 4, 16).transpose(0, 3, 1, 4, 2, 5, 6)
+    return np.ascontiguousarray(pieces).reshape(-1)
 
 
 def device_bytes_from_integers(
@@ -174,21 +180,21 @@ def device_bytes_from_integers(
     """
     bits, rows = BITS[layout.kind], source_rows(layout)
     zero = 1 << (bits - 1)
-    padded = np.full((layout.padded_rows, layout.pitch), zero, np.uint8)
+    padded = np.full((layout.padded_rows, layout.padded_columns), zero, np.uint8)
     padded[rows >= 0, : layout.columns] = (values[rows[rows >= 0]].astype(np.int16) + zero).astype(np.uint8)
     # (tile, half, g, run, 32s, second four, t, four) -> (tile, run, half, g, t, 32s, eight)
-    shaped = padded.reshape(layout.tiles, 2, 8, layout.runs, layout.run // 32, 2, 4, 4)
-    eights = shaped.transpose(0, 3, 1, 2, 6, 4, 5, 7).reshape(layout.tiles, layout.runs, 2, 8, 4, layout.run // 32, 8)
+    shaped = padded.reshape(layout.tiles, 2, 8, layout.tile_runs, layout.run // 32, 2, 4, 4)
+    eights = shaped.transpose(0, 3, 1, 2, 6, 4, 5, 7).reshape(layout.tiles, layout.tile_runs, 2, 8, 4, layout.run // 32, 8)
     if bits == 4:
         nibbles = eights[..., list(NIBBLE_ORDER)]
         eights = nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
-    content = eights.reshape(layout.tiles, layout.runs, -1)
+    content = eights.reshape(layout.tiles, layout.tile_runs, -1)
     if scales is not None:
         of_inputs = np.repeat(scales, layout.group_size or 1, axis=1)[:, :: layout.granularity]  # (N, K / granularity)
-        every = np.zeros((layout.padded_rows, layout.runs * layout.scales_in_run), scales.dtype)
+        every = np.zeros((layout.padded_rows, layout.tile_runs * layout.scales_in_run), scales.dtype)
         every[rows >= 0, : of_inputs.shape[1]] = of_inputs[rows[rows >= 0]]
-        by_run = every.reshape(layout.tiles, 2, 8, layout.runs, layout.scales_in_run).transpose(0, 3, 4, 2, 1)
-        tail = np.ascontiguousarray(by_run).view(np.uint8).reshape(layout.tiles, layout.runs, -1)
+        by_run = every.reshape(layout.tiles, 2, 8, layout.tile_runs, layout.scales_in_run).transpose(0, 3, 4, 2, 1)
+        tail = np.ascontiguousarray(by_run).view(np.uint8).reshape(layout.tiles, layout.tile_runs, -1)
         content = np.concatenate([content, tail], axis=2)
     return np.ascontiguousarray(content).reshape(-1)
 
@@ -204,20 +210,21 @@ def floats_from_device_bytes(
         row_scales: (padded N,), of a layout that has them.
     """
     if not layout.integer:
-        padded = _floats(content, layout.kind).reshape(layout.padded_rows, layout.pitch)
+        pieces = content.reshape(layout.tiles, layout.tile_runs, 2, 2, 8, 4, 16).transpose(0, 2, 4, 1, 3, 5, 6)
+        padded = _floats(np.ascontiguousarray(pieces).reshape(-1), layout.kind).reshape(layout.padded_rows, -1)
     else:
-        runs = content.reshape(layout.tiles, layout.runs, layout.run_bytes)
+        runs = content.reshape(layout.tiles, layout.tile_runs, layout.run_bytes)
         values = TILE_ROWS * layout.run * BITS[layout.kind] // 8
-        eights = runs[..., :values].reshape(layout.tiles, layout.runs, 2, 8, 4, layout.run // 32, BITS[layout.kind])
+        eights = runs[..., :values].reshape(layout.tiles, layout.tile_runs, 2, 8, 4, layout.run // 32, BITS[layout.kind])
         if layout.kind == "int4":
             nibbles = np.stack([eights & 15, eights >> 4], axis=-1).reshape(*eights.shape[:-1], 8)
             eights = nibbles[..., np.argsort(NIBBLE_ORDER)]
         split = eights.reshape(*eights.shape[:-1], 2, 4)  # (tile, run, half, g, t, 32s, second four, four)
-        order = split.transpose(0, 2, 3, 1, 5, 6, 4, 7).reshape(layout.padded_rows, layout.pitch)
+        order = split.transpose(0, 2, 3, 1, 5, 6, 4, 7).reshape(layout.padded_rows, layout.padded_columns)
         padded = order.astype(np.float32) - np.float32(1 << (BITS[layout.kind] - 1))
         if layout.granularity:
             scales = _floats(np.ascontiguousarray(runs[..., values:]).reshape(-1), layout.scale)
-            by_run = scales.reshape(layout.tiles, layout.runs, layout.scales_in_run, 8, 2).transpose(0, 4, 3, 1, 2)
+            by_run = scales.reshape(layout.tiles, layout.tile_runs, layout.scales_in_run, 8, 2).transpose(0, 4, 3, 1, 2)
             padded *= np.repeat(by_run.reshape(layout.padded_rows, -1), layout.granularity, axis=1)
         elif row_scales is not None:
             padded *= row_scales[:, None]

@@ -20,6 +20,11 @@ __device__ int source_row(const Matrix& m, int row) {  // -1: padding
   return within < half ? within + half * (row / 8 % 2) : -1;
 }
 
+__device__ u64 at_float(const Matrix& m, int row, int word) {  // of words of 32 bits: 32 a row and run
+  const int in = word % 32;
+  return ((u64)(row / 16) * m.runs + word / 32) * 2048 + row / 8 % 2 * 1024 + in / 16 * 512 + row % 8 * 64 + in % 16 * 4;
+}
+
 extern "C" __global__ void lay_out(const Matrix m) {
   const int row = blockIdx.x * blockDim.x + threadIdx.x;
   const int words = m.runs * (m.kind < I8 ? 32 : 16);  // of a row
@@ -31,11 +36,11 @@ extern "C" __global__ void lay_out(const Matrix m) {
     u64 at;
     if (m.kind == F32) {
       if (n >= 0 && word < m.columns) v = ((const u32*)m.from)[index(word)];
-      at = ((u64)row * words + word) * 4;
+      at = at_float(m, row, word);
     } else if (m.kind < I8) {
       for (int j = 0; j < 2; ++j)
         if (n >= 0 && 2 * word + j < m.columns) v |= (u32)((const u16*)m.from)[index(2 * word + j)] << 16 * j;
-      at = ((u64)row * words + word) * 4;
+      at = at_float(m, row, word);
     } else {
       const int run = word / 16, t = word % 16 / 4, i = word % 4;
       if (m.kind == I8) {

@@ -22,6 +22,8 @@ CANDIDATES = 1024
 """Logits among which it chooses them; more only if many are equal."""
 MOST_PARTS = 128
 """Partial sums of 16 rows, at most, between two sums over warps."""
+MOST_SLOTS = 3
+"""More in flight only makes everything else that asks for memory wait longer (docs/gpu.md)."""
 FEWEST_SLOTS = 2
 """Pieces of weights that a warp must be able to hold."""
 KINDS: Mapping[str, int] = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "int4": 4}
@@ -92,16 +94,16 @@ def split(layout: MatrixLayout, blocks: int) -> Split:
     tiles = -(-layout.tiles // blocks)
 
     def cost(candidate: Split) -> tuple[int, int, int]:
-        pieces = layout.runs // candidate.piece_runs
+        pieces = layout.tile_runs // candidate.piece_runs
         rounds = -(-tiles // (WARPS // candidate.warps))
         return rounds * -(-pieces // candidate.warps) * candidate.piece_runs, -candidate.piece_runs, candidate.warps
 
     fitting = [
         Split(warps, runs)
         for runs in ((1, 2) if layout.integer else (1,))
-        if layout.runs % runs == 0
+        if layout.tile_runs % runs == 0
         for warps in (1, 2, 4, 8, 16)
-        if warps <= layout.runs // runs
+        if warps <= layout.tile_runs // runs
     ]
     return min(fitting, key=cost)
 
@@ -177,9 +179,9 @@ def plan_step(
     stage = max(_piece_bytes(layouts[name], splits[name]) for name in PRODUCTS)
     parts = max(_parts(layouts[name], splits[name], blocks) for name in PRODUCTS)
     columns = _slice(config, blocks)
-    x_bytes = max(layout.pitch for layout in layouts.values()) * (4 if compute == "float32" else 2)
+    x_bytes = max(layout.padded_columns for layout in layouts.values()) * (4 if compute == "float32" else 2)
     fixed = x_bytes + _shared_struct_bytes(config, parts, columns)
-    slots = min((device.shared_bytes - fixed) // (WARPS * stage), 32)
+    slots = min((device.shared_bytes - fixed) // (WARPS * stage), MOST_SLOTS)
     choosing = -(-layouts["head"].tiles // 4) * 16 + 8 * CANDIDATES
     if slots < FEWEST_SLOTS or choosing > WARPS * slots * stage:
         needed = fixed + max(FEWEST_SLOTS * WARPS * stage, choosing)
@@ -195,7 +197,6 @@ def plan_step(
         "EMBEDDING_KIND": KINDS[embedding.kind],
         "EMBEDDING_GRAIN": embedding.granularity,
         "EMBEDDING_SCALE": KINDS[embedding.scale],
-        "EMBEDDING_PITCH": embedding.pitch,
         "GRID": blocks,
         "SLOTS": slots,
         "STAGE": stage,
@@ -333,6 +334,7 @@ MODEL_VECTORS: Mapping[str, str] = {
 def _vector_constants(layer: Vectors, model: Vectors) -> dict[str, object]:
     return {
         "VECTORS": layer.size,
+        "MODEL_VECTORS": model.size,
         **{constant: layer[name] for constant, name in LAYER_VECTORS.items()},
         **{constant: model[name] for constant, name in MODEL_VECTORS.items()},
     }

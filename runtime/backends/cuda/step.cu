@@ -35,23 +35,21 @@ struct Product {
   static constexpr int GROUPS = GRAIN ? RUN / GRAIN : 0;                      // scales of a row in a run
   static constexpr int RUN_BYTES = INTEGER ? 1024 + GROUPS * 16 * size_of(SCALE) : 2048;
   static constexpr int PIECE_RUNS = RUNS_, PIECE_BYTES = RUN_BYTES * PIECE_RUNS, PIECE_COLUMNS = RUN * PIECE_RUNS;  // what a slot holds
-  static constexpr int RUNS = up(COLUMNS, RUN), PIECES = RUNS / PIECE_RUNS, PITCH = RUNS * 128;  // pitch: bytes of a row of floats
-  static constexpr int STEP = INTEGER ? PIECE_BYTES : 128 * PIECE_RUNS;       // bytes from a piece to the next of the tile
+  static constexpr int RUNS = up(COLUMNS, RUN), PIECES = RUNS / PIECE_RUNS;
   static constexpr int TILES = INTERLEAVED ? up(ROWS / 2, 8) : up(ROWS, 16);
   static constexpr u64 TILE_BYTES = (u64)RUNS * RUN_BYTES;
   static constexpr int MINE = up(TILES, GRID);                                // tiles of a block, at most
   static constexpr int ABREAST = WARPS / SPLIT;                               // tiles that the warps of a block read at once
   static constexpr int ROOM = PARTS / SPLIT < 32 ? PARTS / SPLIT : 32;
   static constexpr int PASS = MINE < ROOM ? up(MINE, ABREAST) * ABREAST : ROOM / ABREAST * ABREAST;  // tiles between two sums
-  static_assert((INTEGER || PIECE_RUNS == 1) && RUNS % PIECE_RUNS == 0 && SPLIT <= PIECES && WARPS % SPLIT == 0 && PASS > 0 && PASS <= 32, "split");
+  static_assert(RUNS % PIECE_RUNS == 0 && SPLIT <= PIECES && WARPS % SPLIT == 0 && PASS > 0 && PASS <= 32, "split");
 };
 typedef Product<P0> Projections;
 typedef Product<P1> Out;
 typedef Product<P2> GateUp;
 typedef Product<P3> Down;
 typedef Product<P4> Head;
-constexpr bool ANY_INTEGER = Projections::INTEGER || Out::INTEGER || GateUp::INTEGER || Down::INTEGER || Head::INTEGER;
-constexpr bool ANY_FLOAT = !Projections::INTEGER || !Out::INTEGER || !GateUp::INTEGER || !Down::INTEGER || !Head::INTEGER;
+constexpr bool ALIKE = Projections::PIECE_BYTES == STAGE && Out::PIECE_BYTES == STAGE && GateUp::PIECE_BYTES == STAGE && Down::PIECE_BYTES == STAGE && Head::PIECE_BYTES == STAGE;
 
 #if COMPUTE == 0
 typedef float X;
@@ -62,7 +60,6 @@ constexpr bool HALVES = COMPUTE != F32 && !INNER_NORM && F % 2 == 0;  // hidden 
 constexpr int HIDDEN_PACKETS = HALVES ? F / 2 : F;
 constexpr int SLICES = up(DV, SLICE), UNITS = H * SLICES;              // parts of the state that a block takes: SLICE columns of a head
 constexpr int VEC = DV % 4 == 0 ? 4 : DV % 2 == 0 ? 2 : 1, ACROSS = SLICE / VEC, GROUPED = THREADS / ACROSS, PER = up(DK, GROUPED);
-constexpr int AHEAD = PER * VEC <= 16 && UNITS > GRID ? 2 : 1;         // units whose state is on its way in registers
 constexpr int STATS = HEAD_NORM == 2 ? 2 : 1;                          // packets of a unit about its outputs
 static_assert(ACROSS <= 32 && (ACROSS & (ACROSS - 1)) == 0, "slice");
 static_assert(GRID <= Projections::TILES, "every block must have rows of q, k, v, gate, or packets could be lost");
@@ -86,8 +83,18 @@ struct Params {
   int* next;              // the best token of the last step
   Result* result;         // in the host's memory
   int token;              // -1: the one in `next`
+#ifdef PROFILE
+  void* profile;
+#endif
 };
-struct Plan { u64 offset; u32 jump, count, length, step, pitch; };  // a warp's share of a product; jump: from the end of a part to the next
+#ifdef PROFILE
+#define SUB(i) if (t == 0) { s.marks[i] += clock64() - s.last; }
+#define MARK(i) if (w.t == 0) { long long now = clock64(); s.marks[i] += now - s.last; s.last = now; }
+#else
+#define MARK(i)
+#define SUB(i)
+#endif
+struct Plan { u64 offset; u32 jump, count, length, step; };  // a warp's share of a product; jump: from the end of a part to the next
 
 // Shared memory: the ring, then these.
 struct Shared {
@@ -96,6 +103,9 @@ struct Shared {
   float q[DK], k[DK], v[SLICE], gate[SLICE], sums[WARPS][SLICE];
   float cosine[HALF], sine[HALF], red[2][WARPS], root[H], mean[H];
   u32 flag, count, least;
+#ifdef PROFILE
+  long long marks[16], last;
+#endif
 };
 
 // ---- 16-bit numbers
@@ -123,9 +133,9 @@ template <int KIND> __device__ __forceinline__ float stored(const void* at, long
 }
 __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if COMPUTE == 2
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
 #else
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
 #endif
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
@@ -173,9 +183,16 @@ __device__ __forceinline__ u64 look(const u64* at) {
 __device__ __forceinline__ void look2(const u64* at, u64& a, u64& b) {
   asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(a), "=l"(b) : "l"(at) : "memory");
 }
+#ifdef NOWAIT
+__device__ __forceinline__ bool is(u64 packet, u32 tag) { return true; }
+#else
 __device__ __forceinline__ bool is(u64 packet, u32 tag) { return (u32)(packet >> 32) == tag; }
+#endif
 __device__ __forceinline__ float value(u64 packet) { return __uint_as_float((u32)packet); }
-__device__ __forceinline__ void lose_patience(u32& turns) { if (++turns > PATIENCE) asm volatile("trap;"); }
+#ifndef NAP
+#define NAP
+#endif
+__device__ __forceinline__ void lose_patience(u32& turns) { NAP; if (++turns > PATIENCE) asm volatile("trap;"); }
 
 __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll
@@ -209,7 +226,7 @@ struct Worker {
   int slot = 0, red = 0, side = 0;
   // The next piece to fetch.
   const u8* at;
-  u32 left, units, step, pitch;
+  u32 left, units, step;
   int phase = 0;
 
   __device__ __forceinline__ Worker(const Params& p_, Shared& s_, const u8* ring_, X* x_) : p(p_), s(s_), ring(ring_), x(x_) {
@@ -224,25 +241,19 @@ struct Worker {
       const Plan& q = s.plans[kind][warp];
       if (q.count) {
         at = (kind == 4 ? p.head : p.layers + (u64)(phase >> 2) * LAYER_BYTES) + q.offset;
-        units = q.count; left = q.length; step = q.step; pitch = q.pitch;
+        units = q.count; left = q.length; step = q.step;
         return;
       }
     }
   }
   __device__ __forceinline__ void fetch(int into) {
     if (phase <= 4 * L) {
-      u32 to = ring_at + into * STAGE;
-      if (!ANY_INTEGER || (ANY_FLOAT && pitch)) {
-        const u8* from = at + lane / 4 * pitch + lane % 4 * 16;
-        copy16(to, from); copy16(to + 512, from + 64);
-        from += 8 * pitch;
-        copy16(to + 1024, from); copy16(to + 1536, from + 64);
-      } else {
+      const u32 to = ring_at + into * STAGE;
+      const u8* from = at + lane * 16;
 #pragma unroll
-        for (int o = 0; o < STAGE; o += 512)
-          if (o + lane * 16 < step) copy16(to + o, at + o + lane * 16);
-      }
-      at += step;
+      for (int o = 0; o < STAGE; o += 512)
+        if (o + lane * 16 < (ALIKE ? STAGE : step)) copy16(to + o, from + o);
+      at += ALIKE ? STAGE : step;
       if (--left == 0) {
         if (--units) { const Plan& q = s.plans[phase == 4 * L ? 4 : phase & 3][warp]; at += q.jump; left = q.length; }
         else { ++phase; settle(); }
@@ -254,12 +265,11 @@ struct Worker {
     if (lane == 0) {
       int part = warp % P::SPLIT, first = blockIdx.x + GRID * (warp / P::SPLIT), begin = part * P::PIECES / P::SPLIT;
       Plan& q = s.plans[kind][warp];
-      q.offset = base + first * P::TILE_BYTES + (u64)begin * P::STEP;
+      q.offset = base + first * P::TILE_BYTES + (u64)begin * P::PIECE_BYTES;
       q.count = first < P::TILES ? (P::TILES - first + P::ABREAST * GRID - 1) / (P::ABREAST * GRID) : 0;
       q.length = (part + 1) * P::PIECES / P::SPLIT - begin;
-      q.step = P::STEP;
-      q.jump = (u32)(P::ABREAST * GRID * P::TILE_BYTES) - q.length * P::STEP;
-      q.pitch = P::INTEGER ? 0 : P::PITCH;
+      q.step = P::PIECE_BYTES;
+      q.jump = (u32)(P::ABREAST * GRID * P::TILE_BYTES) - q.length * P::PIECE_BYTES;
     }
   }
   __device__ __forceinline__ void begin() {
@@ -275,7 +285,10 @@ struct Worker {
     if constexpr (!P::INTEGER) {
       uint4 a[2], b[2];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) { a[i] = *(const uint4*)(w + i * 512 + lane * 16); b[i] = *(const uint4*)(w + 1024 + i * 512 + lane * 16); }
+      for (int i = 0; i < 2; ++i) {
+        const int o = i * 512 + lane * 16;
+        a[i] = *(const uint4*)(w + o); b[i] = *(const uint4*)(w + 1024 + o);
+      }
 #if COMPUTE == 0
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -351,6 +364,7 @@ struct Worker {
   }
   // The product of x with every tile of this block; `done(first, parts)` gets the partial sums of tiles first, first + 1, ... of the block.
   template <class P, class Done> __device__ __forceinline__ void product(Done done) {
+    constexpr bool SHARED_SLOT = P::INTEGER;  // of floats, a thread copies just what it reads
     const int part = warp % P::SPLIT, begin = part * P::PIECES / P::SPLIT, count = (part + 1) * P::PIECES / P::SPLIT - begin;
 #pragma unroll 1
     for (int first = 0; first < P::MINE; first += P::PASS) {
@@ -364,9 +378,9 @@ struct Worker {
 #pragma unroll 1
         for (int n = 0; n < count; ++n, xs += P::PIECE_COLUMNS) {
           asm volatile("cp.async.wait_group %0;" ::"n"(SLOTS - 1) : "memory");
-          if (P::INTEGER) __syncwarp();
+          if (SHARED_SLOT) __syncwarp();
           accumulate<P>(ring + slot * STAGE, xs, acc, r0, r1);
-          if (P::INTEGER) __syncwarp();
+          if (SHARED_SLOT) __syncwarp();
           fetch(slot);
           if (++slot == SLOTS) slot = 0;
         }
@@ -380,6 +394,7 @@ struct Worker {
           to[0] = r0; to[8] = r1;
         }
       }
+      SUB(14)
       __syncthreads();
       done(first, parts);
     }
@@ -400,8 +415,8 @@ struct Worker {
   }
 
   // ---- activations
-  __device__ __forceinline__ void put2(bool integer, int k, float a, float b) {  // inputs k and k + 1, k even
-    int at = integer ? place(k) : k;
+  template <class P> __device__ __forceinline__ void put2(int k, float a, float b) {  // inputs k and k + 1 of x, k even
+    const int at = P::INTEGER ? place(k) : k;
 #if COMPUTE == 0
     *(float2*)(x + at) = make_float2(a, b);
 #else
@@ -458,29 +473,28 @@ struct Worker {
       int k = 2 * (i * THREADS + t);
       if (k < P::RUNS * P::RUN) {
         bool real = i < N && k < P::COLUMNS;
-        put2(P::INTEGER, k, real ? v[i < N ? i : 0][0] : 0.f, real ? v[i < N ? i : 0][1] : 0.f);
+        put2<P>(k, real ? v[i < N ? i : 0][0] : 0.f, real ? v[i < N ? i : 0][1] : 0.f);
       }
     }
     __syncthreads();
   }
   // Pairs of packets: out[i] are those of pair (first + i) * THREADS + t of `size` packets. Waits for all of them.
   template <int N> __device__ __forceinline__ void receive(const u64* mail, u32 tag, int first, int size, u64 (&a)[N], u64 (&b)[N]) const {
-    u32 turns = 0;
-    bool again;
+    // Of those that have not come only: who asks for everything all the time takes the memory's time from the weights.
+    u32 turns = 0, missing = (1u << N) - 1;
     do {
-      again = false;
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         int k = 2 * ((first + i) * THREADS + t);
-        if (k < size) look2(mail + k, a[i], b[i]);
+        if ((missing >> i & 1) && k < size) look2(mail + k, a[i], b[i]);
       }
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         int k = 2 * ((first + i) * THREADS + t);
-        if (k < size) again |= !is(a[i], tag) || (k + 1 < size && !is(b[i], tag));
+        if (k >= size || (is(a[i], tag) && (k + 1 >= size || is(b[i], tag)))) missing &= ~(1u << i);
       }
-      if (again) lose_patience(turns);
-    } while (again);
+      if (missing) lose_patience(turns);
+    } while (missing);
   }
   __device__ __forceinline__ float wait_for(const u64* at, u32 tag) const {
     u32 turns = 0;
@@ -506,6 +520,7 @@ struct Worker {
     if (more) {
       if (POST_NORM) load_affine<PAIRS>(post, D, post_w, post_b, post_layer);
       add(mail, tag);
+      SUB(12)
       if (POST_NORM) norm<PAIRS, NORM_KIND, BIAS>(residual, residual, D, NORM_EPS, post);
     }
     if (NORM) {
@@ -515,7 +530,12 @@ struct Worker {
     } else put<P, PAIRS>(residual);
   }
   __device__ __forceinline__ float embedded(long token, int k) const {
-    if constexpr (EMBEDDING_KIND < I8) return stored<EMBEDDING_KIND>(p.embedding, token * EMBEDDING_PITCH + k);
+    if constexpr (EMBEDDING_KIND < I8) {
+      constexpr int WORDS = 16 / size_of(EMBEDDING_KIND), RUN = 8 * WORDS;  // elements of 16 bytes; inputs of a run
+      const int row = token % 16, in = k % RUN, c = in / WORDS;
+      const u8* run = p.embedding + (token / 16 * up(D, RUN) + k / RUN) * 2048;
+      return stored<EMBEDDING_KIND>(run + row / 8 * 1024 + c / 4 * 512 + row % 8 * 64 + c % 4 * 16, in % WORDS);
+    }
     constexpr int RUN = EMBEDDING_KIND == I4 ? 128 : 64, GROUPS = EMBEDDING_GRAIN ? RUN / (EMBEDDING_GRAIN ? EMBEDDING_GRAIN : 1) : 0;
     constexpr int RUN_BYTES = 1024 + GROUPS * 16 * size_of(EMBEDDING_SCALE);
     const u8* run = p.embedding + (token / 16 * up(D, RUN) + k / RUN) * RUN_BYTES;
@@ -544,7 +564,6 @@ struct Worker {
   }
 
   // ---- retention
-  float held[AHEAD][PER][VEC];
   __device__ __forceinline__ float* state_at(int layer, int unit, int r, bool& any) const {
     int h = unit / SLICES, column = unit % SLICES * SLICE + t % ACROSS * VEC, row = t / ACROSS + r * GROUPED;
     any = unit < UNITS && row < DK && column < DV;
@@ -562,7 +581,21 @@ struct Worker {
       }
     }
   }
-  __device__ __forceinline__ void retain(int layer, int unit, float (&S)[PER][VEC], const u64* mail, u64* out, u32 tag) {
+  // Into the second-level cache what will be asked for soon. Loads of the packets, which wait for nothing, would queue behind loads that wait
+  // for memory; so nothing is loaded from memory while packets are awaited, it is prefetched before.
+  __device__ __forceinline__ void prefetch_state(int layer, int unit) const {
+#pragma unroll
+    for (int r = 0; r < PER; ++r) {
+      bool any;
+      const float* at = state_at(layer, unit, r, any);
+      if (any && t % ACROSS * VEC % 32 == 0) asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+    }
+  }
+  __device__ __forceinline__ void prefetch_vectors(int layer) const {
+    const int at = (t * GRID + blockIdx.x) * 32;
+    if (at < (layer == L ? MODEL_VECTORS : VECTORS)) asm volatile("prefetch.global.L2 [%0];" ::"l"(p.vectors + (u64)layer * VECTORS + at));
+  }
+  __device__ __forceinline__ void retain(int layer, int unit, u64* mail, u32 tag) {
     const int h = unit / SLICES, slice = unit % SLICES, kv = h / (H / KV), first = slice * SLICE;
     const float* vectors = p.vectors + (u64)layer * VECTORS;
     for (int e = t; e < 2 * HALF; e += THREADS) {
@@ -583,7 +616,11 @@ struct Worker {
         } else s.gate[e - SLICE] = 1;
       }
     }
+    float S[PER][VEC];
+    load_state(layer, unit, S);
+    if (unit + GRID < UNITS) prefetch_state(layer, unit + GRID);
     __syncthreads();
+    SUB(13)
     const float gamma = p.vectors[(u64)L * VECTORS + GAMMA + h];
     float o[VEC], v[VEC];
 #pragma unroll
@@ -616,14 +653,14 @@ struct Worker {
       if (any)
 #pragma unroll
         for (int w = 0; w < WARPS; ++w) sum += s.sums[w][lane];
-      if (any) send(out + MAIL_HEADS + h * DV + first + lane, sum * s.gate[lane], tag);
+      if (any) send(mail + MAIL_HEADS + h * DV + first + lane, sum * s.gate[lane], tag);
       if (HEAD_NORM == 1) {
         float square = warp_sum(sum * sum);
-        if (lane == 0) send(out + MAIL_STATS + unit, square, tag);
+        if (lane == 0) send(mail + MAIL_STATS + unit, square, tag);
       } else {
         const int n = DV - first < SLICE ? DV - first : SLICE;
         float mean = warp_sum(sum) / n, away = any ? sum - mean : 0.f, square = warp_sum(away * away);
-        if (lane == 0) { send(out + MAIL_STATS + 2 * unit, mean, tag); send(out + MAIL_STATS + 2 * unit + 1, square, tag); }
+        if (lane == 0) { send(mail + MAIL_STATS + 2 * unit, mean, tag); send(mail + MAIL_STATS + 2 * unit + 1, square, tag); }
       }
     }
   }
@@ -672,25 +709,19 @@ struct Worker {
     for (int first = 0; first < ALL; first += N) {
       u64 a[N], b[N];
       if (first == 0) {
-        // The statistics of the head that this warp looks after come in the same turns.
-        u32 turns = 0;
-        u64 sa = 0, sb = 0;
+        // The statistics of the head that this warp looks after are asked for in the same turn.
         const bool asks = warp < H && lane < SLICES;
-        bool again;
-        do {
-          again = false;
-          if (asks) {
-            const u64* at = mail + MAIL_STATS + STATS * (warp * SLICES + lane);
-            sa = look(at);
-            if (STATS == 2) sb = look(at + 1);
+        const u64* stats = mail + MAIL_STATS + STATS * (warp * SLICES + lane);
+        u64 sa = 0, sb = 0;
+        receive<N>(mail + MAIL_HEADS, tag, 0, E, a, b);
+        u32 turns = 0;
+        if (asks)
+          for (;;) {
+            sa = look(stats);
+            if (STATS == 2) sb = look(stats + 1);
+            if (is(sa, tag) && (STATS == 1 || is(sb, tag))) break;
+            lose_patience(turns);
           }
-#pragma unroll
-          for (int i = 0; i < N; ++i) { int k = 2 * (i * THREADS + t); if (k < E) look2(mail + MAIL_HEADS + k, a[i], b[i]); }
-          if (asks) again = !is(sa, tag) || (STATS == 2 && !is(sb, tag));
-#pragma unroll
-          for (int i = 0; i < N; ++i) { int k = 2 * (i * THREADS + t); if (k < E) again |= !is(a[i], tag) || (k + 1 < E && !is(b[i], tag)); }
-          if (again) lose_patience(turns);
-        } while (again);
         __syncwarp();
         for (int h = warp; h < H; h += WARPS) {
           float fa = asks ? value(sa) : 0.f, fb = asks ? value(sb) : 0.f;
@@ -706,7 +737,7 @@ struct Worker {
       for (int i = 0; i < N; ++i) {
         int k = 2 * ((first + i) * THREADS + t);
         if (k < Out::RUNS * Out::RUN)
-          put2(Out::INTEGER, k, joined(layer, k, value(a[i]), mail, tag), joined(layer, k + 1, value(b[i]), mail, tag));
+          put2<Out>(k, joined(layer, k, value(a[i]), mail, tag), joined(layer, k + 1, value(b[i]), mail, tag));
       }
     }
     __syncthreads();
@@ -741,10 +772,8 @@ struct Worker {
 #pragma unroll
         for (int i = 0; i < N; ++i) {
           int k = 4 * ((first + i) * THREADS + t);
-          if (k < Down::RUNS * Down::RUN) {
-            u32 lo = k < F ? (u32)a[i] : 0, hi = k + 2 < F ? (u32)b[i] : 0;
-            *(uint2*)(x + (Down::INTEGER ? place(k) : k)) = make_uint2(lo, hi);
-          }
+          u32 lo = k < F ? (u32)a[i] : 0, hi = k + 2 < F ? (u32)b[i] : 0;
+          if (k < Down::RUNS * Down::RUN) *(uint2*)(x + (Down::INTEGER ? place(k) : k)) = make_uint2(lo, hi);
         }
       }
       __syncthreads();
@@ -844,6 +873,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(const Params p) {
   Shared& s = *(Shared*)(room + WARPS * SLOTS * STAGE + X_BYTES);
   Worker w(p, s, room, x);
   const int t = w.t;
+#ifdef PROFILE
+  if (t == 0) { for (int i = 0; i < 16; ++i) s.marks[i] = 0; s.last = clock64(); }
+#endif
   w.begin();
   const u32 epoch = *(volatile u32*)p.control;
   const long long position = *(volatile long long*)p.position;
@@ -855,36 +887,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(const Params p) {
     const u32 tag = epoch + 1 + l;
     u64 *mail = p.mail + (l & 1) * MAIL_SIDE, *before = p.mail + (~l & 1) * MAIL_SIDE;
     const float* vectors = p.vectors + (u64)l * VECTORS;
+    w.prefetch_state(l, blockIdx.x);
+    w.prefetch_vectors(l + 1);
     w.turn<Projections, !POST_NORM>(l > 0, before + MAIL_DOWN, tag - 1, FFN_NORM_W, FFN_NORM_B, l - 1, RETENTION_NORM_W, RETENTION_NORM_B, l);
+    MARK(0)
     w.product<Projections>([&](int first, const float* parts) {
       w.send_rows<Projections>(parts, first, mail + MAIL_PROJECTIONS, tag, vectors + SCALES0, BIAS0 < 0 ? nullptr : vectors + BIAS0);
     });
-#pragma unroll
-    for (int i = 0; i < AHEAD; ++i) w.load_state(l, blockIdx.x + i * GRID, w.held[i]);
+    MARK(1)
 #pragma unroll 1
-    for (int first = blockIdx.x; first < UNITS; first += AHEAD * GRID)
-#pragma unroll
-      for (int i = 0; i < AHEAD; ++i) {
-        const int unit = first + i * GRID;
-        if (unit < UNITS) {
-          w.retain(l, unit, w.held[i], mail, mail, tag);
-          if (unit + AHEAD * GRID < UNITS) w.load_state(l, unit + AHEAD * GRID, w.held[i]);
-          __syncthreads();
-        }
-      }
+    for (int unit = blockIdx.x; unit < UNITS; unit += GRID) {
+      w.retain(l, unit, mail, tag);
+      __syncthreads();
+    }
+    MARK(2)
     w.join(l, mail, tag, position);
+    MARK(3)
     w.product<Out>([&](int first, const float* parts) {
       w.send_rows<Out>(parts, first, mail + MAIL_OUT, tag, vectors + SCALES1, BIAS1 < 0 ? nullptr : vectors + BIAS1);
     });
+    MARK(4)
     w.turn<GateUp, !POST_NORM>(true, mail + MAIL_OUT, tag, RETENTION_NORM_W, RETENTION_NORM_B, l, FFN_NORM_W, FFN_NORM_B, l);
+    MARK(5)
     w.product<GateUp>([&](int first, const float* parts) { w.send_hidden(parts, first, mail, tag, l); });
+    MARK(6)
     w.take_hidden(mail, tag, l);
+    MARK(7)
     w.product<Down>([&](int first, const float* parts) {
       w.send_rows<Down>(parts, first, mail + MAIL_DOWN, tag, vectors + SCALES3, BIAS3 < 0 ? nullptr : vectors + BIAS3);
     });
+    MARK(8)
   }
   w.turn<Head, FINAL_NORM>(true, p.mail + (~L & 1) * MAIL_SIDE + MAIL_DOWN, epoch + L, FFN_NORM_W, FFN_NORM_B, L - 1, FINAL_NORM_W, FINAL_NORM_B, L);
+  MARK(9)
   w.product<Head>([&](int first, const float* parts) { w.send_logits(parts, first); });
+  MARK(10)
   __syncthreads();
   if (t == 0) {
     __threadfence();
@@ -894,10 +931,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(const Params p) {
   if (s.flag) {
     __threadfence();
     w.choose(room);
+    MARK(11)
     if (t == 0) {
       p.control[1] = 0;
       *p.control = epoch + L + 1;
       *p.position = position + 1;
     }
   }
+#ifdef PROFILE
+  if (t == 0) { u32 sm; asm volatile("mov.u32 %0, %smid;" : "=r"(sm)); s.marks[15] = sm; }
+  if (t == 0) for (int i = 0; i < 16; ++i) ((long long*)p.profile)[blockIdx.x * 16 + i] = s.marks[i];
+#endif
 }

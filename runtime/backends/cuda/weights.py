@@ -244,7 +244,7 @@ class Loader:
             layout.rows,
             layout.columns,
             layout.padded_rows,
-            layout.runs,
+            layout.tile_runs,
             source.by_rows,
             layout.interleaved,
             layout.granularity,
@@ -252,10 +252,10 @@ class Loader:
             BITS[layout.scale] // 8,
         )
         self._copy(source.values, layout.rows * layout.columns * BITS[layout.kind] // 8)
-        self._launch(self._values, structure, layout.runs * (16 if layout.integer else 32))
+        self._launch(self._values, structure, layout.tile_runs * (16 if layout.integer else 32))
         if layout.granularity and source.scales is not None:
             self._copy(source.scales, math.prod(source.scales.shape) * BITS[layout.scale] // 8)
-            self._launch(self._scales, structure, layout.runs * layout.scales_in_run)
+            self._launch(self._scales, structure, layout.tile_runs * layout.scales_in_run)
 
     def _launch(self, function: kernels.Function, structure: _MatrixStructure, columns: int) -> None:
         blocks = (-(-structure.padded_rows // 32), max(1, min(-(-columns // 64), 65535)))

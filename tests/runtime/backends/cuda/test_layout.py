@@ -17,7 +17,7 @@ RANDOM = np.random.default_rng(0)
 
 @pytest.mark.parametrize(("rows", "columns"), [(16, 128), (50, 96), (33, 200)])
 @pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
-def test_floats_come_back_and_lie_row_by_row(kind, rows, columns):
+def test_floats_come_back_and_lie_where_the_kernels_read_them(kind, rows, columns):
     weights = RANDOM.standard_normal((rows, columns)).astype(np.float32)
     stored = {
         "float32": weights,
@@ -27,8 +27,12 @@ def test_floats_come_back_and_lie_row_by_row(kind, rows, columns):
     layout = MatrixLayout(rows, columns, kind)
     content = device_bytes_from_floats(layout, stored)
     assert content.size == layout.bytes
-    assert layout.pitch * stored.itemsize % 128 == 0
-    np.testing.assert_array_equal(content.view(stored.dtype).reshape(-1, layout.pitch)[:rows, :columns], stored)
+    each = 16 // stored.itemsize  # elements of a thread's 16 bytes
+    for n, k in RANDOM.integers(0, (rows, columns), (100, 2)):
+        run, number = k // (8 * each), k // each % 8
+        start = (n // 16 * layout.tile_runs + run) * 2048
+        start += n // 8 % 2 * 1024 + number // 4 * 512 + n % 8 * 64 + number % 4 * 16
+        assert content[start : start + 16].view(stored.dtype)[k % each] == stored[n, k]
     expected = (stored.astype(np.uint32) << 16).view(np.float32) if kind == "bfloat16" else stored.astype(np.float32)
     np.testing.assert_array_equal(floats_from_device_bytes(layout, content), expected)
 
