@@ -9,7 +9,7 @@ thread:
 
 **Floats** (float32, float16, bfloat16): 2,048 bytes, 32 inputs of float32, 64 of the others.
 
-    [half 2][i 2][g 8][t 4][16 bytes]                       row of the tile = g + 8 · half; the 16 bytes are number 4i + t of the row
+    [half 2][i 2][g 8][t 4][16 bytes]                       row of the tile = g + 8 · half; bytes number 4i + t of it
 
 **Integers** (INT8, INT4): 1,024 bytes of values, 64 inputs of INT8, 128 of INT4; then the scales if there are any by group.
 
