@@ -23,9 +23,38 @@ from retnet_export.runtime.errors import ArgumentError, CheckpointWarning, Preci
 if TYPE_CHECKING:
     from rich.table import Table
 
-BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle: the folder that `export` wrote.", show_default=False)]
+
+def bundle_path(given: str) -> Path:
+    """What every command makes of the name of a bundle: a path, or a repository of the Hub, which is then downloaded."""
+    from retnet_export.runtime.hub import bundle_folder
+
+    return bundle_folder(given)
+
+
+def checkpoint_path(given: str) -> Path:
+    """The same for a checkpoint."""
+    from retnet_export.export.checkpoints.hub import checkpoint_folder
+
+    return checkpoint_folder(given)
+
+
+BundlePath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="BUNDLE",
+        help="A bundle: the folder that `export` wrote, or user/name on the Hub.",
+        show_default=False,
+        parser=bundle_path,
+    ),
+]
 CheckpointPath = Annotated[
-    Path, typer.Argument(metavar="CHECKPOINT", help="A trained RetNet: a Hugging Face folder, or a .pt file.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="A trained RetNet: a Hugging Face folder, a .pt file, or user/name on the Hub.",
+        show_default=False,
+        parser=checkpoint_path,
+    ),
 ]
 Output = Annotated[Path, typer.Option("-o", "--output", metavar="BUNDLE", help="The bundle to write.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")]

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from retnet_export.commands.common import Force, print_columns, progress
+from retnet_export.commands.common import Force, checkpoint_path, print_columns, progress
 from retnet_export.runtime.errors import UserError
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "classics"
@@ -24,7 +24,9 @@ def demo(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="BUNDLE", help="The bundle to write.")] = Path(
         "classics.retnet"
     ),
-    checkpoint: Annotated[Path | None, typer.Option(help="Another checkpoint than the bundled model.", show_default=False)] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Another checkpoint than the bundled model.", show_default=False, parser=checkpoint_path)
+    ] = None,
     text: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Measure quality on this text; a bundled one if not given.", show_default=False),

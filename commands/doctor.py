@@ -19,7 +19,6 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
     "quantize (--method gptq or awq, --evaluate)": (*WRITE, "onnxruntime"),
     "quantize (--activations)": (*WRITE, "onnxruntime", "modelopt"),
     "evaluate": ("onnxruntime",),
-    "convert": ("onnx_ir",),
     "compile (--target tensorrt-rtx)": ("tensorrt_rtx",),
     "generate": ("onnxruntime",),
     "chat": ("onnxruntime",),

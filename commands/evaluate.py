@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retnet_export.commands.common import BackendName, BundlePath, Json, Threads, print_json, print_table, progress
+from retnet_export.commands.common import BackendName, BundlePath, Json, Threads, bundle_path, print_json, print_table, progress
 
 if TYPE_CHECKING:
     from retnet_export.quantize.evaluation import Evaluation
@@ -18,7 +18,8 @@ def evaluate(
     bundle: BundlePath,
     text: Annotated[Path, typer.Option(metavar="FILE", help="A text that the model was not trained on.", show_default=False)],
     against: Annotated[
-        Path | None, typer.Option(metavar="BUNDLE", help="Compare with this bundle, token by token.", show_default=False)
+        Path | None,
+        typer.Option(metavar="BUNDLE", help="Compare with this bundle, token by token.", show_default=False, parser=bundle_path),
     ] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Read at most so many; all if not given.", show_default=False)] = None,
     steps: Annotated[

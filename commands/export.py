@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +14,13 @@ from retnet_export.commands.common import CheckpointPath, Force, Json, Output, p
 if TYPE_CHECKING:
     from retnet_export.runtime.bundle.bundle import Bundle
     from retnet_export.runtime.bundle.manifest import Variant
+
+
+def tokenizer_path(given: str) -> Path:
+    """A tokenizer's folder, downloaded if it is a repository of the Hub."""
+    from retnet_export.export.checkpoints.hub import tokenizer_folder
+
+    return tokenizer_folder(given)
 
 
 def export(
@@ -25,6 +34,15 @@ def export(
         list[str] | None,
         typer.Option(help="More graphs to write: onnxruntime-cuda, for its own operators on a GPU.", show_default=False),
     ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Another tokenizer than the checkpoint's: a folder with tokenizer.json, or user/name on the Hub.",
+            show_default=False,
+            parser=tokenizer_path,
+        ),
+    ] = None,
     bos: Annotated[
         str, typer.Option(help="What is read before a text: auto (as the tokenizer does it), none, or a token by its id or text.")
     ] = "auto",
@@ -37,6 +55,8 @@ def export(
 
     options = ExportOptions(precision, state, batch, chunk, tuple(variant or ()), bos)
     opened = open_checkpoint(checkpoint)
+    if tokenizer is not None:
+        opened = replace(opened, text=tokenizer)
     with progress("export", quiet=as_json) as update:
         bundle = export_bundle(opened, output, options, force=force, progress=update)
     if as_json:

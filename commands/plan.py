@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retnet_export.commands.common import Json, print_columns, print_json, print_table, size
+from retnet_export.commands.common import Json, bundle_path, print_columns, print_json, print_table, size
 from retnet_export.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ HEAD = ("device", "fits", "peak", "tokens/s", "range", "Transformer at 8k", "lar
 
 def plan(
     bundle: Annotated[
-        Path | None, typer.Argument(metavar="[BUNDLE]", help="A bundle; or give the model's sizes.", show_default=False)
+        Path | None,
+        typer.Argument(metavar="[BUNDLE]", help="A bundle; or give the model's sizes.", show_default=False, parser=bundle_path),
     ] = None,
     device: Annotated[
         list[str] | None, typer.Option(help="A device, as orin-nano-8gb; may be repeated.", show_default=False)

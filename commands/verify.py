@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retnet_export.commands.common import BackendName, BundlePath, Json, print_json, print_table, print_warning, progress, size
+from retnet_export.commands.common import (
+    BackendName,
+    BundlePath,
+    Json,
+    checkpoint_path,
+    print_json,
+    print_table,
+    print_warning,
+    progress,
+    size,
+)
 from retnet_export.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,7 +27,9 @@ if TYPE_CHECKING:
 
 def verify(
     bundle: BundlePath,
-    checkpoint: Annotated[Path, typer.Option(help="The checkpoint it was exported from.", show_default=False)],
+    checkpoint: Annotated[
+        Path, typer.Option(help="The checkpoint it was exported from.", show_default=False, parser=checkpoint_path)
+    ],
     text: Annotated[
         Path | None, typer.Option(help="Read this file; a passage of Shakespeare and the Bible if not given.", show_default=False)
     ] = None,

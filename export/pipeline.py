@@ -25,6 +25,7 @@ from retnet_export.runtime.bundle.manifest import (
     state_specs,
 )
 from retnet_export.runtime.errors import MissingExtraError, PrecisionWarning, UserError
+from retnet_export.runtime.hub import repository_of
 
 PRECISIONS: Mapping[str, Literal["float32", "float16", "bfloat16"]] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 STATES: Mapping[str, Literal["float32", "float16"]] = {"fp32": "float32", "fp16": "float16"}
@@ -112,7 +113,7 @@ def export_bundle(
             eos_ids=text.eos_ids,
             provenance={
                 "family": checkpoint.family,
-                "checkpoint": checkpoint.path.name or str(checkpoint.path),
+                "checkpoint": repository_of(checkpoint.path) or checkpoint.path.name or str(checkpoint.path),
                 "checkpoint_sha256": written.checkpoint_sha256,
                 "versions": package_versions("retnet-export", "onnx", "onnx-ir", "numpy"),
             },

@@ -120,6 +120,7 @@ def quantize_bundle(
     except ImportError as error:
         raise MissingExtraError("onnx-ir", "export", "quantizing") from error
     from retnet_export.graph.derived import write_derived_bundle
+    from retnet_export.graph.loading import load_graph
     from retnet_export.graph.retnet import warn_of_slow_heads
     from retnet_export.graph.weights_file import WeightsFile
     from retnet_export.quantize.rewrite import matrices, products, quantize_graph, store_state_as_float16
@@ -127,7 +128,7 @@ def quantize_bundle(
     _check_source(source, target, options)
     manifest = source.manifest
     warn_of_slow_heads(manifest.model, options.state or "fp32")
-    graphs = {name: ir.load(source.file(spec.file)) for name, spec in manifest.graphs.items()}
+    graphs = {name: load_graph(source, spec.file) for name, spec in manifest.graphs.items()}
     plan = _plan(source, matrices(graphs["decode"]), graphs["decode"], options)
     calibration = None if options.calibration is None else _calibration(source, options.calibration)
     tokens = None if calibration is None else calibration.pop("tokens")

@@ -24,6 +24,7 @@ from retnet_export.runtime.generate.state import Snapshot
 from retnet_export.runtime.generate.stats import Stats
 from retnet_export.runtime.generate.templates import ChatTemplate
 from retnet_export.runtime.generate.tokenizer import Tokenizer
+from retnet_export.runtime.hub import bundle_folder
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -44,7 +45,7 @@ def load(
     """Open a bundle and make it ready to run.
 
     Args:
-        path: the bundle's folder.
+        path: the bundle's folder, or "user/name" on the Hugging Face Hub.
         backend: "auto" or a backend's name.
         threads: CPU threads; the backend's choice when None.
         low_memory: prefer less memory (True) or more speed (False); the backend's choice when None.
@@ -53,7 +54,7 @@ def load(
     Raises:
         UserError: the bundle is damaged or the backend does not work here.
     """
-    bundle = open_bundle(path, check_hashes=check_hashes)
+    bundle = open_bundle(bundle_folder(path), check_hashes=check_hashes)
     return Model(bundle, open_backend(backend, bundle, threads, low_memory))
 
 
