@@ -16,10 +16,10 @@ def load_graph(bundle: Bundle, file: str) -> ir.Model:
     model = ir.load(bundle.file(file))
     for value in model.graph.initializers.values():
         tensor = value.const_value
-        if (
-            isinstance(tensor, ir.ExternalTensor)
-            and (place := bundle.file(str(tensor.location)).resolve()).parent != bundle.path.resolve()
-        ):
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        place = bundle.file(str(tensor.location)).resolve()
+        if place.parent != bundle.path.resolve():
             value.const_value = ir.ExternalTensor(
                 location=place.name,
                 offset=tensor.offset,

@@ -116,11 +116,10 @@ def quantize_bundle(
             result, or the target cannot be written; nothing is left behind, and what was there before stays.
     """
     try:
-        import onnx_ir as ir
+        from retnet_export.graph.loading import load_graph
     except ImportError as error:
         raise MissingExtraError("onnx-ir", "export", "quantizing") from error
     from retnet_export.graph.derived import write_derived_bundle
-    from retnet_export.graph.loading import load_graph
     from retnet_export.graph.retnet import warn_of_slow_heads
     from retnet_export.graph.weights_file import WeightsFile
     from retnet_export.quantize.rewrite import matrices, products, quantize_graph, store_state_as_float16

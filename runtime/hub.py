@@ -90,14 +90,13 @@ def download(found: Repository, wanted: Callable[[Iterable[str]], Iterable[str]]
         UserError: it is not there, needs a token, has not what is wanted, or cannot be reached.
     """
     try:
-        from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub import HfApi, snapshot_download, utils
         from huggingface_hub.errors import LocalEntryNotFoundError
-        from huggingface_hub.utils import disable_progress_bars
     except ImportError as error:
         raise MissingExtraError("huggingface-hub", "hub", f"downloading {found}") from error
 
     if not sys.stderr.isatty():
-        disable_progress_bars()
+        utils.disable_progress_bars()  # type: ignore[attr-defined]  # documented, but not in its __all__
 
     def cached() -> Path:
         # Whether the files that are wanted are there is for those to say who open them: others never will be.
@@ -144,6 +143,8 @@ def _asked(found: Repository, ask: Callable[[], T]) -> T:
     """
     from huggingface_hub import constants, errors
 
+    # The base of the Hub's own errors is that of its HTTP client, which is another one from version to version.
+    network: tuple[type[Exception], ...] = (OSError, *errors.HfHubHTTPError.__bases__)  # type: ignore[assignment]
     page = f"{constants.ENDPOINT}/{found.name}"
     try:
         return ask()
@@ -162,8 +163,7 @@ def _asked(found: Repository, ask: Callable[[], T]) -> T:
         raise UserError(f"{found}: not a name of a repository: {error}") from error
     except errors.OfflineModeIsEnabled as error:
         raise _UnreachableError("HF_HUB_OFFLINE is set; unset it to download") from error
-    # The base of the Hub's own errors is that of its HTTP client, which is another one from version to version.
-    except (OSError, *errors.HfHubHTTPError.__bases__) as error:
+    except network as error:
         raise _UnreachableError(f"{constants.ENDPOINT} cannot be reached ({_first_line(error)})") from error
 
 
