@@ -144,7 +144,7 @@ def _asked(found: Repository, ask: Callable[[], T]) -> T:
     from huggingface_hub import constants, errors
 
     # The base of the Hub's own errors is that of its HTTP client, which is another one from version to version.
-    network: tuple[type[Exception], ...] = (OSError, *errors.HfHubHTTPError.__bases__)  # type: ignore[assignment]
+    network: tuple[type[Exception], ...] = (OSError, *errors.HfHubHTTPError.__bases__)
     page = f"{constants.ENDPOINT}/{found.name}"
     try:
         return ask()
