@@ -67,6 +67,8 @@ def export(
 
 def summary(bundle: Bundle) -> dict[str, object]:
     """What `export` and `inspect` say of a bundle."""
+    from retnet_export.graph.card import parameters
+
     manifest = bundle.manifest
     return {
         "bundle": str(bundle.path),
@@ -80,6 +82,7 @@ def summary(bundle: Bundle) -> dict[str, object]:
             }
             for name, variant in manifest.variants.items()
         },
+        "parameters": parameters(manifest.model),
         "weights_bytes": manifest.weights_bytes,
         "state_bytes_per_sequence": manifest.state_bytes,
         "total_bytes": sum(record.bytes for record in manifest.files.values()),
@@ -91,6 +94,8 @@ def summary(bundle: Bundle) -> dict[str, object]:
 
 
 def print_summary(title: str, bundle: Bundle) -> None:
+    from retnet_export.graph.card import parameters
+
     manifest, model = bundle.manifest, bundle.manifest.model
     print_table(
         title,
@@ -100,6 +105,7 @@ def print_summary(title: str, bundle: Bundle) -> None:
                 f"{model.num_layers} layers, width {model.hidden_size}, {model.num_heads} heads of "
                 f"{model.head_key_dim} × {model.head_value_dim}, vocabulary {model.vocab_size:,}",
             ),
+            ("parameters", f"{parameters(model):,}"),
             (
                 "precision",
                 f"weights {manifest.precision.weights}, products {manifest.precision.compute}, state {manifest.precision.state}",

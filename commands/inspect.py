@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 def inspect(bundle: BundlePath, as_json: Json = False) -> None:
     """Check every file of a bundle against its hash and say what the bundle is."""
+    from retnet_export.graph.card import parameters
     from retnet_export.runtime.bundle.bundle import open_bundle
     from retnet_export.runtime.bundle.engines import read_engines
     from retnet_export.runtime.bundle.schema import encode
@@ -21,7 +22,9 @@ def inspect(bundle: BundlePath, as_json: Json = False) -> None:
     opened = open_bundle(bundle)
     engines = read_engines(opened)
     if as_json:
-        print_json({**cast(dict[str, object], encode(opened.manifest)), "engines": [encode(record) for record in engines]})
+        document = cast(dict[str, object], encode(opened.manifest))
+        counted = {"parameters": parameters(opened.manifest.model), "engines": [encode(record) for record in engines]}
+        print_json({**document, **counted})
         return
     manifest = opened.manifest
     print_summary(f"{bundle}: whole, every file has its hash", opened)
@@ -34,6 +37,15 @@ def inspect(bundle: BundlePath, as_json: Json = False) -> None:
             f"\n{title} of {decode.file}",
             [(spec.name, f"{spec.dtype} ({', '.join('batch' if n == -1 else str(n) for n in spec.shape)})") for spec in specs],
         )
+    built = [
+        (
+            record.stem,
+            f"{record.target} {record.version}, compute capability {', '.join(record.compute_capabilities)}, batch up to "
+            f"{record.max_batch}, {size(sum(file.bytes for file in record.files.values()))}",
+        )
+        for record in engines
+    ]
+    print_table("\nengines", built or [("none", "`retnet-export compile` builds them, for a GPU")])
     for record in engines:
         print_anatomy(record)
     checked = manifest.verification

@@ -12,6 +12,7 @@ from typing import Literal
 
 from retnet_export.export.checkpoints.base import Checkpoint
 from retnet_export.export.text import read_text_settings
+from retnet_export.graph.card import write_card
 from retnet_export.graph.weights import weight_shapes
 from retnet_export.runtime.bundle.bundle import MANIFEST, Bundle, open_bundle, record_files, write_manifest
 from retnet_export.runtime.bundle.files import new_folder
@@ -119,6 +120,7 @@ def export_bundle(
             },
         )
         write_manifest(folder, manifest)
+        write_card(folder, manifest)
         open_bundle(folder, check_hashes=False)  # what cannot be opened takes no place
     return Bundle(Path(target), manifest)
 

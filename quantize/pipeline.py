@@ -119,6 +119,7 @@ def quantize_bundle(
         from retnet_export.graph.loading import load_graph
     except ImportError as error:
         raise MissingExtraError("onnx-ir", "export", "quantizing") from error
+    from retnet_export.graph.card import write_card
     from retnet_export.graph.derived import write_derived_bundle
     from retnet_export.graph.retnet import warn_of_slow_heads
     from retnet_export.graph.weights_file import WeightsFile
@@ -175,6 +176,7 @@ def quantize_bundle(
         if judge is not None:
             evaluation = judge(result)
             result = result.with_manifest(quantization={**(result.manifest.quantization or {}), "evaluation": evaluation})
+        write_card(folder, result.manifest)
     return Bundle(Path(target), result.manifest)
 
 

@@ -30,6 +30,8 @@ from retnet_export.runtime.bundle.validation import check_manifest
 from retnet_export.runtime.errors import UserError
 
 MANIFEST = "manifest.json"
+CARD = "README.md"
+"""For people; not recorded, so that it can be edited."""
 LARGEST_MANIFEST = 16 << 20
 """Bytes; a real one has some ten thousand."""
 
@@ -174,9 +176,11 @@ def _check_external_data(bundle: Bundle) -> None:
 
 
 def record_files(folder: Path, known: Mapping[str, FileRecord] | None = None) -> dict[str, FileRecord]:
-    """Size and hash of every file of a folder but its manifest; `known` records are taken as they are."""
+    """Size and hash of every file of a folder but its manifest and its card; `known` records are taken as they are."""
     known = known or {}
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    names = sorted(
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, CARD)
+    )
     return {
         name: known[name] if name in known else FileRecord((folder / name).stat().st_size, sha256_of(folder / name))
         for name in names

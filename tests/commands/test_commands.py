@@ -76,7 +76,7 @@ def test_verify_writes_its_result_into_the_manifest(bundle):
 def test_inspect_gives_the_manifest_and_the_engines_as_json(bundle):
     written = json.loads((bundle / "manifest.json").read_text())
     assert len(written.pop("sha256")) == 64  # the document's own
-    assert json.loads(run("inspect", bundle, "--json")) == {**written, "engines": []}
+    assert json.loads(run("inspect", bundle, "--json")) == {**written, "parameters": 5_639_552, "engines": []}
 
 
 def test_doctor_says_what_works():
