@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A CPU build of torch is enough here, and far smaller: set TORCH=torch where you want the default build.
 TORCH ?= torch==2.13.0
 
-.PHONY: help demo test test-gpu test-oldest test-jetpack6 test-aarch64 check-wheels check check-tensorrt bench-decode bench-compare bench-export bench-gpu bench-prefill bench-forever bench-quantization bench-state clean
+.PHONY: help demo test test-gpu test-oldest test-jetpack6 test-aarch64 check-wheels check check-tensorrt dist bench-decode bench-compare bench-export bench-gpu bench-prefill bench-forever bench-quantization bench-state clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -68,6 +68,10 @@ test-aarch64: $(VENV)/.installed  ## the runtime on an emulated aarch64 processo
 
 check-wheels: $(VENV)/.installed  ## whether JetPack 6 and 7 can install every extra of the runtime from wheels
 	$(BIN)/python scripts/check_wheels.py
+
+dist: $(VENV)/.installed  ## sdist and wheel of the last commit, built twice: the same bytes, or none
+	$(BIN)/pip install --quiet build
+	$(BIN)/python scripts/build_dist.py
 
 check-tensorrt: $(VENV)/.installed  ## our calls of TensorRT against its type stubs
 	$(BIN)/pip install --quiet --no-deps tensorrt-stubs==10.13.0.35.1
