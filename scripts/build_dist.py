@@ -1,8 +1,8 @@
 """Build the sdist and the wheel of the last commit twice, and keep them only if both times give the same bytes.
 
 Rule: what is built is what is committed, at the commit's time. The tree is exported to a folder of its own, so that files which
-git does not know, and what earlier builds left, are in neither. setuptools takes SOURCE_DATE_EPOCH for wheels; the sdist's times and
-owners are set here.
+git does not know, and what earlier builds left, are in neither. setuptools takes SOURCE_DATE_EPOCH for wheels; the times and the
+owners in an sdist are set here.
 """
 
 from __future__ import annotations
@@ -61,13 +61,16 @@ def normalise(sdist: Path, epoch: int) -> None:
     with tarfile.open(sdist) as before:
         members = [(member, before.extractfile(member)) for member in sorted(before.getmembers(), key=lambda each: each.name)]
         contents = [(member, None if file is None else file.read()) for member, file in members]
-    with sdist.open("wb") as raw, gzip.GzipFile("", "wb", mtime=epoch, fileobj=raw) as packed:
-        with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as after:
-            for member, content in contents:
-                member.mtime, member.uid, member.gid, member.uname, member.gname = epoch, 0, 0, "", ""
-                member.mode = 0o755 if member.isdir() or member.mode & 0o100 else 0o644
-                member.pax_headers = {}
-                after.addfile(member, None if content is None else io.BytesIO(content))
+    with (
+        sdist.open("wb") as raw,
+        gzip.GzipFile("", "wb", mtime=epoch, fileobj=raw) as packed,
+        tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as after,
+    ):
+        for member, content in contents:
+            member.mtime, member.uid, member.gid, member.uname, member.gname = epoch, 0, 0, "", ""
+            member.mode = 0o755 if member.isdir() or member.mode & 0o100 else 0o644
+            member.pax_headers = {}
+            after.addfile(member, None if content is None else io.BytesIO(content))
 
 
 def _git(*arguments: str) -> bytes:
