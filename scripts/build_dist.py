@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main() -> int:
     """Build into dist/; 1 if the two builds differ."""
+    os.umask(0o022)  # a wheel keeps the modes of its files
     epoch = int(os.environ.get("SOURCE_DATE_EPOCH") or _git("log", "-1", "--format=%ct").decode())
     with tempfile.TemporaryDirectory() as folder:
         built = [_build(Path(folder) / name, epoch) for name in ("first", "second")]
