@@ -24,6 +24,8 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
     "chat": ("onnxruntime",),
     "chat (with the bundle's chat template)": ("onnxruntime", "jinja2"),
     "serve": ("onnxruntime", "starlette", "uvicorn", "prometheus_client", "pydantic"),
+    "triton": ("onnx",),
+    "tokenize": (),
     "inspect": (),
     "bench": ("onnxruntime",),
     "compare": (*WRITE, "onnxruntime", "matplotlib"),
