@@ -14,6 +14,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from retnet_export.graph.variants import ALWAYS
 from retnet_export.graph.variants.writing import write_variants
 from retnet_export.runtime.bundle.bundle import Bundle, record_files, write_manifest
 from retnet_export.runtime.bundle.manifest import FileRecord
@@ -34,7 +35,7 @@ def write_derived_bundle(
     """
     manifest = source.manifest
     chunk_sizes = {name: spec.chunk_size for name, spec in manifest.graphs.items()}
-    variants = write_variants(folder, graphs, chunk_sizes, list(manifest.variants))
+    variants = write_variants(folder, graphs, chunk_sizes, list(dict.fromkeys([*ALWAYS, *manifest.variants])))
     if manifest.tokenizer is not None:
         for file in manifest.tokenizer.files:
             shutil.copyfile(source.file(file), folder / file)

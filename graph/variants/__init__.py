@@ -17,6 +17,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 from retnet_export.graph.variants.casts import SinkCastsPass
 from retnet_export.graph.variants.element_types import InferElementTypes
 from retnet_export.graph.variants.gates import GatedNormPass, SwishPass
+from retnet_export.graph.variants.integers import IntegerProductsPass
 from retnet_export.graph.variants.linear_attention import LinearAttentionPass, StatePiecesPass
 from retnet_export.graph.variants.norms import ResidualNormPass
 from retnet_export.graph.variants.products import MatMulNBitsPass
@@ -58,6 +59,13 @@ ONNXRUNTIME_CPU: Sequence[type[ir.passes.InPlacePass]] = (
 )
 """What was measured to help (docs/quantization.md): of these operators, those for gates and GatedDeltaNet are slow on a CPU."""
 
+ONNXRUNTIME_CPU_INTEGERS: Sequence[type[ir.passes.InPlacePass]] = (
+    IntegerProductsPass,
+    RotaryEmbeddingOfChunksPass,
+    SkipNormPass,
+)
+"""For versions that neither fuse INT8 weights nor have LinearAttention: what Python 3.10 gets, and so JetPack 6."""
+
 FIRST_VERSIONS: Mapping[str, str] = {
     "com.microsoft::LinearAttention": "1.25",
     "com.microsoft::GatedDeltaNet": "1.31",
@@ -74,10 +82,12 @@ class Form:
     Attributes:
         passes: the rewrites, in order.
         provider: on what its operators are fast.
+        only_with: an operator without which the variant is not worth writing; None if it always is.
     """
 
     passes: Sequence[type[ir.passes.InPlacePass]]
     provider: Literal["cpu", "cuda"]
+    only_with: str | None = None
 
     def first_version(self, operators: Collection[str]) -> str:
         """The first version of ONNX Runtime that has all operators."""
@@ -87,10 +97,11 @@ class Form:
 
 FORMS: Mapping[str, Form] = {
     "onnxruntime-cpu": Form(ONNXRUNTIME_CPU, "cpu"),
+    "onnxruntime-cpu-integers": Form(ONNXRUNTIME_CPU_INTEGERS, "cpu", only_with="MatMulInteger"),
     "onnxruntime-cuda": Form(ONNXRUNTIME_CUDA, "cuda"),
 }
-ALWAYS = ("portable", "onnxruntime-cpu")
-"""The variants of every bundle; the others are asked for."""
+ALWAYS = ("portable", "onnxruntime-cpu", "onnxruntime-cpu-integers")
+"""The variants of every bundle that they are worth it for, the best one for a CPU first; the others are asked for."""
 
 
 def rewrite(model: ir.Model, passes: Sequence[type[ir.passes.InPlacePass]]) -> ir.Model:

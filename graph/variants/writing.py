@@ -33,12 +33,14 @@ def write_variants(
         ir.save(model, folder / f"{name}.onnx")
         written[name] = graph_spec(model, f"{name}.onnx", chunk_sizes[name])
     others = {name: _write_other(folder, written, name) for name in names if name != PORTABLE}
-    return {PORTABLE: Variant(written), **others}
+    return {PORTABLE: Variant(written), **{name: variant for name, variant in others.items() if variant is not None}}
 
 
-def _write_other(folder: Path, portable: Mapping[str, GraphSpec], variant: str) -> Variant:
+def _write_other(folder: Path, portable: Mapping[str, GraphSpec], variant: str) -> Variant | None:
     form = FORMS[variant]
     models = {name: rewrite(ir.load(folder / spec.file), form.passes) for name, spec in portable.items()}
+    if form.only_with is not None and not any(node.op_type == form.only_with for node in models["decode"].graph):
+        return None
     if any(_packed(model) for model in models.values()):
         with WeightsFile(folder / f"weights.{variant}.bin") as file:
             for value in (value for model in models.values() for value in _packed(model)):

@@ -26,6 +26,7 @@ CONFIG = tiny.config(**SIZES, head_value_dim=128)
 TIED = tiny.config(**SIZES, head_value_dim=128, tied_embeddings=True)
 TOKENS = np.random.default_rng(0).integers(0, 64, 12)
 OTHERS = ("onnxruntime-cpu", "onnxruntime-cuda")
+INTEGERS = "onnxruntime-cpu-integers"
 
 
 def logits(bundle, variant):
@@ -51,7 +52,7 @@ def quantized(folder, config, weights, **options):
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_quantized_variants_answer_alike(tmp_path, config, weights):
     bundle = open_bundle(quantized(tmp_path, config, weights, variants=("onnxruntime-cuda",)).path)  # with its hashes
-    assert list(bundle.manifest.variants) == ["portable", *OTHERS]
+    assert list(bundle.manifest.variants) == ["portable", "onnxruntime-cpu", INTEGERS, "onnxruntime-cuda"]
     expected = logits(bundle, "portable")
     for variant in OTHERS:
         assert measure(logits(bundle, variant), expected).relative < TOLERANCES["onnxruntime-quantized"].relative
@@ -82,10 +83,9 @@ def test_for_cuda_every_product_is_one_operator_over_the_integers(tmp_path, conf
 @pytest.mark.parametrize("make", [tiny.bundle, lambda folder, config: quantized(folder, config, "int8")], ids=["float", "int8"])
 def test_variants_read_one_copy_of_the_weights(tmp_path, make):
     bundle = make(tmp_path, TIED)
-    assert list(bundle.manifest.variants) == ["portable", "onnxruntime-cpu"]
     assert [name for name in bundle.manifest.files if name.endswith(".bin")] == ["weights.bin"]
     assert operators(bundle, "onnxruntime-cpu").count("LinearAttention") == TIED.num_layers
-    spans = []
+    spans = []  # of the decode graphs
     for variant in bundle.manifest.variants.values():
         tensors = [value.const_value for value in ir.load(bundle.file(variant.graphs["decode"].file)).graph.initializers.values()]
         spans.append({(tensor.offset, tensor.length) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)})
@@ -105,7 +105,7 @@ def test_the_manifest_says_what_each_variant_needs(tmp_path):
 @pytest.mark.parametrize(
     ("version", "provider", "expected"),
     [
-        ("1.23.2", "cpu", "portable"),
+        ("1.23.2", "cpu", INTEGERS),
         ("1.25.0", "cpu", "onnxruntime-cpu"),
         ("1.32.0", "cpu", "onnxruntime-cpu"),
         ("1.30.0", "cuda", "portable"),
@@ -113,7 +113,7 @@ def test_the_manifest_says_what_each_variant_needs(tmp_path):
     ],
 )
 def test_the_best_variant_is_taken_that_the_version_runs(tmp_path, monkeypatch, version, provider, expected):
-    bundle = tiny.bundle(tmp_path, CONFIG, variants=("onnxruntime-cuda",))
+    bundle = quantized(tmp_path, CONFIG, "int8", variants=("onnxruntime-cuda",))
     monkeypatch.setattr(onnxruntime, "__version__", version)
     assert best_variant(bundle.manifest, provider) == expected
 
@@ -131,7 +131,7 @@ def test_the_variant_in_use_is_said(example_bundle):
 
 def test_a_snapshot_file_moves_between_variants(tmp_path):
     bundle = quantized(tmp_path, CONFIG, "int4")
-    sessions = [tiny.model(bundle, name).session() for name in bundle.manifest.variants]
+    sessions = [tiny.model(bundle, name).session() for name in ("portable", INTEGERS)]
     sessions[0].feed([3, 1, 4, 1, 5])
     sessions[0].snapshot().save(tmp_path / "five.state")
     sessions[1].restore(Snapshot.load(tmp_path / "five.state"))
@@ -147,3 +147,28 @@ def test_activations_and_graphs_for_cuda_do_not_go_together(tmp_path, monkeypatc
     options = QuantizeOptions("int8", activations="int8", calibration=tmp_path / "text.txt")
     with pytest.raises(UserError, match="it has graphs for onnxruntime-cuda, whose products take activations as floats"):
         quantize_bundle(source, tmp_path / "q.retnet", options)
+
+
+@pytest.mark.parametrize("config", [CONFIG, TIED], ids=["head", "tied head"])
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_for_older_versions_products_of_bytes_are_integer_products(tmp_path, config, weights):
+    bundle = quantized(tmp_path, config, weights)
+    for graph in ("decode", "prefill"):
+        found = operators(bundle, INTEGERS, graph)
+        assert found.count("MatMulInteger") == (4 * config.num_layers + 1 if weights == "int8" else 1)
+    assert bundle.manifest.variants[INTEGERS].needs.onnxruntime == "1.20"
+    error = measure(logits(bundle, INTEGERS), logits(bundle, "portable"))
+    assert error.relative < TOLERANCES["onnxruntime-quantized"].relative
+
+
+def test_a_row_of_an_integer_product_does_not_depend_on_the_others(tmp_path):
+    model = tiny.model(quantized(tmp_path, CONFIG, "int8"), INTEGERS)
+    alone, together = model.backend.open_stream(1), model.backend.open_stream(3)
+    for token in TOKENS:
+        alone.step(np.array([token]))
+        together.step(np.array([9, token, 63 - token]))
+    np.testing.assert_array_equal(together.logits()[1], alone.logits()[0])
+
+
+def test_float_bundles_have_no_integer_products(tmp_path):
+    assert INTEGERS not in tiny.bundle(tmp_path, CONFIG).manifest.variants
