@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from retnet_export.export.tensorrt_anatomy import read_anatomy
 from retnet_export.export.tensorrt_forms import JOINED, Forms, tensorrt_forms
+from retnet_export.export.tensorrt_memory import return_freed_memory
 from retnet_export.export.tensorrt_network import (
     NetworkGraph,
     Profile,
@@ -156,6 +157,7 @@ def compile_bundle(bundle: Bundle, options: CompileOptions, *, progress: Progres
     check_build(
         bundle, options.target, version_of(module), capabilities, max_batch=options.max_batch, on_this_gpu=device is not None
     )
+    return_freed_memory()
     stem = engine_stem(options.target, module.__version__, capabilities)
     began = time.perf_counter()
     probe = ask(module, capabilities, device is not None, compute=bundle.manifest.precision.compute)

@@ -5,7 +5,7 @@ Rule: nothing here needs TensorRT, so every refusal is tested without it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from retnet_export.plan.devices import FORMAT_FLOOR, formats_of, parse_capability
@@ -18,8 +18,14 @@ from retnet_export.runtime.errors import UserError
 RUNTIME_BYTES = 600e6
 """What CUDA and TensorRT themselves take on a device. An estimate: the published peaks of small models suggest 0.5 to 1 GB."""
 
-BUILD_COPIES = 4.3
-"""Copies of the weights that a build holds at once at its peak; measured with TensorRT-RTX, docs/tensorrt.md."""
+BUILD_BASE = 180e6
+"""Bytes of host memory that a build takes however small the model."""
+
+BUILD_COPIES: Mapping[str, float] = {"float32": 2.4, "float16": 2.8, "bfloat16": 2.8, "int8": 3.5, "float8": 3.5, "int4": 4.9}
+"""Copies of the weights that a build holds at its peak beyond that, by their format.
+
+Measured with TensorRT-RTX 1.7.1 at three sizes each, on a line within a percent (docs/tensorrt.md); a test builds one and compares.
+"""
 
 
 def check_build(
@@ -107,13 +113,19 @@ def nearest_fit(manifest: Manifest, available: float, batch: int) -> str:
 
 def check_host_memory(path: Path, manifest: Manifest) -> None:
     """Refuse a build that would run the machine out of memory."""
-    available = available_host_bytes()
-    needed = BUILD_COPIES * manifest.weights_bytes
+    available, needed = available_host_bytes(), build_bytes(manifest)
     if available is not None and needed > available:
+        smaller = "" if manifest.precision.weights == "int4" else ", or quantize the bundle first"
         raise UserError(
-            f"{path}: building holds about {BUILD_COPIES:g} times the weights at its peak, {needed / 1e9:.1f} GB, and this "
-            f"machine has {available / 1e9:.1f} GB available; close other programs, add swap, or quantize the bundle first"
+            f"{path}: building holds {BUILD_COPIES[manifest.precision.weights]:g} times the weights at its peak, "
+            f"{needed / 1e9:.1f} GB, and this machine has {available / 1e9:.1f} GB available; "
+            f"close other programs{smaller}, or add swap"
         )
+
+
+def build_bytes(manifest: Manifest) -> float:
+    """Host memory that a build takes at its peak; on a Jetson it is the GPU's memory as well."""
+    return BUILD_BASE + BUILD_COPIES[manifest.precision.weights] * manifest.weights_bytes
 
 
 def available_host_bytes() -> float | None:
