@@ -253,7 +253,9 @@ def test_an_engine_with_other_inputs_than_the_manifest_is_refused(bundle):
     manifest = bundle.manifest
     graph = manifest.graphs["prefill"]
     inputs = tuple(replace(spec, dtype="float16") if spec.name == "state.001" else spec for spec in graph.inputs)
-    other = replace(manifest, graphs={**manifest.graphs, "prefill": replace(graph, inputs=inputs)})
+    graphs = {**manifest.graphs, "prefill": replace(graph, inputs=inputs)}
+    portable = replace(manifest.variants["portable"], graphs=graphs)
+    other = replace(manifest, variants={**manifest.variants, "portable": portable})
     with pytest.raises(UserError, match=r"input 'state\.001' as float16\[-1, 4, 8, 12\], it has float32\[-1, 4, 8, 12\]"):
         open_backend("tensorrt", Bundle(bundle.path, other))
 
