@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import onnx_ir as ir
 import oracle
@@ -14,6 +16,8 @@ from retnet_export.graph.decode import build_decode
 from retnet_export.graph.prefill import build_prefill
 from retnet_export.graph.weights import random_weights
 from retnet_export.graph.weights_file import WeightsFile
+from retnet_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from retnet_export.runtime.backends.onnxruntime_api import best_variant
 from retnet_export.runtime.model import Model, load
 from retnet_export.runtime.numerics import TOLERANCES, measure
 
@@ -24,12 +28,14 @@ TOLERANCE = TOLERANCES["chunkwise-float32"].relative
 AS_ORACLE = TOLERANCES["onnxruntime-float32"].relative
 
 
-@pytest.fixture(scope="module", params=tiny.CONFIGS)
+@pytest.fixture(scope="module", params=itertools.product(tiny.CONFIGS, ("portable", "onnxruntime-cpu")), ids=" as ".join)
 def model(request, tmp_path_factory) -> Model:
-    """Two sessions, so that steps are those of decode.onnx."""
-    folder = tmp_path_factory.mktemp("bundle")
-    tiny.bundle(folder, tiny.CONFIGS[request.param], chunk=CHUNK)
-    return load(folder / "tiny.retnet", "onnxruntime", threads=1, low_memory=False)
+    """Every family in both variants for a CPU; two sessions, so that steps are those of decode.onnx."""
+    family, variant = request.param
+    bundle = tiny.bundle(tmp_path_factory.mktemp("bundle"), tiny.CONFIGS[family], chunk=CHUNK)
+    if variant not in bundle.manifest.variants or (variant != "portable" and best_variant(bundle.manifest, "cpu") != variant):
+        pytest.skip(f"this ONNX Runtime does not run {variant}")
+    return Model(bundle, OnnxRuntimeBackend(bundle, threads=1, low_memory=False, variant=variant))
 
 
 @pytest.fixture(scope="module")
