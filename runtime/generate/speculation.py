@@ -27,8 +27,12 @@ MOST = 16
 """Tokens drafted at most."""
 BOUNDS = (3, 4, 5, 8, 16)
 """Matches are told apart by length: below 3, 4, 5, 8, 16, and longer."""
-PRIOR = (0.2, 0.3, 0.4, 0.6, 0.8, 0.9)
-"""How often a match of each class is taken to foretell the next token before anything is known."""
+RESUMED = 3
+"""Tokens right in a row after a wrong one, up to which a match that went on behind it is of a class of its own."""
+MISSES = 3
+"""Tokens wrong in a row after which a match is given up."""
+PRIOR = (0.2, 0.3, 0.4, 0.6, 0.8, 0.9, 0.3, 0.5, 0.6, 0.7)
+"""How often a match of each class is taken to predict the next token before anything is known: by length, and resumed ones."""
 RATE = 1 / 16
 """Weight of the newest guess in those shares."""
 GAIN = 1.1
@@ -58,6 +62,7 @@ class History:
         self._indexed = 0
         self._next: int | None = None  # the place of the token that is expected next
         self._matched = 0
+        self._resumed, self._missed = False, 0
 
     @property
     def tokens(self) -> NDArray[np.int32]:
@@ -67,7 +72,7 @@ class History:
     def extend(self, tokens: Sequence[int]) -> None:
         """Note tokens that were read."""
         self._tokens.extend(tokens)
-        self._next = None
+        self._next, self._resumed, self._missed = None, False, 0
         if len(self._tokens) > 2 * HISTORY:
             del self._tokens[:-HISTORY]
             self._forget()
@@ -80,12 +85,26 @@ class History:
         expected, matched = self._next, self._matched
         right = expected is not None and self._tokens[expected] == token
         if expected is not None:
-            kind = _kind(matched)
+            kind = self._kind(matched)
             self._shares[kind] += RATE * (right - self._shares[kind])
+        resumed, missed = self._resumed, 0 if right else self._missed + 1
         self.extend([token])
-        if expected is not None and right and matched >= ORDERS[0] and self._indexed:
-            self._index()
-            self._next, self._matched = expected + 1, matched + 1
+        if not self._indexed or expected is None:  # the places have moved, or there is none to go on from
+            self._look_up()
+            return
+        self._index()
+        if right and (resumed or matched >= ORDERS[0]):
+            self._next, self._matched, self._resumed, self._missed = (
+                expected + 1,
+                matched + 1,
+                resumed and matched < RESUMED,
+                missed,
+            )
+        elif not right and (resumed or matched >= ORDERS[0]) and missed <= MISSES:
+            # One token was another one: a word that was edited, a number that counts. The old place goes on behind it.
+            self._look_up(ORDERS[0])
+            if self._next is None:
+                self._next, self._matched, self._resumed, self._missed = expected + 1, 0, True, missed
         else:
             self._look_up()
 
@@ -96,7 +115,7 @@ class History:
         chances: list[float] = []
         survives = 1.0
         while self._next is not None and len(chances) < most and survives > LEAST:
-            survives *= self._shares[_kind(self._matched + len(chances))]
+            survives *= self._shares[self._kind(self._matched + len(chances))]
             chances.append(survives)
         return chances
 
@@ -118,13 +137,22 @@ class History:
                     self._after[tuple(tokens[place + 1 - order : place + 1])] = place + 1
         self._indexed = max(last, self._indexed)
 
-    def _look_up(self) -> None:
+    def _look_up(self, least: int = ORDERS[-1]) -> None:
         self._index()
+        self._resumed, self._missed = False, 0
         for order in ORDERS:
+            if order < least:
+                break
             if len(self._tokens) >= order and (place := self._after.get(tuple(self._tokens[-order:]))) is not None:
                 self._next, self._matched = place, order
                 return
         self._next = None
+
+    def _kind(self, matched: int) -> int:
+        """The class of a match of that length."""
+        if self._resumed and matched <= RESUMED:
+            return len(BOUNDS) + 1 + matched
+        return next((kind for kind, bound in enumerate(BOUNDS) if matched < bound), len(BOUNDS))
 
 
 def length_of_drafts(cost: PassCost, chances: Sequence[Sequence[float]]) -> int:
@@ -191,7 +219,3 @@ class Speculation:
         self._stats.accepted += 1
         row: NDArray[np.float32] = self._rows[self._used]
         return row
-
-
-def _kind(matched: int) -> int:
-    return next((kind for kind, bound in enumerate(BOUNDS) if matched < bound), len(BOUNDS))

@@ -237,6 +237,21 @@ def test_nothing_is_drafted_where_guesses_fail_and_much_where_they_hold():
     assert length_of_drafts(cost, [tame.chances(16)] * 2) > 0
 
 
+def test_a_passage_goes_on_behind_a_word_that_was_replaced():
+    passage = list(range(40))
+    history = History([*passage, *passage[:20]])
+    history.watched = True
+    history.note(20)
+    history.note(99)  # instead of 21
+    assert history.expected(4) == [22, 23, 24, 25]
+    for token in (22, 23, 98, 97, 26):  # two words in a row, and on
+        history.note(token)
+    assert history.expected(3) == [27, 28, 29]
+    for token in (90, 91, 92, 93):
+        history.note(token)
+    assert history.expected(3) == []
+
+
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_a_history_is_the_last_tokens_however_they_came(data):
