@@ -14,7 +14,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable '.[cpu,export,torch,compare,dev]'
+	$(BIN)/pip install --quiet --editable '.[cpu,export,torch,compare,hub,dev]'
 	# TensorRT-RTX compiles without a GPU; where it cannot be installed its tests skip and say so.
 	$(BIN)/pip install --quiet --editable '.[tensorrt-rtx]' || echo "tensorrt-rtx is not available here: its tests will skip"
 	# So it is with nvidia-modelopt, which measures the ranges of 8-bit activations.

@@ -13,6 +13,7 @@ WRITE = ("onnx", "onnx_ir", "ml_dtypes")
 NEEDS: Mapping[str, tuple[str, ...]] = {
     "export": WRITE,
     "export (from .pt, .pth, .bin or .ckpt files)": (*WRITE, "torch"),
+    "export (of tokenizers that are no tokenizer.json)": (*WRITE, "transformers", "sentencepiece", "tiktoken"),
     "export (from the Hugging Face Hub)": (*WRITE, "huggingface_hub"),
     "verify": (*WRITE, "torch", "onnxruntime"),
     "quantize": WRITE,

@@ -48,7 +48,10 @@ EXTRAS: Mapping[str, tuple[str, str]] = {
     "pydantic": ("pydantic", "serve"),
     "starlette": ("starlette", "serve"),
     "tensorrt_rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx"),
+    "sentencepiece": ("sentencepiece", "tokenizers"),
+    "tiktoken": ("tiktoken", "tokenizers"),
     "torch": ("torch", "torch"),
+    "transformers": ("transformers", "tokenizers"),
     "uvicorn": ("uvicorn", "serve"),
 }
 """Modules of optional packages: the package's name, and the extra that brings it."""
