@@ -37,19 +37,19 @@ def sha256_of_bytes(content: bytes | memoryview) -> str:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file.
+    """A UTF-8 file, without the mark that some editors put in front.
 
     Raises:
         UserError: it cannot be read or is not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8").removeprefix("\ufeff")
     except IsADirectoryError as error:
         raise UserError(f"{path}: a folder, expected a text file") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); convert it first") from error
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); convert it first, as with `iconv -f LATIN1 -t UTF-8`") from error
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
