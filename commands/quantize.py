@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -91,12 +91,13 @@ def _print_quantized(source: Bundle, result: Bundle) -> None:
     scales = f"a scale for {record['group_size']} inputs" if record["group_size"] else "a scale for each output"
     errors = record["relative_weight_error"]
     assert isinstance(errors, dict)
-    ranges = record["activation_ranges"]
+    ranges, text = record["activation_ranges"], cast(dict[str, int] | None, record["calibration"])
     print_table(
         f"{result.path}: {record['weights']} by {record['method']}, {scales}",
         [
             ("weights", f"{size(before)} -> {size(after)}, {before / after:.1f} times smaller"),
             ("embedding, head", f"{record['embedding']}, {record['head']}"),
+            *([("calibrated on", f"{text['sequences'] * text['length']:,} tokens of {text['file']}")] if text else []),
             *([("activations", f"{record['activations']}, ranges by {ranges['by']}")] if isinstance(ranges, dict) else []),
             ("rounding error", ", ".join(f"{role} {100 * error:.2f} %" for role, error in errors.items()) + " of their size"),
             ("state", f"{result.manifest.precision.state}, {size(result.manifest.state_bytes)} a sequence"),

@@ -49,7 +49,9 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); convert it first, as with `iconv -f LATIN1 -t UTF-8`") from error
+        raise UserError(
+            f"{path}: not UTF-8 text (byte {error.start}); convert it first, as with `iconv -f LATIN1 -t UTF-8`"
+        ) from error
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
