@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from retnet_export.runtime.errors import ArgumentError, CheckpointWarning, PrecisionWarning, UserError, missing_extra
+from retnet_export.runtime.errors import (
+    ArgumentError,
+    BackendWarning,
+    CheckpointWarning,
+    PrecisionWarning,
+    UserError,
+    missing_extra,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -157,7 +164,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
 ) -> None:
-    if issubclass(category, (CheckpointWarning, PrecisionWarning)):
+    if issubclass(category, (BackendWarning, CheckpointWarning, PrecisionWarning)):
         print_warning(str(message))
     else:
         typer.echo(warnings.formatwarning(message, category, filename, lineno, line), err=True, nl=False)

@@ -72,6 +72,10 @@ class CheckpointWarning(UserWarning):
     """Something in a checkpoint that was not read, and that the user should know of; the command line prints it once."""
 
 
+class BackendWarning(UserWarning):
+    """A backend that could have been used and was not, and why; or something it works around. The command line prints it once."""
+
+
 class PrecisionWarning(UserWarning):
     """A format that was asked for and that this model is known to suffer from; the command line prints it once."""
 

@@ -58,6 +58,7 @@ class CudaDouble:
     cudaMemcpyKind = cudaMemcpyKind
     cudaStreamCaptureMode = cudaStreamCaptureMode
     cudaStreamNonBlocking = 1
+    cudaDeviceAttr = SimpleNamespace(cudaDevAttrCooperativeLaunch=95)
 
     def __init__(self, capability: tuple[int, int] = (8, 7), memory: int = 1 << 30) -> None:
         self.capability, self.memory = capability, memory
@@ -75,6 +76,9 @@ class CudaDouble:
 
     def cudaGetDeviceCount(self):
         return OK, 1
+
+    def cudaDeviceGetAttribute(self, attribute, device):
+        return OK, 0  # it runs no kernels, together or otherwise
 
     def cudaGetDeviceProperties(self, device):
         major, minor = self.capability

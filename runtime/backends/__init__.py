@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import TYPE_CHECKING
 
-from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.errors import BackendWarning, UserError
 
 if TYPE_CHECKING:
     from retnet_export.runtime.backends.base import Backend
     from retnet_export.runtime.bundle.bundle import Bundle
 
 THREADS_PER_CORE = 4
-NAMES = ("auto", "onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
+NAMES = ("auto", "cuda", "onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 
 
 def open_backend(name: str, bundle: Bundle, threads: int | None = None, low_memory: bool | None = None) -> Backend:
     """Load a bundle into the backend called `name`.
 
-    "auto" takes the first that works: an engine compiled for this machine's GPU, ONNX Runtime on the GPU, ONNX Runtime on the
-    CPU. With threads given, the CPU is meant.
+    "auto" takes the first that works: an engine compiled for this machine's GPU, our own kernels on it, ONNX Runtime on the GPU,
+    ONNX Runtime on the CPU. With threads given, the CPU is meant. A GPU that is passed over although it could be used is named in
+    a warning.
 
     Raises:
         UserError: no such backend, or it does not work here.
@@ -35,6 +37,10 @@ def open_backend(name: str, bundle: Bundle, threads: int | None = None, low_memo
         from retnet_export.runtime.backends.tensorrt import TensorRtBackend
 
         return TensorRtBackend(bundle, name)
+    elif name == "cuda":
+        from retnet_export.runtime.backends.cuda.backend import CudaBackend
+
+        return CudaBackend(bundle)
     elif name == "onnxruntime-cuda":
         from retnet_export.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 
@@ -61,6 +67,7 @@ def check_threads(threads: int | None) -> None:
 def _on_gpu(bundle: Bundle, low_memory: bool | None) -> Backend | None:
     """The fastest backend on this machine's GPU; None if there is none for this bundle."""
     from retnet_export.runtime.backends import onnxruntime_cuda
+    from retnet_export.runtime.backends.cuda import backend as own_kernels
     from retnet_export.runtime.bundle.engines import read_engines
     from retnet_export.runtime.device.cuda import CudaError
 
@@ -71,6 +78,11 @@ def _on_gpu(bundle: Bundle, low_memory: bool | None) -> Backend | None:
             return TensorRtBackend(bundle, target)
         except (UserError, CudaError):
             continue  # compiled for another machine, or TensorRT or the GPU is missing here
+    if own_kernels.unavailable() is None:
+        try:
+            return own_kernels.CudaBackend(bundle)
+        except (UserError, CudaError) as error:
+            warnings.warn(f"{error}. Trying the other backends.", BackendWarning, stacklevel=3)
     if onnxruntime_cuda.unavailable() is not None:
         return None
     try:

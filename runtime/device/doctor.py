@@ -37,6 +37,7 @@ def examine() -> Report:
         _version("onnxruntime")
     )
     gpu, no_gpu = _gpu()
+    works["generate on an NVIDIA GPU (cuda)"] = no_gpu or _own_kernels(gpu)
     works["generate on an NVIDIA GPU (onnxruntime-cuda)"] = no_gpu or _onnxruntime_cuda()
     for target in ("tensorrt", "tensorrt-rtx"):
         version_here, fault = _tensorrt(target)
@@ -91,6 +92,19 @@ def _gpu() -> tuple[dict[str, str], str | None]:
         f"{memory.free / 2**30:.1f} GiB free",
         "CUDA": f"{driver // 1000}.{driver % 1000 // 10} (driver)",
     }, None
+
+
+def _own_kernels(gpu: dict[str, str]) -> str | None:
+    """Why the backend `cuda` cannot work; adds what compiles its kernels, and from where, to what is said of the GPU."""
+    from retnet_export.runtime.backends.cuda import compiler
+    from retnet_export.runtime.backends.cuda.backend import unavailable
+
+    reason = unavailable()
+    if reason is None:
+        major, minor = compiler.compiler_version()
+        gpu["NVRTC"] = f"{major}.{minor} ({compiler.library()})"
+        gpu["compiled kernels"] = str(compiler.cache_folder())
+    return reason
 
 
 def _onnxruntime_cuda() -> str | None:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retnet_export.runtime.backends.base import NUMPY_DTYPES, State, top_of
-from retnet_export.runtime.backends.cuda.compiler import Kernels, compile_kernels
+from retnet_export.runtime.backends.cuda.compiler import Kernels, compile_kernels, compiler_version
 from retnet_export.runtime.backends.cuda.plan import (
     THREADS,
     TOP,
@@ -22,6 +22,7 @@ from retnet_export.runtime.backends.cuda.plan import (
     StepPlan,
     plan_step,
     state_and_scratch_bytes,
+    too_old,
     unsupported,
 )
 from retnet_export.runtime.backends.cuda.weights import DeviceWeights, UnsupportedError
@@ -62,6 +63,20 @@ def device_limits(index: int = 0) -> DeviceLimits:
     if not kernels.attribute("CooperativeLaunch", index):
         raise UserError(f"{device.name}: no cooperative launch, which the backend 'cuda' needs")
     return DeviceLimits(device.compute_capability, device.multiprocessors, kernels.attribute("MaxSharedMemoryPerBlockOptin", index))
+
+
+def unavailable() -> str | None:
+    """Why no bundle can run here with these kernels, or None."""
+    try:
+        if not cuda.device_count():
+            return "no NVIDIA GPU that CUDA can use (nvidia-smi)"
+        limits = device_limits()
+        compiler_version()
+    except UserError as error:
+        return str(error)
+    except (cuda.CudaError, RuntimeError, OSError) as error:
+        return f"CUDA does not work here: {error}"
+    return too_old(limits)
 
 
 class CudaBackend:

@@ -18,17 +18,13 @@ from pathlib import Path
 from types import ModuleType
 
 from retnet_export.runtime.bundle.files import write_atomically
-from retnet_export.runtime.errors import MissingExtraError, UserError
+from retnet_export.runtime.errors import BackendWarning, MissingExtraError, UserError
 
 CHECKSUM_BYTES = 32
 CACHE_VARIABLE = "RETNET_EXPORT_CACHE"
 """Environment variable that names another folder for compiled kernels."""
 PREPROCESSED = re.compile(r"COMPUTE|ACTIVATION|P[0-9]")
 """Constants that the preprocessor needs; the others are C++ constants, so that a name cannot hit anything else."""
-
-
-class CacheWarning(UserWarning):
-    """Something is wrong with the cache of compiled kernels; they are compiled again."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +68,16 @@ def compiler_version() -> tuple[int, int]:
     if code != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         raise UserError(f"NVRTC does not work here: nvrtcVersion answered {code}")
     return int(major), int(minor)
+
+
+def library() -> str:
+    """Where NVRTC was loaded from."""
+    try:
+        from cuda.pathfinder import load_nvidia_dynamic_lib
+
+        return str(load_nvidia_dynamic_lib("nvrtc").abs_path)
+    except (ImportError, AttributeError, RuntimeError, OSError) as error:
+        return f"found by cuda-bindings ({type(error).__name__} while asking where)"
 
 
 def supported_capabilities() -> tuple[tuple[int, int], ...]:
@@ -167,11 +173,11 @@ def _read(path: Path) -> bytes | None:
         return None
     except OSError as error:
         warnings.warn(
-            f"{path}: the compiled kernel cannot be read ({error.strerror}), compiling it again", CacheWarning, stacklevel=3
+            f"{path}: the compiled kernel cannot be read ({error.strerror}), compiling it again", BackendWarning, stacklevel=3
         )
         return None
     if hashlib.sha256(content[CHECKSUM_BYTES:]).digest() != content[:CHECKSUM_BYTES]:
-        warnings.warn(f"{path}: the compiled kernel is damaged, compiling it again", CacheWarning, stacklevel=3)
+        warnings.warn(f"{path}: the compiled kernel is damaged, compiling it again", BackendWarning, stacklevel=3)
         return None
     return content[CHECKSUM_BYTES:]
 
@@ -184,6 +190,6 @@ def _write(path: Path, image: bytes) -> None:
         warnings.warn(
             f"{path.parent}: compiled kernels cannot be kept there ({error.strerror}), so each start compiles them again; "
             f"set {CACHE_VARIABLE} to a folder that can be written",
-            CacheWarning,
+            BackendWarning,
             stacklevel=3,
         )

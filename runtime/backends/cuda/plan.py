@@ -14,6 +14,8 @@ from retnet_export.runtime.backends.cuda.layout import BITS, MatrixLayout
 from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.errors import UserError
 
+OLDEST = (8, 0)
+"""The first compute capability with cp.async and mma.m16n8k16."""
 WARPS = 16
 THREADS = 32 * WARPS
 TOP = 64
@@ -135,6 +137,14 @@ class StepPlan:
     slots: int
 
 
+def too_old(device: DeviceLimits) -> str | None:
+    """Why the kernels cannot run on a device, whatever the model, or None."""
+    if device.capability >= OLDEST:
+        return None
+    major, minor = device.capability
+    return f"the backend 'cuda' needs compute capability {OLDEST[0]}.{OLDEST[1]} or later, this GPU has {major}.{minor}"
+
+
 def unsupported(config: ModelConfig) -> str | None:
     """Why the kernel cannot run a model, or None."""
     for name in ("hidden_size", "ffn_size"):
@@ -166,10 +176,8 @@ def plan_step(
     Raises:
         UserError: the device has too little shared memory, or is too old.
     """
-    if device.capability < (8, 0):
-        raise UserError(
-            f"the backend 'cuda' needs compute capability 8.0 or later, this GPU has {device.capability[0]}.{device.capability[1]}"
-        )
+    if (reason := too_old(device)) is not None:
+        raise UserError(reason)
     blocks = min(device.multiprocessors, layouts["projections"].tiles)
     splits = {name: split(layouts[name], blocks) for name in PRODUCTS}
     bases, end = [], 0

@@ -87,12 +87,10 @@ struct Params {
   void* profile;
 #endif
 };
-#ifdef PROFILE
-#define SUB(i) if (t == 0) { s.marks[i] += clock64() - s.last; }
+#ifdef PROFILE  // clock cycles of each part, of a block's first thread, added up over the layers
 #define MARK(i) if (w.t == 0) { long long now = clock64(); s.marks[i] += now - s.last; s.last = now; }
 #else
 #define MARK(i)
-#define SUB(i)
 #endif
 struct Plan { u64 offset; u32 jump, count, length, step; };  // a warp's share of a product; jump: from the end of a part to the next
 
@@ -183,16 +181,9 @@ __device__ __forceinline__ u64 look(const u64* at) {
 __device__ __forceinline__ void look2(const u64* at, u64& a, u64& b) {
   asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(a), "=l"(b) : "l"(at) : "memory");
 }
-#ifdef NOWAIT
-__device__ __forceinline__ bool is(u64 packet, u32 tag) { return true; }
-#else
 __device__ __forceinline__ bool is(u64 packet, u32 tag) { return (u32)(packet >> 32) == tag; }
-#endif
 __device__ __forceinline__ float value(u64 packet) { return __uint_as_float((u32)packet); }
-#ifndef NAP
-#define NAP
-#endif
-__device__ __forceinline__ void lose_patience(u32& turns) { NAP; if (++turns > PATIENCE) asm volatile("trap;"); }
+__device__ __forceinline__ void lose_patience(u32& turns) { if (++turns > PATIENCE) asm volatile("trap;"); }
 
 __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll
@@ -394,7 +385,6 @@ struct Worker {
           to[0] = r0; to[8] = r1;
         }
       }
-      SUB(14)
       __syncthreads();
       done(first, parts);
     }
@@ -520,7 +510,6 @@ struct Worker {
     if (more) {
       if (POST_NORM) load_affine<PAIRS>(post, D, post_w, post_b, post_layer);
       add(mail, tag);
-      SUB(12)
       if (POST_NORM) norm<PAIRS, NORM_KIND, BIAS>(residual, residual, D, NORM_EPS, post);
     }
     if (NORM) {
@@ -620,7 +609,6 @@ struct Worker {
     load_state(layer, unit, S);
     if (unit + GRID < UNITS) prefetch_state(layer, unit + GRID);
     __syncthreads();
-    SUB(13)
     const float gamma = p.vectors[(u64)L * VECTORS + GAMMA + h];
     float o[VEC], v[VEC];
 #pragma unroll
@@ -828,7 +816,7 @@ struct Worker {
     __syncthreads();
     u32 floor = 0;
     if (Head::TILES > TOP)
-      for (u32 bit = 1u << 31; bit; bit >>= 1) {
+      for (u32 bit = 1u << 31; bit >> 16; bit >>= 1) {  // to seven bits of mantissa: a few candidates more, half the turns
         int n = 0;
         for (int i = t; i < Head::TILES; i += THREADS) n += keys[i] >= (floor | bit);
         if (block_count(n) >= TOP) floor |= bit;
@@ -939,7 +927,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(const Params p) {
     }
   }
 #ifdef PROFILE
-  if (t == 0) { u32 sm; asm volatile("mov.u32 %0, %smid;" : "=r"(sm)); s.marks[15] = sm; }
   if (t == 0) for (int i = 0; i < 16; ++i) ((long long*)p.profile)[blockIdx.x * 16 + i] = s.marks[i];
 #endif
 }
