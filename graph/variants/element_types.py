@@ -32,5 +32,9 @@ def _output_type(node: ir.Node) -> ir.DataType | None:
         return ir.DataType.INT64
     if node.op_type in COMPARISONS:
         return ir.DataType.BOOL
-    source = node.inputs[1 if node.op_type in TYPE_FROM_SECOND_INPUT else 0] if node.inputs else None
+    if not node.inputs:
+        return None
+    # QuantizeLinear gives the type of its zero point, and is always written with one.
+    place = 2 if node.op_type == "QuantizeLinear" else 1 if node.op_type in TYPE_FROM_SECOND_INPUT else 0
+    source = node.inputs[place]
     return None if source is None else source.dtype

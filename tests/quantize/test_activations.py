@@ -23,6 +23,7 @@ from retnet_export.runtime.numerics import measure
 needs_modelopt = pytest.mark.skipif(not activations.has_extra(), reason="the extra `activations` is not installed")
 TEXT = Path(__file__).parents[2] / "examples" / "classics" / "held-out.txt"
 TOKENS = np.random.default_rng(1).integers(0, 50, (4, 24))
+CALIBRATION = {"file": "text.txt", "sha256": "", "sequences": len(TOKENS), "length": TOKENS.shape[-1], "tokens": TOKENS}
 
 
 def ranges_on(bundle, tokens=TOKENS):
@@ -54,7 +55,7 @@ def measured(monkeypatch):
 
     monkeypatch.setattr(pipeline, "activation_ranges", ranges)
     monkeypatch.setattr(pipeline, "check_installed", lambda: None)
-    monkeypatch.setattr(pipeline, "_calibration", lambda source, path: {"file": path.name, "tokens": TOKENS})
+    monkeypatch.setattr(pipeline, "_calibration", lambda source, path: CALIBRATION | {"file": path.name})
 
 
 def eight_bit(form, **options):
@@ -220,7 +221,7 @@ def test_a_missing_package_names_the_extra_before_the_work(tmp_path, monkeypatch
 
 def test_a_quantizer_that_fails_is_said_with_its_last_line_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "check_installed", lambda: None)
-    monkeypatch.setattr(pipeline, "_calibration", lambda source, path: {"tokens": TOKENS})
+    monkeypatch.setattr(pipeline, "_calibration", lambda source, path: dict(CALIBRATION))
     monkeypatch.setattr(activations.sys, "executable", "/bin/false")
     source = tiny.bundle(tmp_path, tiny.config())
     with pytest.raises(UserError, match="nvidia-modelopt could not measure the activations: it said nothing"):

@@ -18,6 +18,7 @@ from retnet_export.runtime.errors import UserError
 trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 
 CONFIG = tiny.config(hidden_size=512, ffn_size=2048, head_value_dim=128, head_key_dim=64, vocab_size=16384)
+CALIBRATION = {"file": "text.txt", "sha256": "", "sequences": 1, "length": 1}
 FLOAT16_BYTES = 2 * sum(int(np.prod(shape)) for shape in weight_shapes(CONFIG).values())
 
 
@@ -55,7 +56,7 @@ def test_the_engine_holds_the_integers(tmp_path, graph, weights, precision):
 def eight_bit(folder, form, monkeypatch, **options):
     """A bundle with activations in eight bits; the ranges are given, so that the build alone is tested."""
     monkeypatch.setattr(pipeline, "check_installed", lambda: None)
-    monkeypatch.setattr(pipeline, "_calibration", lambda source, path: {"tokens": np.zeros((1, 1), np.int64)})
+    monkeypatch.setattr(pipeline, "_calibration", lambda source, path: {**CALIBRATION, "tokens": np.zeros((1, 1), np.int64)})
     monkeypatch.setattr(
         pipeline, "activation_ranges", lambda source, names, tokens, folder: ActivationRanges(dict.fromkeys(names, 4.0), "given")
     )
