@@ -43,16 +43,21 @@ def bench(
         *(numbers(*pair) for pair in (("--prompt", prompt), ("--new", new), ("--batches", batches), ("--depths", depths)))
     )
     model = load(bundle, backend, threads=threads, low_memory=low_memory)
-    parameters = sizes_of_bundle(model.bundle.manifest).parameters
+    sizes = sizes_of_bundle(model.bundle.manifest)
     with progress("bench", quiet=as_json) as update:
         speeds = list(run(model, trials, repetitions, update))
-    lines = [line(model, parameters, threads, speed) for speed in speeds]
+    lines = [line(model, sizes.parameters, threads, speed) for speed in speeds]
     if as_json:
         machine = description(cores(threads)) | {"cores": str(len(cores(None)))}
         results = [
             asdict(each) | {"samples": list(speed.tokens_per_second.values)} for each, speed in zip(lines, speeds, strict=True)
         ]
-        print_json({"bundle": str(bundle), "machine": machine, "versions": versions(), "results": results})
+        step = {
+            "layers": sizes.config.num_layers,
+            "matrix_bytes": round(sizes.matrix_bytes + sizes.vector_bytes),
+            "state_bytes": sizes.state_bytes,
+        }
+        print_json({"bundle": str(bundle), "model": step, "machine": machine, "versions": versions(), "results": results})
     elif form == "table":
         print_columns("", HEAD, [cells(each) for each in lines])
     else:

@@ -45,9 +45,16 @@ def plan(
     state: Annotated[
         str | None, typer.Option(help="Of the stored state: fp32 or fp16; fp32 if not given.", show_default=False)
     ] = None,
+    calibrate: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="REPORT", help="A report of scripts/jetson-check.sh from the one --device; may be repeated.", show_default=False
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Say what a model needs on a device, and how fast it will be there, without running it."""
+    from retnet_export.plan.calibration import read_report
     from retnet_export.plan.devices import DEVICES, find_device
     from retnet_export.plan.outlook import outlook
 
@@ -55,8 +62,13 @@ def plan(
     step = None if bundle is None else _counted_step(bundle)
     chosen = list(DEVICES.values()) if devices else [find_device(key) for key in device or ()]
     if not chosen:
-        raise UserError(f"on which device? --device NAME, or --devices for all: {', '.join(DEVICES)}")
-    outlooks = [(spec, outlook(sizes, spec, batch, chunk, formats, step)) for spec in chosen]
+        raise UserError(f"missing --device: --device NAME, or --devices for all: {', '.join(DEVICES)}")
+    if calibrate and len(chosen) != 1:
+        raise typer.BadParameter(
+            "reports come from one device: give exactly one --device with --calibrate", param_hint="--calibrate"
+        )
+    measured = [row for report in calibrate or () for row in read_report(report)]
+    outlooks = [(spec, outlook(sizes, spec, batch, chunk, formats, step, measured)) for spec in chosen]
     if as_json:
         print_json({"model": name, "batch": batch, "parameters": sizes.parameters, "devices": [_record(*row) for row in outlooks]})
         return
@@ -109,7 +121,7 @@ def _model(
         precision = (manifest.precision.weights, manifest.precision.compute)
         return sizes_of_bundle(manifest), manifest.graphs["prefill"].chunk_size, str(bundle), precision
     if layers is None or width is None:
-        raise UserError("what model? give a bundle, or its sizes: --layers 24 --width 2048")
+        raise UserError("missing model: give a bundle, or its sizes: --layers 24 --width 2048")
     weights, state = weights or "fp16", state or "fp32"
     if weights not in FORMATS or state not in ("fp32", "fp16"):
         raise UserError(f"--weights is {weights!r} and --state {state!r}, expected {', '.join(FORMATS)} and fp32 or fp16")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from retnet_export.plan.calibration import Observation, calibrate
 from retnet_export.plan.devices import FORMAT_FLOOR, DeviceSpec, parse_capability
 from retnet_export.plan.prediction import MEASUREMENTS, Prediction, predict
 from retnet_export.plan.preflight import largest_batch, needed_bytes
@@ -42,7 +43,13 @@ class Outlook:
 
 
 def outlook(
-    sizes: Sizes, device: DeviceSpec, batch: int, chunk: int, formats: Sequence[str], step: Anatomy | None = None
+    sizes: Sizes,
+    device: DeviceSpec,
+    batch: int,
+    chunk: int,
+    formats: Sequence[str],
+    step: Anatomy | None = None,
+    measured: Sequence[Observation] = (),
 ) -> Outlook:
     """What to expect.
 
@@ -53,6 +60,7 @@ def outlook(
         chunk: tokens of a prompt that are read at once.
         formats: of its weights and products.
         step: what an engine of TensorRT does in a step, if there is one.
+        measured: decode speeds on this very device, which the constants are then fitted to.
     """
     peak = needed_bytes(sizes, batch, chunk)
     why_not = None
@@ -63,13 +71,15 @@ def outlook(
     if peak > device.usable_bytes:
         why_not = f"it needs {peak / 1e9:.2f} GB at batch {batch}, {device.usable_bytes / 1e9:.2f} are usable"
     counted = device.runtime == "tensorrt" and step is not None
-    rows = sum(row.runtime == device.runtime for row in MEASUREMENTS)
+    constants = calibrate(measured, device) if measured else None
+    rows = sum(row.backend == device.runtime for row in measured) or sum(row.runtime == device.runtime for row in MEASUREMENTS)
+    base = "a roofline fitted to reports from this device" if measured else BASES[device.runtime]
     return Outlook(
         fits=why_not is None,
         why_not=why_not,
         at_rest=sizes.memory_at_rest(batch),
         at_peak=peak,
         largest_batch=largest_batch(sizes, device.usable_bytes, chunk),
-        prediction=predict(sizes, device, batch, step if counted else None),
-        basis=f"{BASES[device.runtime]} ({rows} figures){', with bytes and kernels counted in the engine' if counted else ''}",
+        prediction=predict(sizes, device, batch, step if counted else None, constants),
+        basis=f"{base} ({rows} figures){', with bytes and kernels counted in the engine' if counted else ''}",
     )

@@ -118,10 +118,11 @@ class Fit:
     def milliseconds(self, bandwidth_gbs: float, bytes_moved: float, layers: float, batch: int) -> float:
         """The predicted time of a step."""
         constants = np.array([1 / self.efficiency, self.overhead_ms, self.sequence_overhead_ms])
-        return float(_features(bandwidth_gbs, bytes_moved, layers, batch) @ constants)
+        return float(features(bandwidth_gbs, bytes_moved, layers, batch) @ constants)
 
 
-def _features(bandwidth_gbs: float, bytes_moved: float, layers: float, batch: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def features(bandwidth_gbs: float, bytes_moved: float, layers: float, batch: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """What the constants of a `Fit` are multiplied by, in its order, (3,)."""
     return np.array([bytes_moved / bandwidth_gbs / 1e6, layers, layers * (batch - 1)], np.float64)
 
 
@@ -133,11 +134,11 @@ def _bytes_of(row: Measurement) -> float:
 def fit(runtime: str) -> Fit:
     """Fit a runtime's constants to its rows, each error relative to its row."""
     rows = [row for row in MEASUREMENTS if row.runtime == runtime]
-    features = np.array([_features(DEVICES[row.device].bandwidth_gbs, _bytes_of(row), row.layers, row.batch) for row in rows])
+    table = np.array([features(DEVICES[row.device].bandwidth_gbs, _bytes_of(row), row.layers, row.batch) for row in rows])
     times = np.array([row.milliseconds for row in rows])
     # Without a batch among the rows the last column is zero, and least squares leaves its constant at zero.
-    constants = np.linalg.lstsq(features / times[:, None], np.ones(len(rows)), rcond=None)[0]
-    ratios = (features @ constants) / times  # measured speed over predicted speed
+    constants = np.linalg.lstsq(table / times[:, None], np.ones(len(rows)), rcond=None)[0]
+    ratios = (table @ constants) / times  # measured speed over predicted speed
     return Fit(1 / constants[0], constants[1], constants[2], float(ratios.min()), float(ratios.max()))
 
 
@@ -177,8 +178,12 @@ CONTEXTS = (0, 2048, 8192, 32768)
 """Tokens in the Transformer's cache for the comparison."""
 
 
-def predict(sizes: Sizes, device: DeviceSpec, batch: int = 1, step: Anatomy | None = None) -> Prediction:
+def predict(
+    sizes: Sizes, device: DeviceSpec, batch: int = 1, step: Anatomy | None = None, constants: Fit | None = None
+) -> Prediction:
     """Predict the decode speed of a model on a device.
+
+    The constants are those of the device's runtime, or those given: of a calibration.
 
     Without an engine a step is taken to move what its form should. With one, bytes are what the engine moves, and the overhead of a
     layer grows with the kernels that the engine launches for it.
@@ -186,7 +191,7 @@ def predict(sizes: Sizes, device: DeviceSpec, batch: int = 1, step: Anatomy | No
     The Transformer of the same size reads the same matrices and, in place of the state, its cache: float16 keys and values of
     the model's width, for all its heads.
     """
-    constants, layers = fit(device.runtime), sizes.config.num_layers
+    constants, layers = constants or fit(device.runtime), sizes.config.num_layers
     bytes_per_step, like = sizes.bytes_per_step(batch, state_passes=STATE_PASSES[device.runtime]), float(layers)
     if step is not None:
         bytes_per_step = float(step.weight_bytes + batch * (step.state_bytes + step.other_bytes))
