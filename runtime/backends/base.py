@@ -41,7 +41,7 @@ class Stream(Protocol):
         """Read several tokens per slot and advance the state.
 
         Args:
-            tokens: (B, C), C at most the prefill graph's chunk size.
+            tokens: (B, C), C at most the prefill graph's chunk size, or the backend's (`Chunking`).
             lengths: (B,), how many of a slot's C tokens are real, 0 to C; the rest is padding and leaves no trace. A slot
                 of length 0 keeps its state, and its logits are undefined.
         """
@@ -103,6 +103,20 @@ class Checking(Protocol):
     @property
     def pass_cost(self) -> PassCost:
         """As measured with models of some size (docs/speculation.md)."""
+
+
+@runtime_checkable
+class Chunking(Protocol):
+    """A backend whose prompts are not run by the prefill graph, so that its chunk size does not limit them."""
+
+    @property
+    def chunk_tokens(self) -> int:
+        """The most tokens per sequence of one `Stream.prefill` or `Stream.score`."""
+
+
+def chunk_tokens(backend: Backend, graph_chunk: int) -> int:
+    """The most tokens per sequence that a backend reads at once, of a bundle whose prefill graph takes `graph_chunk`."""
+    return backend.chunk_tokens if isinstance(backend, Chunking) else graph_chunk
 
 
 class Backend(Protocol):

@@ -49,6 +49,23 @@ def attribute(name: str, device: int = 0) -> int:
     return int(cuda.call("cudaDeviceGetAttribute", getattr(runtime.cudaDeviceAttr, f"cudaDevAttr{name}"), device))
 
 
+@functools.cache
+def _overlapping() -> bool:
+    """Whether this GPU has programmatic dependent launch."""
+    return attribute("ComputeCapabilityMajor") >= 9
+
+
+@functools.cache
+def _overlap() -> Any:
+    """The launch attribute that says so."""
+    driver = _driver()
+    given, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
+    given.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    value.programmaticStreamSerializationAllowed = 1
+    given.value = value
+    return given
+
+
 class Module:
     """Loaded machine code; unloaded with the object.
 
@@ -84,6 +101,19 @@ class Function:
     def launch(self, stream: cuda.Stream, blocks: tuple[int, int], threads: tuple[int, int], arguments: Arguments) -> None:
         """Put a launch on a stream; blocks and threads along x and y."""
         call("cuLaunchKernel", self._handle, *blocks, 1, *threads, 1, self._shared, stream.handle, arguments.address, 0)
+
+    def launch_after(
+        self, stream: cuda.Stream, grid: tuple[int, int, int], threads: int, arguments: Arguments, *, overlaps: bool
+    ) -> None:
+        """Put a launch on a stream; it may begin before the one in front ends, if that and the GPU allow it."""
+        driver = _driver()
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes, config.hStream = self._shared, driver.CUstream(stream.handle)
+        if overlaps and _overlapping():
+            config.attrs, config.numAttrs = [_overlap()], 1
+        call("cuLaunchKernelEx", config, self._handle, arguments.address, 0)
 
     def launch_together(self, stream: cuda.Stream, blocks: int, threads: int, arguments: Arguments) -> None:
         """Put a cooperative launch on a stream: all blocks run at once, or none."""

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
-from retnet_export.runtime.backends.base import top_of
+from retnet_export.runtime.backends.base import chunk_tokens, top_of
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.generate.generation import Continuation, Finish, Options, Piece
 from retnet_export.runtime.generate.sampling import Logits, log_softmax
@@ -183,7 +183,7 @@ class Engine:
         cache: Cache | None = None,
         stats: Stats | None = None,
     ) -> None:
-        chunk = model.bundle.manifest.graphs["prefill"].chunk_size
+        chunk = chunk_tokens(model.backend, model.bundle.manifest.graphs["prefill"].chunk_size)
         self.model, self.slots, self.cache, self.stats = model, slots, cache, stats or Stats()
         self._chunk, self.read_tokens = chunk, read_tokens or chunk
         self._generator, self._reader = model.session(slots), model.session(min(slots, READERS))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet_export.runtime.backends.base import Narrowing, PassCost, Stream, initial_state, top_of
+from retnet_export.runtime.backends.base import Narrowing, PassCost, Stream, chunk_tokens, initial_state, top_of
 from retnet_export.runtime.errors import ArgumentError, UserError
 from retnet_export.runtime.generate.generation import Continuation, Generation, OptionChanges, Options, Piece
 from retnet_export.runtime.generate.sampling import Logits, Tokens
@@ -54,7 +54,7 @@ class Session:
                 f"{manifest.state_bytes / 1e6:.1f} MB each; use a smaller batch"
             ) from error
         self._vocab_size = manifest.model.vocab_size
-        self._chunk = manifest.graphs["prefill"].chunk_size
+        self._chunk = chunk_tokens(model.backend, manifest.graphs["prefill"].chunk_size)
         self._guard = threading.Lock()
         self._kept: deque[Snapshot] = deque(maxlen=keep)
         self._changes = 0

@@ -1,7 +1,8 @@
-"""The backend `cuda`: a portable bundle on an NVIDIA GPU, one kernel of our own a token, compiled for this GPU and this model.
+"""The backend `cuda`: a portable bundle on an NVIDIA GPU, with kernels of our own, compiled for this GPU and this model.
 
-Rule: a step is one launch; the state lies on the device once and is updated in place; what crosses to the host is a token in and
-the 64 largest logits, which the kernel puts in the host's memory; all logits when asked for.
+Rule: a step of one sequence is one launch; batches, prompts and scores are captured lists of launches (many.py); all read the same
+weights. The state lies on the device once and is updated in place; what crosses to the host is a token in and the 64 largest
+logits, which kernels put in the host's memory; all logits when asked for.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet_export.runtime.backends.base import NUMPY_DTYPES, State, top_of
+from retnet_export.runtime.backends.base import NUMPY_DTYPES, PassCost, State, top_of
 from retnet_export.runtime.backends.cuda.compiler import Kernels, compile_kernels, compiler_version
+from retnet_export.runtime.backends.cuda.many import ROWS_AT_ONCE, Many, ManyBatch
+from retnet_export.runtime.backends.cuda.many_model import ManyKernels, device_model
 from retnet_export.runtime.backends.cuda.plan import (
     THREADS,
     TOP,
@@ -49,6 +52,8 @@ class StepStructure(ctypes.Structure):
     )  # fmt: skip
 
 
+PASS_COST = PassCost(fixed=0.6, token=0.007)
+"""1.5B in fp16 on an H100: a step takes 1.29 ms, a prompt of one token 2.04, of sixteen 2.17 (docs/lab/gpu-batches.md)."""
 RESULT_WORDS = 1 + 2 * TOP
 """`Result` of step.cu, in words of 32 bits: whether more logits are equal than it looks at, tokens, logits."""
 
@@ -104,9 +109,10 @@ class CudaBackend:
             reason = "its activations are quantized"
         if reason is not None:
             raise UnsupportedError(f"{bundle.path}: the backend 'cuda' cannot run it: {reason}")
-        limits = device_limits()
+        limits = self._limits = device_limits()
         if ptx is not None:
-            limits = DeviceLimits(ptx, limits.multiprocessors, min(limits.shared_bytes, 163 << 10))
+            limits = self._limits = DeviceLimits(ptx, limits.multiprocessors, min(limits.shared_bytes, 163 << 10))
+        self._ptx = ptx is not None
         self.weights = DeviceWeights.of(bundle) if weights is None else weights
         sources = self.weights.sources
         self.plan: StepPlan = plan_step(
@@ -134,6 +140,20 @@ class CudaBackend:
         for buffer in (self.mail, self.control, self.tile_largest):
             self.stream.fill(buffer, 0)
         self.stream.synchronize()
+
+    @functools.cached_property
+    def many(self) -> Many:
+        """What runs batches and prompts; made when one is first asked for."""
+        model = device_model(self.weights, self._limits)
+        return Many(model, ManyKernels(model.source, self.stream, self._limits, ptx=self._ptx), self.stream)
+
+    @property
+    def chunk_tokens(self) -> int:
+        return ROWS_AT_ONCE
+
+    @property
+    def pass_cost(self) -> PassCost:
+        return PASS_COST
 
     def _check_memory(self) -> None:
         memory, weights = cuda.memory_info(), self.weights
@@ -170,63 +190,61 @@ class CudaBackend:
 
 
 class CudaStream:
-    """State, position and logits of a batch of sequences, which step one after another."""
+    """State, position and logits of a batch of sequences."""
 
     def __init__(self, backend: CudaBackend, batch: int) -> None:
-        self._backend, self.batch, self._stream = backend, batch, backend.stream
+        self._backend, self.batch, self._stream, self._slots = backend, batch, backend.stream, batch
         config = backend.manifest.model
         self._config, self._layer_bytes = config, 4 * config.state_elements // config.num_layers
         self._state = cuda.DeviceBuffer(batch * 4 * config.state_elements)
         self._positions = cuda.DeviceBuffer(8 * batch)
-        self._next = cuda.DeviceBuffer(4 * batch)
+        self._next = cuda.DeviceBuffer(4)
         self._logits = cuda.DeviceBuffer(4 * batch * config.vocab_size)
-        self._results, results = kernels.mapped((batch, RESULT_WORDS), np.uint32)
+        self._result, result = kernels.mapped((RESULT_WORDS,), np.uint32)
         self._host_logits: NDArray[np.float32] | None = None
-        self._logits_current, self._waiting = False, False
-        self._arguments = []
-        for slot in range(batch):
-            structure = backend.structure()
-            structure.state = self._state.address + slot * 4 * config.state_elements
-            structure.position = self._positions.address + 8 * slot
-            structure.next = self._next.address + 4 * slot
-            structure.logits = self._logits.address + 4 * slot * config.vocab_size
-            structure.result = results + 4 * RESULT_WORDS * slot
-            self._arguments.append(kernels.Arguments(structure))
+        self._logits_current, self._waiting, self._alone = False, False, True
+        structure = backend.structure()
+        structure.state, structure.position = self._state.address, self._positions.address
+        structure.next, structure.logits, structure.result = self._next.address, self._logits.address, result
+        self._arguments = kernels.Arguments(structure)
+        self._many: ManyBatch | None = None
         for buffer in (self._state, self._positions, self._next, self._logits):
             self._stream.fill(buffer, 0)
         self._stream.synchronize()
 
+    def narrow(self, slots: int) -> None:
+        self._slots = slots
+
     def step(self, tokens: NDArray[np.int64]) -> None:
-        for slot, token in enumerate(tokens.tolist()):
-            self._launch(slot, token)
-        self._advanced()
+        self._check(tokens)
+        with cuda.LOCK:
+            if len(tokens) == 1:
+                self._step_alone(int(tokens[0]))
+            else:
+                self._backend.many.step(self._batch(), tokens)
+                self._advanced(alone=False)
 
     def step_on(self) -> None:
-        """Read, in every slot, the token with the largest logit of the last step; it never leaves the device."""
-        for slot in range(self.batch):
-            self._launch(slot, -1)
-        self._advanced()
+        """Read, in every slot, the token with the largest logit of the last step; of a single one it never leaves the device."""
+        if self._slots == 1 and self._alone:
+            with cuda.LOCK:
+                self._step_alone(-1)
+        else:
+            self.step(self.top(1)[0][:, 0])
 
     def prefill(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
-        for slot, (row, length) in enumerate(zip(tokens, lengths.tolist(), strict=True)):
-            for token in row[:length].tolist():
-                self._launch(slot, token)
-        self._advanced()
+        self._check(tokens[np.arange(tokens.shape[1]) < lengths[:, None]])
+        with cuda.LOCK:
+            if len(lengths) == 1 and lengths[0] == 1:
+                self._step_alone(int(tokens[0, 0]))
+            elif lengths.any():
+                self._backend.many.prefill(self._batch(), tokens, lengths)
+                self._advanced(alone=False)
 
     def score(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        scores = np.zeros((*rows.shape, self._config.vocab_size), np.float32)
-        for slot, (row, length, wanted) in enumerate(zip(tokens, lengths.tolist(), rows, strict=True)):
-            kept: cuda.DeviceBuffer | None = None
-            for index in range(max(int(wanted.max(initial=-1)) + 1, length)):
-                if index == length:  # what follows are drafts, of which no trace is to be left
-                    kept = self._keep(slot)
-                self._launch(slot, int(row[index]))
-                for place in np.flatnonzero(wanted == index).tolist():
-                    self._stream.copy_to_host(scores[slot, place], self._logits, 4 * slot * self._config.vocab_size)
-            if kept is not None:
-                self._restore(slot, kept)
-            self._stream.synchronize()
-        self._advanced()
+        with cuda.LOCK:
+            scores = self._backend.many.score(self._batch(), tokens, lengths, rows)
+            self._advanced(alone=False)
         return scores
 
     def logits(self) -> NDArray[np.float32]:
@@ -240,12 +258,19 @@ class CudaStream:
 
     def top(self, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         self._wait()
-        if k > min(TOP, self._config.vocab_size) or self._results[:, 0].any():
-            return top_of(self.logits(), k)
-        tokens = self._results[:, 1 : 1 + k].astype(np.int64)
-        return tokens, self._results[:, 1 + TOP : 1 + TOP + k].view(np.float32).copy()
+        slots = self._slots
+        if self._alone:
+            found, tokens = not self._result[0], self._result[None, 1 : 1 + TOP].view(np.int32)
+            largest = self._result[None, 1 + TOP :].view(np.float32)
+        else:
+            many = self._batch()
+            found, tokens, largest = bool((many.found[:slots] >= 0).all()), many.tokens[:slots], many.largest[:slots]
+        if k > min(TOP, self._config.vocab_size) or not found or len(tokens) < slots:
+            return top_of(self.logits()[:slots], k)
+        return tokens[:, :k].astype(np.int64), largest[:, :k].copy()
 
     def read_state(self, slot: int) -> State:
+        self._fold()
         state: dict[str, NDArray[np.generic]] = {}
         for spec in self._backend.manifest.state:
             if spec.layer is None:
@@ -259,6 +284,7 @@ class CudaStream:
         return {spec.input: state[spec.input].astype(NUMPY_DTYPES[spec.dtype], copy=False) for spec in self._backend.manifest.state}
 
     def write_state(self, slot: int, state: State) -> None:
+        self._fold()
         arrays = []
         for spec in self._backend.manifest.state:
             if spec.layer is None:
@@ -273,28 +299,32 @@ class CudaStream:
     def _place(self, slot: int, layer: int) -> int:
         return (slot * self._config.num_layers + layer) * self._layer_bytes
 
-    def _launch(self, slot: int, token: int) -> None:
-        """One step of one sequence; token -1 is the last one chosen."""
-        if not -1 <= token < self._config.vocab_size:
-            raise UserError(f"token {token}: the vocabulary has {self._config.vocab_size}")
-        arguments, backend = self._arguments[slot], self._backend
-        arguments.structure.token = token
-        backend.step_function.launch_together(self._stream, backend.plan.blocks, THREADS, arguments)
+    def _batch(self) -> ManyBatch:
+        if self._many is None:
+            addresses = self._state.address, self._positions.address, self._logits.address
+            self._many = ManyBatch(self._backend.many, self.batch, *addresses)
+        return self._many
 
-    def _keep(self, slot: int) -> cuda.DeviceBuffer:
-        size = 4 * self._config.state_elements
-        kept = cuda.DeviceBuffer(size + 8)
-        self._stream.copy(kept, self._state, size, 0, slot * size)
-        self._stream.copy(kept, self._positions, 8, size, 8 * slot)
-        return kept
+    def _fold(self) -> None:
+        """Bring the state up to date with all steps."""
+        if self._many is not None:
+            with cuda.LOCK:
+                self._backend.many.fold(self._many)
 
-    def _restore(self, slot: int, kept: cuda.DeviceBuffer) -> None:
-        size = 4 * self._config.state_elements
-        self._stream.copy(self._state, kept, size, slot * size, 0)
-        self._stream.copy(self._positions, kept, 8, 8 * slot, size)
+    def _check(self, tokens: NDArray[np.int64]) -> None:
+        wrong = tokens[(tokens < 0) | (tokens >= self._config.vocab_size)]
+        if wrong.size:
+            raise UserError(f"token {wrong.flat[0]}: the vocabulary has {self._config.vocab_size}")
 
-    def _advanced(self) -> None:
-        self._logits_current, self._waiting = False, True
+    def _step_alone(self, token: int) -> None:
+        """One step of the first sequence; token -1 is the last one chosen."""
+        self._fold()
+        self._arguments.structure.token = token
+        self._backend.step_function.launch_together(self._stream, self._backend.plan.blocks, THREADS, self._arguments)
+        self._advanced(alone=True)
+
+    def _advanced(self, *, alone: bool) -> None:
+        self._logits_current, self._waiting, self._alone = False, True, alone
 
     def _wait(self) -> None:
         if self._waiting:

@@ -115,7 +115,12 @@ def compile_kernels(name: str, constants: Mapping[str, str], capability: tuple[i
         UserError: NVRTC is missing or does not know the GPU.
         RuntimeError: the source does not compile, which is a fault of ours.
     """
-    text, version = source(name, constants), compiler_version()
+    return compile_text(name, source(name, constants), capability, ptx=ptx)
+
+
+def compile_text(name: str, text: str, capability: tuple[int, int], *, ptx: bool = False) -> Kernels:
+    """Compile a source text, or take it from the cache; as `compile_kernels`, whose `name` is what messages call it."""
+    version = compiler_version()
     architecture = f"{'compute' if ptx else 'sm'}_{capability[0]}{capability[1]}"
     options = [f"-arch={architecture}", "-std=c++17", "-default-device", "--ptxas-options=-v"]
     key = hashlib.sha256("\0".join([text, *options, str(version)]).encode()).hexdigest()

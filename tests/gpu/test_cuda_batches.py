@@ -1,0 +1,139 @@
+"""The backend `cuda` with several sequences, prompts and drafts: equal to the float64 oracle, one sequence at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+import tiny
+
+from retnet_export.graph.weights import random_weights
+from retnet_export.runtime.backends.cuda.backend import CudaBackend, CudaStream
+
+PRECISIONS = {"float32": "fp32", "float16": "fp16"}
+TOLERANCE = {"float32": 2e-4, "float16": 3e-2}
+"""Of logits, relative to their deviation; operands are rounded to fp16 once a product, sums and state are float32."""
+
+
+class Reference:
+    """The oracle, sequence by sequence."""
+
+    def __init__(self, config, weights, slots: int) -> None:
+        self.config, self.weights = config, {name: np.asarray(value, np.float64) for name, value in weights.items()}
+        self.positions, self.states = [0] * slots, [oracle.initial_state(config) for _ in range(slots)]
+
+    def feed(self, slot: int, tokens, keep: int | None = None) -> np.ndarray:
+        """Logits (n, V) after each token; the sequence keeps the first `keep` of them, all by default."""
+        position, state, rows = self.positions[slot], self.states[slot], []
+        for index, token in enumerate(tokens):
+            row, state = oracle.step(self.config, self.weights, int(token), position + index, state)
+            rows.append(row)
+            if index + 1 == (len(tokens) if keep is None else keep):
+                self.positions[slot], self.states[slot] = position + index + 1, state
+        return np.array(rows)
+
+
+def off(found, expected) -> float:
+    """The largest error, in deviations of what is expected."""
+    return float(np.abs(found - expected).max() / expected.std())
+
+
+@pytest.fixture(
+    params=[(name, compute) for name in tiny.CONFIGS for compute in TOLERANCE], ids=lambda each: f"{each[0]}, {each[1]}"
+)
+def case(request, tmp_path: Path) -> tuple[CudaBackend, Reference, float]:
+    name, compute = request.param
+    config = tiny.CONFIGS[name]
+    weights = random_weights(config, 3)
+    bundle = tiny.bundle(tmp_path, config, weights, precision=PRECISIONS[compute])
+    return CudaBackend(bundle), Reference(config, weights, 3), TOLERANCE[compute]
+
+
+def tokens_for(stream: CudaStream, *shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, stream._config.vocab_size, shape)
+
+
+def test_steps_of_a_batch_prompts_and_steps_again_are_those_of_the_oracle(case) -> None:
+    backend, reference, tolerance = case
+    stream = backend.open_stream(3)
+
+    def steps(count: int, seed: int) -> None:
+        for tokens in tokens_for(stream, count, 3, seed=seed):
+            stream.step(tokens)
+            expected = np.stack([reference.feed(slot, [token])[-1] for slot, token in enumerate(tokens)])
+            assert off(stream.logits(), expected) < tolerance
+            assert (stream.top(1)[0][:, 0] == stream.logits().argmax(-1)).all()
+
+    steps(19, 1)  # the state is written on the way
+    for lengths in ([5, 0, 9], [1, 70, 33]):
+        tokens = tokens_for(stream, 3, max(lengths), seed=2)
+        stream.prefill(tokens, np.array(lengths))
+        for slot, length in enumerate(lengths):
+            if length:
+                expected = reference.feed(slot, tokens[slot, :length])[-1]
+                assert off(stream.logits()[slot], expected) < tolerance
+                assert (stream.top(5)[0][slot] == np.argsort(-stream.logits()[slot], kind="stable")[:5]).all()
+    steps(3, 3)
+
+
+def test_drafts_are_scored_and_leave_no_trace(case) -> None:
+    backend, reference, tolerance = case
+    stream = backend.open_stream(2)
+    stream.step(tokens_for(stream, 2))
+    for slot, token in enumerate(tokens_for(stream, 2)):
+        reference.feed(slot, [token])
+    tokens, lengths, rows = tokens_for(stream, 2, 40, seed=4), np.array([2, 35]), np.array([[0, 1, 2, 39], [34, 35, 36, 37]])
+    scores = stream.score(tokens, lengths, rows)
+    for slot in range(2):
+        expected = reference.feed(slot, tokens[slot], keep=int(lengths[slot]))
+        assert off(scores[slot], expected[rows[slot]]) < tolerance
+    stream.step(tokens[:, 0])
+    assert off(stream.logits(), np.stack([reference.feed(slot, tokens[slot, :1])[-1] for slot in range(2)])) < tolerance
+
+
+def test_a_state_read_after_some_steps_goes_on_in_another_slot_alone(case) -> None:
+    backend, reference, tolerance = case
+    stream, other = backend.open_stream(3), backend.open_stream(1)
+    for tokens in tokens_for(stream, 7, 3, seed=5):
+        stream.step(tokens)
+        for slot, token in enumerate(tokens):
+            reference.feed(slot, [token])
+    other.write_state(0, stream.read_state(2))
+    other.step(np.array([1]))
+    stream.step(np.array([2, 3, 1]))
+    assert off(other.logits()[0], reference.feed(2, [1])[-1]) < tolerance
+    assert off(stream.logits()[2], other.logits()[0].astype(np.float64)) < tolerance
+    stream.narrow(1)
+    stream.step(np.array([4]))
+    reference.feed(0, [2])
+    assert off(stream.logits()[0], reference.feed(0, [4])[-1]) < tolerance
+
+
+def test_a_prompt_is_the_same_in_any_pieces(case) -> None:
+    backend, _, tolerance = case
+    tokens = np.random.default_rng(6).integers(0, backend.manifest.model.vocab_size, (1, 131))
+
+    def logits_of(*pieces: int) -> np.ndarray:
+        stream, done = backend.open_stream(1), 0
+        for piece in pieces:
+            stream.prefill(tokens[:, done : done + piece], np.array([piece]))
+            done += piece
+        return stream.logits()[0].astype(np.float64)
+
+    whole = logits_of(131)
+    for pieces in ((1, 130), (16, 17, 98), (64, 64, 3), (1,) * 131):
+        assert off(logits_of(*pieces), whole) < tolerance
+
+
+def test_a_prompt_beyond_one_run_is_read_in_several(case, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, reference, tolerance = case
+    from retnet_export.runtime.backends.cuda import many
+
+    monkeypatch.setattr(many, "ROWS_AT_ONCE", 24)
+    stream = backend.open_stream(3)
+    tokens, lengths = tokens_for(stream, 3, 60, seed=7), np.array([60, 3, 31])
+    stream.prefill(tokens, lengths)
+    for slot, length in enumerate(lengths):
+        assert off(stream.logits()[slot], reference.feed(slot, tokens[slot, :length])[-1]) < tolerance
