@@ -24,10 +24,12 @@ from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.bundle.files import sha256_of, write_atomically
 from retnet_export.runtime.bundle.manifest import FileRecord, TensorSpec
 from retnet_export.runtime.bundle.schema import decode, encode
+from retnet_export.runtime.bundle.seal import check_seal, sealed
 from retnet_export.runtime.errors import UserError
 
 FOLDER = "engines"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+"""3: the record has a hash of itself."""
 Role = Literal["decode", "prefill"]
 Form = Literal["joined", "prefill", "separate"]
 """How decode and prefill share engines: both graphs in one network; the prefill graph alone, for one token as well; one each."""
@@ -164,7 +166,9 @@ def write_engines(bundle: Bundle, record: EngineRecord, engines: Mapping[str, me
         for name, content in engines.items():
             written.append(folder / name)
             write_atomically(folder / name, content)
-        write_atomically(folder / f"{record.stem}.json", (json.dumps(encode(record), indent=2) + "\n").encode())
+        document = encode(record)
+        assert isinstance(document, dict)
+        write_atomically(folder / f"{record.stem}.json", sealed(document))
     except BaseException as error:
         for path in written:
             path.unlink(missing_ok=True)
@@ -183,13 +187,19 @@ def read_engines(bundle: Bundle) -> list[EngineRecord]:
     """
     records = []
     for path in sorted((bundle.path / FOLDER).glob("*.json")):
+        content = path.read_bytes()
         try:
-            document = json.loads(path.read_bytes())
+            document = json.loads(content)
         except ValueError as error:
             raise UserError(f"{path}: not valid JSON ({error}); delete it and compile again") from error
+        found = document.get("format_version") if isinstance(document, dict) else None
+        if found != FORMAT_VERSION:
+            raise UserError(f"{path}: engine format {found}, this version reads {FORMAT_VERSION}; compile again")
+        try:
+            check_seal(document, content)
+        except UserError as error:
+            raise UserError(f"{path}: {error}; delete it and compile again") from error
         record = decode(EngineRecord, document, str(path))
-        if record.format_version != FORMAT_VERSION:
-            raise UserError(f"{path}: engine format {record.format_version}, this version reads {FORMAT_VERSION}; compile again")
         if {part.file for part in record.parts} != set(record.files) or any(Path(name).name != name for name in record.files):
             raise UserError(f"{path}: its engines and their files do not match; compile again")
         records.append(record)

@@ -14,6 +14,7 @@ from retnet_export.export.tensorrt import CompileOptions, compile_bundle
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.runtime.bundle.bundle import Bundle, open_bundle
 from retnet_export.runtime.bundle.engines import FOLDER, find_engine, map_engine, read_engines
+from retnet_export.runtime.bundle.seal import sealed
 from retnet_export.runtime.errors import UserError
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
@@ -146,7 +147,7 @@ def test_ctrl_c_cancels_the_build_and_leaves_nothing(bundle):
 
 def test_a_node_that_tensorrt_does_not_know_is_named(bundle):
     with_foreign_node(bundle)
-    with pytest.raises(UserError, match=r"node prefill\.layers\.0\.foreign \(LinearAttention\).*give the portable bundle"):
+    with pytest.raises(UserError, match=r"node prefill\.layers\.0\.foreign \(LinearAttention\).*export the checkpoint again"):
         compile_bundle(bundle, rtx())
 
 
@@ -197,10 +198,21 @@ def test_a_record_that_is_no_json_is_named(bundle):
         read_engines(bundle)
 
 
+def test_a_flipped_bit_of_a_record_is_noticed(compiled):
+    bundle, record = compiled
+    path = bundle.path / FOLDER / f"{record.stem}.json"
+    content = path.read_bytes()
+    for place in range(0, len(content), 41):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        with pytest.raises(UserError, match=record.stem):
+            read_engines(bundle)
+    path.write_bytes(content)
+
+
 def test_a_record_cannot_name_files_outside_its_folder(compiled):
     bundle, record = compiled
     path = bundle.path / FOLDER / f"{record.stem}.json"
-    text = json.dumps(json.loads(path.read_text())).replace(record.parts[0].file, "../weights.bin")
-    path.write_text(text)
+    document = json.loads(json.dumps(json.loads(path.read_text())).replace(record.parts[0].file, "../weights.bin"))
+    path.write_bytes(sealed({name: value for name, value in document.items() if name != "sha256"}))
     with pytest.raises(UserError, match="its engines and their files do not match"):
         read_engines(bundle)
