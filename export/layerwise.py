@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 Array = NDArray[np.generic]
+WEIGHTS = "weights.bin"
 
 
 def logits_by_layer(
@@ -59,6 +60,11 @@ def logits_by_layer(
     check_computes(bundle.manifest, bundle.path)
     spec, manifest = bundle.manifest.graphs[graph], bundle.manifest
     model = onnx.load(str(bundle.file(spec.file)), load_external_data=False)
+    # In the cache of the Hugging Face Hub the bundle's files are links, which ONNX Runtime does not follow out of the folder;
+    # `open_bundle` has compared what they lead to with the manifest.
+    for entry in (entry for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"):
+        entry.value = bundle.file(entry.value).resolve().name
+    folder = bundle.file(WEIGHTS).resolve().parent
     layers = manifest.model.num_layers
     streams = _residual_streams(model, layers)
     chunks = np.split(tokens, range(spec.chunk_size, len(tokens), spec.chunk_size))
@@ -75,7 +81,7 @@ def logits_by_layer(
         before = [] if piece == 0 else [streams[piece - 1]]
         names = [spec.input for spec in manifest.state if spec.layer == piece]
         wanted = ["logits"] if piece == layers else [streams[piece], *(f"{name}_out" for name in names)]
-        session = _session(cut(model, before, wanted), bundle.path, threads)
+        session = _session(cut(model, before, wanted), folder, threads)
         taken = {value.name for value in session.get_inputs()}
         carried = {name: state[name] for name in names}
         for feed in feeds:

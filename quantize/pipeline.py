@@ -303,7 +303,7 @@ class _Quantization:
         from retnet_export.quantize.folding import fold_input_scales
 
         config = self._source.manifest.model
-        runner = LayerRunner(self._decode, self._source.path, tokens, self._source.manifest.state)
+        runner = LayerRunner(self._decode, self._source.file("weights.bin").resolve().parent, tokens, self._source.manifest.state)
         for index in range(runner.count):
             weights = {name: self._read(name) for name in runner.weight_names(index)}
             names = [name for name in weights if name in self._plan]

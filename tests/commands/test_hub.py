@@ -17,6 +17,9 @@ import pytest
 from conftest import EXAMPLE
 from hub_server import COMMIT, TOKEN, Hub
 
+from retnet_export.export.checkpoints import open_checkpoint
+from retnet_export.export.verify import PASSAGE, verify_by_layer
+from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.runtime.bundle.bundle import open_bundle
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.hub import Repository, repository, repository_of
@@ -247,3 +250,21 @@ def test_a_path_that_is_there_is_no_name(tmp_path, monkeypatch):
 def test_a_snapshot_says_whose_it_is(tmp_path):
     assert repository_of(tmp_path / "models--user--my-model" / "snapshots" / COMMIT) == f"user/my-model@{COMMIT}"
     assert repository_of(tmp_path / "my-model") is None
+
+
+def test_what_runs_a_bundle_a_layer_at_a_time_follows_the_links_of_a_cache(tmp_path, example_bundle):
+    """ONNX Runtime and onnx-ir open no link that leaves a graph's folder."""
+    root = tmp_path / "models--user--bundle"
+    snapshot = root / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (root / "blobs").mkdir()
+    for number, file in enumerate(sorted(path for path in example_bundle.path.iterdir() if path.is_file())):
+        shutil.copy(file, root / "blobs" / f"{number:040x}")
+        os.symlink(f"../../blobs/{number:040x}", snapshot / file.name)
+    (tmp_path / "text.txt").write_text(PASSAGE)
+    linked, options = open_bundle(snapshot), QuantizeOptions(method="gptq", calibration=tmp_path / "text.txt")
+    made = [
+        quantize_bundle(source, tmp_path / f"{number}.retnet", options) for number, source in enumerate((example_bundle, linked))
+    ]
+    assert made[0].manifest.files["weights.bin"] == made[1].manifest.files["weights.bin"]
+    assert verify_by_layer(linked, open_checkpoint(EXAMPLE), tokens=8).passed
