@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -181,7 +182,18 @@ def print_error(message: str) -> None:
 
 
 def print_json(document: object) -> None:
-    typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+    typer.echo(json.dumps(finite(document), indent=2, ensure_ascii=False))
+
+
+def finite(document: object) -> object:
+    """A JSON document with null for NaN and infinity, as the logarithm of a probability of 0: JSON has no such numbers."""
+    if isinstance(document, float):
+        return document if math.isfinite(document) else None
+    if isinstance(document, Mapping):
+        return {key: finite(value) for key, value in document.items()}
+    if isinstance(document, (list, tuple)):
+        return [finite(value) for value in document]
+    return document
 
 
 def print_table(title: str, rows: Iterable[tuple[str, str]], *, err: bool = False) -> None:

@@ -20,6 +20,7 @@ from retnet_export.commands.common import (
     Json,
     LowMemory,
     Threads,
+    finite,
     interruptible,
     print_error,
     print_json,
@@ -211,7 +212,7 @@ def _continue_many(
         for completion in model.generate_many(prompts, options, batch=batch, after=before, stats=stats):
             records.append(record(completion))
             if not as_json:
-                typer.echo(json.dumps(records[-1], ensure_ascii=False))
+                typer.echo(json.dumps(finite(records[-1]), ensure_ascii=False))
         done = True
     if as_json:
         print_json({"completions": records} | _about(model, stats))

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from retnet_export.cli import app
+from retnet_export.commands.common import print_json
 from retnet_export.runtime.bundle.bundle import open_bundle
 from retnet_export.runtime.errors import UserError
 
@@ -119,3 +120,13 @@ def test_a_bundle_that_cannot_be_written_is_verified_all_the_same(bundle, monkey
     assert json.loads(result.stdout)["passed"] is True
     assert "the result was not recorded in its manifest: Read-only file system" in result.stderr
     assert listing(bundle) == before
+
+
+def test_json_has_null_for_what_is_no_number(capsys):
+    print_json({"logprob": -np.inf, "top": [{"value": np.float64("nan")}, (1.5, None, "x")], "count": 3})
+    printed = capsys.readouterr().out
+    assert json.loads(printed, parse_constant=pytest.fail) == {
+        "logprob": None,
+        "top": [{"value": None}, [1.5, None, "x"]],
+        "count": 3,
+    }
