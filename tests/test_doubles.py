@@ -153,3 +153,28 @@ def test_versions_are_read_as_numbers():
     for text, numbers in (("10.3.0", (10, 3, 0)), ("11.4.0.106", (11, 4, 0, 106)), ("10.5.0.post1", (10, 5, 0))):
         module = type("Module", (), {"__version__": text})
         assert version_of(module) == numbers
+
+
+NEEDED_OF_FULL_TENSORRT = {
+    "Builder": ("build_serialized_network", "create_optimization_profile"),
+    "BuilderFlag": ("TF32",),
+    "DataType": ("INT4", "INT8", "FP8", "INT64", "BF16"),
+    "EngineInspector": ("execution_context", "get_engine_information"),
+    "ExecutionContextAllocationStrategy": ("USER_MANAGED",),
+    "IBuilderConfig": ("add_optimization_profile", "profiling_verbosity", "progress_monitor", "set_memory_pool_limit"),
+    "ICudaEngine": ("create_engine_inspector", "get_device_memory_size_for_profile_v2"),
+    "IExecutionContext": ("set_device_memory", "set_input_shape", "set_optimization_profile_async", "set_tensor_address"),
+    "IOptimizationProfile": ("set_shape",),
+    "IProgressMonitor": ("phase_finish", "phase_start", "step_complete"),
+    "LayerInformationFormat": ("JSON",),
+    "NetworkDefinitionCreationFlag": ("STRONGLY_TYPED",),
+    "OnnxParser": ("parse", "parse_from_file"),
+    "ProfilingVerbosity": ("DETAILED",),
+}
+"""What compiling and running rest on: strong typing, four-bit weights, profiles with empty graphs, progress, the list of layers."""
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_what_compiling_rests_on_is_in_every_release_from_jetpack_6_2s_on(release):
+    for kind, members in NEEDED_OF_FULL_TENSORRT.items():
+        assert set(members) <= set(RELEASES[release][kind]), kind

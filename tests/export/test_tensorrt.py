@@ -216,3 +216,30 @@ def test_a_record_cannot_name_files_outside_its_folder(compiled):
     path.write_bytes(sealed({name: value for name, value in document.items() if name != "sha256"}))
     with pytest.raises(UserError, match="its engines and their files do not match"):
         read_engines(bundle)
+
+
+def test_compile_inspect_and_plan_say_what_a_step_does(tmp_path):
+    from typer.testing import CliRunner
+
+    from retnet_export.cli import app
+
+    def run(*arguments: object) -> str:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    bundle = tiny.bundle(tmp_path, tiny.config(), chunk=8)
+    plain = json.loads(run("plan", bundle.path, "--device", "agx-orin-64gb", "--json"))
+    compiled = run("compile", bundle.path, "--target", "tensorrt-rtx", "--compute-capability", "8.6")
+    inspected = run("inspect", bundle.path)
+    counted = json.loads(run("plan", bundle.path, "--device", "agx-orin-64gb", "--json"))
+    step = read_engines(bundle)[0].anatomy_of("decode")
+    for output in (compiled, inspected):
+        assert f"{step.kernels}, {step.kernels_per_layer:.1f} a layer" in output
+        assert "a step, one sequence" in output
+        assert "a chunk of 8 tokens, one sequence" in output
+    assert "over one copy of the weights" in compiled
+    assert json.loads(run("inspect", bundle.path, "--json"))["engines"][0]["anatomy"][0]["kernels"] == step.kernels
+    assert plain["devices"][0]["kernels_per_step"] is None
+    assert counted["devices"][0]["kernels_per_step"] == step.kernels
+    assert counted["devices"][0]["bytes_per_step"] == step.bytes

@@ -19,7 +19,7 @@ from retnet_export.runtime.backends import open_backend
 from retnet_export.runtime.backends.base import initial_state
 from retnet_export.runtime.backends.tensorrt_api import load_module
 from retnet_export.runtime.bundle.bundle import Bundle
-from retnet_export.runtime.bundle.engines import FOLDER
+from retnet_export.runtime.bundle.engines import FOLDER, Probe
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.numerics import TOLERANCES, measure
 
@@ -104,11 +104,12 @@ def test_auto_passes_over_an_engine_of_another_gpu(tmp_path, monkeypatch):
     gc.collect()
 
 
-@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("form", [None, "prefill", "separate"])
 @pytest.mark.parametrize("batch", [None, 3])
-def test_separate_engines_and_fixed_batches_run_alike(tmp_path, cuda, separate, batch):
+def test_every_form_of_engines_and_fixed_batches_run_alike(tmp_path, cuda, form, batch):
     bundle = tiny.bundle(tmp_path, tiny.config(), chunk=8, batch=batch)
-    compile_bundle(bundle, CompileOptions(max_batch=3, form="separate" if separate else None))
+    record = compile_bundle(bundle, CompileOptions(max_batch=3, form=form))
+    assert record.form == (form or ("joined" if batch is None else "prefill"))
     ours, reference = (open_backend(name, bundle).open_stream(3) for name in ("tensorrt", "onnxruntime"))
     for stream in (ours, reference):
         stream.prefill(TOKENS[:, :8], np.array([8, 8, 8]))
@@ -303,6 +304,26 @@ def test_what_does_not_fit_the_gpu_is_refused_before_building(tmp_path, cuda):
     assert not (bundle.path / FOLDER).exists()
 
 
+def test_where_tensorrt_takes_no_empty_graph_the_prefill_graph_plays_both_roles(tmp_path, cuda, monkeypatch):
+    """As a release might answer the probe; 10.3 to 11 were not asked."""
+    from retnet_export.export import tensorrt
+
+    monkeypatch.setattr(tensorrt, "ask", lambda *arguments, **more: Probe(joined=False, int8_fused=None))
+    bundle = tiny.bundle(tmp_path, tiny.config(), chunk=8)
+    record = compile_bundle(bundle, CompileOptions(max_batch=3))
+    assert (record.form, record.probe.joined, {part.graph for part in record.parts}) == ("prefill", False, {"prefill"})
+    ours, reference = (open_backend(name, bundle).open_stream(3) for name in ("tensorrt", "onnxruntime"))
+    assert measure(follow(ours, TOKENS[:, :6]), follow(reference, TOKENS[:, :6])).relative < SAME
+
+
+def test_a_full_chunk_and_the_rest_of_a_prompt_run_in_profiles_of_their_own(bundle):
+    stream = open_backend("tensorrt", bundle).open_stream(1)
+    for count, profiles in ((8, {1}), (5, {1, 2}), (1, {1, 2})):
+        stream.prefill(TOKENS[:1, :count], np.array([count]))
+        assert set(stream._prefill) == profiles
+    assert stream_steps(stream) == 14
+
+
 class TestTheDoubleIsStrict:
     """Each of these the real one may answer with wrong numbers."""
 
@@ -319,6 +340,19 @@ class TestTheDoubleIsStrict:
         context.set_tensor_address("decode.state.000", stream._state[1]["state.000"].address)
         with pytest.raises(Misuse, match="share memory"):
             context.execute_async_v3(stream._stream.handle)
+
+    @pytest.mark.parametrize("address", [0, "another empty tensor's", "no memory"])
+    def test_an_address_of_an_empty_tensor_that_is_not_its_own(self, context, address):
+        context, stream = context
+        idle = stream._decode._idle.address
+        chosen = {"another empty tensor's": idle, "no memory": idle - 4096}.get(address, 0)
+        context.set_tensor_address("prefill.logits", chosen)
+        with pytest.raises(Misuse, match=r"has an address|share memory|not within device memory"):
+            context.execute_async_v3(stream._stream.handle)
+
+    def test_a_graph_whose_inputs_are_not_all_empty(self, context):
+        context, _ = context
+        assert not context.set_input_shape("prefill.tokens", (1, 1))
 
     def test_memory_that_was_freed(self, context):
         context, stream = context
