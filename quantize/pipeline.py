@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from retnet_export.quantize.methods import METHODS, Awq, Gram, Method, RoundToNe
 from retnet_export.runtime.bundle.bundle import MANIFEST, Bundle, open_bundle
 from retnet_export.runtime.bundle.files import new_folder, sha256_of
 from retnet_export.runtime.bundle.manifest import ONNXRUNTIME_CUDA, Manifest, StateSpec
-from retnet_export.runtime.errors import MissingExtraError, UserError, one_of
+from retnet_export.runtime.errors import MissingExtraError, PrecisionWarning, UserError, one_of
 from retnet_export.runtime.numerics import first_not_finite
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ TABLES = ("int8", "int4", "keep")
 """Formats of embedding and head; "keep" leaves the matrix as it is."""
 GROUP_SIZES = (16, 32, 64, 128, 256)
 DEFAULT_INT4_GROUP = 64
+ENOUGH_TOKENS = 4096
+"""Of a calibration text: below, gptq lost to rounding to nearest on the bundled model, in perplexity or in KL."""
 Progress = Callable[[str, float], None]
 Judge = Callable[[Bundle], Mapping[str, object]]
 
@@ -132,6 +135,14 @@ def quantize_bundle(
     plan = _plan(source, matrices(graphs["decode"]), graphs["decode"], options)
     calibration = None if options.calibration is None else _calibration(source, options.calibration)
     tokens = None if calibration is None else calibration.pop("tokens")
+    if tokens is not None and METHODS[options.method].calibrated and tokens.size < ENOUGH_TOKENS:
+        warnings.warn(
+            f"calibrated on {tokens.size:,} tokens of {calibration['file']}, which are few: {options.method} may be worse than "  # type: ignore[index]
+            f"rounding to nearest, as it was measured to be below {ENOUGH_TOKENS:,} (docs/quantization.md); give more text, of the "
+            "kinds that the model is to continue, and compare with --evaluate",
+            PrecisionWarning,
+            stacklevel=2,
+        )
     with new_folder(target, marker=MANIFEST, force=force) as folder:
         ranges = None
         if options.activations is not None and tokens is not None:

@@ -260,3 +260,15 @@ def test_small_weights_behind_large_norms_are_quantized_as_the_same_function_is(
         options = QuantizeOptions(weights, group_size=GROUP)
         rows.append(logits_without_fusion(quantize_bundle(bundle, tmp_path / name / "small.retnet", options), TOKENS))
     np.testing.assert_array_equal(rows[1], rows[0])
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_few_tokens_of_calibration_are_warned_of_with_their_number(example_bundle, tmp_path, method):
+    from retnet_export.export.verify import PASSAGE
+
+    (tmp_path / "short.txt").write_text(PASSAGE)
+    options = QuantizeOptions(method=method, calibration=tmp_path / "short.txt")
+    with pytest.warns(PrecisionWarning, match=rf"calibrated on \d\d\d tokens of short\.txt, which are few: {method} may be worse"):
+        made = quantize_bundle(example_bundle, tmp_path / "small.retnet", options)
+    record = made.manifest.quantization["calibration"]
+    assert 128 <= record["sequences"] * record["length"] < 1000
