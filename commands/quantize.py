@@ -33,7 +33,10 @@ def quantize(
     embedding: Annotated[str, typer.Option(help="Of the embedding: int8, int4 or keep.")] = "int8",
     head: Annotated[str, typer.Option(help="Of the output head: int8, int4 or keep; fp8 with --activations fp8.")] = "int8",
     calibration: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A text of the kind that the model is to continue.", show_default=False)
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="A text of all the kinds that the model is to continue, best 30 kB and more.", show_default=False
+        ),
     ] = None,
     state: Annotated[str | None, typer.Option(help="fp16: of the stored state; as it is if not given.", show_default=False)] = None,
     activations: Annotated[
