@@ -15,6 +15,7 @@ from retnet_export.runtime.bundle.anatomy import Anatomy
 BASES = {
     "tensorrt": "a roofline fitted to NVIDIA's figures for INT4 Transformers on Jetson Orin; no RetNet was measured there",
     "onnxruntime-cuda": "a roofline fitted to this project's measurements on an H100",
+    "cuda": "a roofline fitted to this project's measurements of its own kernels on an H100",
     "onnxruntime": "a roofline fitted to this project's measurements on two CPU cores",
 }
 """Where a prediction's constants come from, by runtime."""

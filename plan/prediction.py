@@ -25,6 +25,8 @@ STATE_PASSES: Mapping[str, float] = {
     # variant onnxruntime-cuda by its operator.
     "tensorrt": 2.0,
     "onnxruntime-cuda": 2.0,
+    # Our own kernel reads and writes the state in place.
+    "cuda": 2.0,
     # Multiply by γ (read, write), k·v (write), add (two reads, a write), read-out (a read): seven.
     "onnxruntime": 7.0,
 }
@@ -91,6 +93,13 @@ MEASUREMENTS: tuple[Measurement, ...] = (
     *_on_h100("RetNet 1.5B int4", 24, 0.83e9, 100.7e6, (1, 1.40), (8, 2.41), (64, 7.53)),
     *_on_h100("RetNet 7.8B fp16", 32, 15.26e9, 268.4e6, (1, 6.68), (8, 8.28), (64, 20.4)),
     *_on_h100("RetNet 7.8B int4", 32, 4.30e9, 268.4e6, (1, 3.18), (8, 5.65), (64, 19.2)),
+    # Measured by this project, docs/lab/step-h100.md: the backend cuda, one sequence, greedy loop, float32 state.
+    Measurement("cuda", "h100", "RetNet 1.5B fp16", 24, 2.95e9, 100.7e6, 1, 1.298),
+    Measurement("cuda", "h100", "RetNet 1.5B int8", 24, 1.48e9, 100.7e6, 1, 0.930),
+    Measurement("cuda", "h100", "RetNet 1.5B int4", 24, 0.78e9, 100.7e6, 1, 0.625),
+    Measurement("cuda", "h100", "RetNet 7.8B fp16", 32, 15.29e9, 268.4e6, 1, 5.605),
+    Measurement("cuda", "h100", "RetNet 7.8B int8", 32, 7.64e9, 268.4e6, 1, 3.345),
+    Measurement("cuda", "h100", "RetNet 7.8B int4", 32, 4.06e9, 268.4e6, 1, 2.124),
     # Measured: ONNX Runtime 1.32.0 CPU, 12 layers of width 768, 3 heads of 256 × 512, float32 state.
     Measurement("onnxruntime", "cpu-2-cores", "RetNet 148M fp32", 12, 592e6, 18.9e6, 1, 18.5),
     Measurement("onnxruntime", "cpu-2-cores", "RetNet 148M int8", 12, 152e6, 18.9e6, 1, 8.6),

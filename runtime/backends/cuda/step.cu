@@ -83,15 +83,7 @@ struct Params {
   int* next;              // the best token of the last step
   Result* result;         // in the host's memory
   int token;              // -1: the one in `next`
-#ifdef PROFILE
-  void* profile;
-#endif
 };
-#ifdef PROFILE  // clock cycles of each part, of a block's first thread, added up over the layers
-#define MARK(i) if (w.t == 0) { long long now = clock64(); s.marks[i] += now - s.last; s.last = now; }
-#else
-#define MARK(i)
-#endif
 struct Plan { u64 offset; u32 jump, count, length, step; };  // a warp's share of a product; jump: from the end of a part to the next
 
 // Shared memory: the ring, then these.
@@ -101,9 +93,6 @@ struct Shared {
   float q[DK], k[DK], v[SLICE], gate[SLICE], sums[WARPS][SLICE];
   float cosine[HALF], sine[HALF], red[2][WARPS], root[H], mean[H];
   u32 flag, count, least;
-#ifdef PROFILE
-  long long marks[16], last;
-#endif
 };
 
 // ---- 16-bit numbers
@@ -861,9 +850,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(const Params p) {
   Shared& s = *(Shared*)(room + WARPS * SLOTS * STAGE + X_BYTES);
   Worker w(p, s, room, x);
   const int t = w.t;
-#ifdef PROFILE
-  if (t == 0) { for (int i = 0; i < 16; ++i) s.marks[i] = 0; s.last = clock64(); }
-#endif
   w.begin();
   const u32 epoch = *(volatile u32*)p.control;
   const long long position = *(volatile long long*)p.position;
@@ -878,38 +864,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(const Params p) {
     w.prefetch_state(l, blockIdx.x);
     w.prefetch_vectors(l + 1);
     w.turn<Projections, !POST_NORM>(l > 0, before + MAIL_DOWN, tag - 1, FFN_NORM_W, FFN_NORM_B, l - 1, RETENTION_NORM_W, RETENTION_NORM_B, l);
-    MARK(0)
     w.product<Projections>([&](int first, const float* parts) {
       w.send_rows<Projections>(parts, first, mail + MAIL_PROJECTIONS, tag, vectors + SCALES0, BIAS0 < 0 ? nullptr : vectors + BIAS0);
     });
-    MARK(1)
 #pragma unroll 1
     for (int unit = blockIdx.x; unit < UNITS; unit += GRID) {
       w.retain(l, unit, mail, tag);
       __syncthreads();
     }
-    MARK(2)
     w.join(l, mail, tag, position);
-    MARK(3)
     w.product<Out>([&](int first, const float* parts) {
       w.send_rows<Out>(parts, first, mail + MAIL_OUT, tag, vectors + SCALES1, BIAS1 < 0 ? nullptr : vectors + BIAS1);
     });
-    MARK(4)
     w.turn<GateUp, !POST_NORM>(true, mail + MAIL_OUT, tag, RETENTION_NORM_W, RETENTION_NORM_B, l, FFN_NORM_W, FFN_NORM_B, l);
-    MARK(5)
     w.product<GateUp>([&](int first, const float* parts) { w.send_hidden(parts, first, mail, tag, l); });
-    MARK(6)
     w.take_hidden(mail, tag, l);
-    MARK(7)
     w.product<Down>([&](int first, const float* parts) {
       w.send_rows<Down>(parts, first, mail + MAIL_DOWN, tag, vectors + SCALES3, BIAS3 < 0 ? nullptr : vectors + BIAS3);
     });
-    MARK(8)
   }
   w.turn<Head, FINAL_NORM>(true, p.mail + (~L & 1) * MAIL_SIDE + MAIL_DOWN, epoch + L, FFN_NORM_W, FFN_NORM_B, L - 1, FINAL_NORM_W, FINAL_NORM_B, L);
-  MARK(9)
   w.product<Head>([&](int first, const float* parts) { w.send_logits(parts, first); });
-  MARK(10)
   __syncthreads();
   if (t == 0) {
     __threadfence();
@@ -919,14 +894,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(const Params p) {
   if (s.flag) {
     __threadfence();
     w.choose(room);
-    MARK(11)
     if (t == 0) {
       p.control[1] = 0;
       *p.control = epoch + L + 1;
       *p.position = position + 1;
     }
   }
-#ifdef PROFILE
-  if (t == 0) for (int i = 0; i < 16; ++i) ((long long*)p.profile)[blockIdx.x * 16 + i] = s.marks[i];
-#endif
 }
