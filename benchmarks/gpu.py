@@ -4,7 +4,7 @@ A step of decode reads every weight once, and reads and writes the state once: b
 least time it can take. This writes random models of the paper's proportions (speed does not depend on the weights), runs
 them through the backend `onnxruntime-cuda`, and prints how near each step comes to that floor.
 
-    python benchmarks/gpu.py                                      the table of docs/gpu.md, within ten minutes on an H100
+    python benchmarks/gpu.py                                      the table of docs/lab, within ten minutes on an H100
     python benchmarks/gpu.py --models 1.5B --formats fp16 --ablation --profile     what each rewrite brings, and each kernel
 
 A token costs: tokens in, one step, the largest logit's token out, which is what greedy generation does.
@@ -228,7 +228,7 @@ def ablation() -> dict[str, Any]:
 
 
 def alone(work: Callable[..., T], *arguments: Any, **named: Any) -> T:
-    """A function's result from a process of its own: the stream of one measurement would slow the next one (docs/gpu.md)."""
+    """A function's result from a process of its own: the stream of one measurement would slow the next one (docs/lab)."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work, *arguments, **named).result()
 

@@ -88,7 +88,7 @@ MEASUREMENTS: tuple[Measurement, ...] = (
     *_published("agx-orin-64gb", (_QWEN3_06B, 186), (_QWEN3_17B, 99), (_QWEN3_4B, 53), (_QWEN3_8B, 32.5)),
     *_published("orin-nx-16gb", (_QWEN3_06B, 117), (_QWEN3_17B, 60), (_QWEN3_4B, 32), (_QWEN3_8B, 19)),
     *_published("orin-nano-8gb", (_QWEN3_06B, 73), (_QWEN3_17B, 37)),
-    # Measured by this project, docs/gpu.md: ONNX Runtime 1.31.1 CUDA, variant onnxruntime-cuda, CUDA graphs, float32 state.
+    # Measured by this project, docs/lab: ONNX Runtime 1.31.1 CUDA, variant onnxruntime-cuda, CUDA graphs, float32 state.
     *_on_h100("RetNet 1.5B fp16", 24, 2.95e9, 100.7e6, (1, 2.05), (8, 2.69), (64, 7.04)),
     *_on_h100("RetNet 1.5B int4", 24, 0.83e9, 100.7e6, (1, 1.40), (8, 2.41), (64, 7.53)),
     *_on_h100("RetNet 7.8B fp16", 32, 15.26e9, 268.4e6, (1, 6.68), (8, 8.28), (64, 20.4)),

@@ -10,7 +10,7 @@ The operator keeps a head's state as (Dv, Dk), each row the key side of one valu
 graphs is (B, H, Dv, Dk); prefill, which runs once a chunk, transposes it on its way in and out.
 
 `com.microsoft::LinearAttention` would keep (Dk, Dv), but its kernel for Dk = 256 reads one column a warp: 21.4 µs where the
-plain operators took 17.5 (docs/gpu.md).
+plain operators took 17.5 (docs/lab).
 """
 
 from __future__ import annotations

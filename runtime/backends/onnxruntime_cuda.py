@@ -39,7 +39,7 @@ SESSION_OPTIONS = {
 
 MANY_ROWS_OPTIONS = {"ep.cuda.fpa_intb_gemm": "1"}
 """Of decode for batches: INT4 and INT8 weights on the tensor cores, whose kernel for one row is slower, and for a prompt's rows no
-faster than floats made of a matrix at a time (docs/gpu.md)."""
+faster than floats made of a matrix at a time (docs/lab)."""
 FLOATS = frozenset({"float32", "float16", "bfloat16"})
 
 
@@ -135,7 +135,7 @@ class OnnxRuntimeCudaBackend:
 
 def _stream() -> cuda.Stream:
     """The stream of every model of the process: once a second one has done work, each kernel of a captured graph starts later on
-    both, half a microsecond on an H200, for as long as the process lives (docs/gpu.md)."""
+    both, half a microsecond on an H200, for as long as the process lives (docs/lab)."""
     with cuda.LOCK:
         return _one_stream()
 

@@ -84,7 +84,7 @@ def test_two_streams_of_one_backend_do_not_disturb_each_other(tmp_path):
 
 
 def test_models_of_one_process_take_turns_on_one_stream(tmp_path):
-    """Work on a second stream would slow the steps on both (docs/gpu.md)."""
+    """Work on a second stream would slow the steps on both (docs/lab)."""
     first, second = (opened(make(tmp_path / name)) for name in ("a", "b"))
     assert first._stream is second._stream
     streams, rows = (first.open_stream(3), second.open_stream(3)), ([], [])

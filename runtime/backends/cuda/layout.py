@@ -4,8 +4,8 @@ A matrix W is (N, K): N outputs, K inputs, y = W x. Both are padded, N to whole 
 
 The unit is a **run** of a **tile**: 16 rows by so many inputs, contiguous; a tile's runs follow each other, then comes the next
 tile. A warp fetches whole runs, 2 or 1 KB at once: rows of a plain matrix, 128 bytes here and 128 there, cost a tenth of the
-memory's speed (docs/gpu.md). In a run the bytes lie in the order in which the threads of a warp feed `mma.m16n8k16`, 16 bytes a
-thread:
+memory's speed (docs/lab/step-h100.md). In a run the bytes lie in the order in which the threads of a warp feed `mma.m16n8k16`, 16
+bytes a thread:
 
 **Floats** (float32, float16, bfloat16): 2,048 bytes, 32 inputs of float32, 64 of the others.
 

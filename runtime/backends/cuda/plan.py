@@ -25,7 +25,7 @@ CANDIDATES = 1024
 MOST_PARTS = 128
 """Partial sums of 16 rows, at most, between two sums over warps."""
 MOST_SLOTS = 3
-"""More in flight only makes everything else that asks for memory wait longer (docs/gpu.md)."""
+"""More in flight only makes everything else that asks for memory wait longer (docs/lab/step-h100.md)."""
 FEWEST_SLOTS = 2
 """Pieces of weights that a warp must be able to hold."""
 KINDS: Mapping[str, int] = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "int4": 4}
