@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from retnet_export.commands.common import BackendName, BundlePath, LowMemory, Threads
-from retnet_export.commands.sampling import unescaped
+from retnet_export.commands.sampling import speculation_from, unescaped
 from retnet_export.runtime.errors import MissingExtraError, UserError
 
 
@@ -55,6 +55,10 @@ def serve(
     allow_host: Annotated[
         list[str] | None, typer.Option(help="Another name that clients reach this machine by.", show_default=False)
     ] = None,
+    speculate: Annotated[
+        str,
+        typer.Option(metavar="auto|off|N", help="Guess tokens ahead and check them in one pass: as many as pay, none, or up to N."),
+    ] = "auto",
     patience: Annotated[float, typer.Option(min=0, help="Seconds that running requests get after SIGTERM.")] = 30.0,
     backend: BackendName = "auto",
     threads: Threads = None,
@@ -80,6 +84,7 @@ def serve(
             slots=max_batch,
             queue=max_queue,
             read_tokens=read_tokens,
+            speculate=speculation_from(speculate),
             cache_bytes=1_000_000 * cache_mb,
             cache_folder=cache_dir,
             states=states,

@@ -49,6 +49,7 @@ class Service:
     Attributes:
         names: under which the model is known; the first is its own.
         store: named states, if there is a folder for them.
+        speculate: tokens to guess ahead, as in `Options`.
         closing: set when the server is about to end.
     """
 
@@ -59,6 +60,7 @@ class Service:
     limits: Limits = field(default_factory=Limits)
     cache: PrefixCache | None = None
     store: Store | None = None
+    speculate: int | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     def check_model(self, name: str | None) -> None:
@@ -212,6 +214,7 @@ class Service:
                 stop=stop,
                 stop_tokens=tuple(body.stop_token_ids or ()),
                 logprobs=logprobs,
+                speculate=self.speculate,
             )
             for number in range(body.n or 1)
         ]

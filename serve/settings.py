@@ -35,6 +35,7 @@ class Settings:
         slots: sequences that generate together.
         queue: texts that may wait beyond those.
         read_tokens: prompt tokens between two steps.
+        speculate: tokens to guess ahead, as in `Options`.
         cache_bytes: of the prefix cache; 0: none.
         cache_folder: keeps the cache over restarts.
         states: folder of named states.
@@ -57,6 +58,7 @@ class Settings:
     slots: int = 8
     queue: int = 64
     read_tokens: int | None = None
+    speculate: int | None = None
     cache_bytes: int = 512_000_000
     cache_folder: Path | None = None
     states: Path | None = None
@@ -92,6 +94,7 @@ def build(settings: Settings, model: Model, observer: Observer | None = None) ->
         limits=settings.limits,
         cache=cache,
         store=None if settings.states is None else Store(settings.states, manifest),
+        speculate=settings.speculate,
     )
 
 

@@ -87,7 +87,7 @@ class OnnxRuntimeBackend:
     @property
     def pass_cost(self) -> PassCost:
         """Float weights are read at the speed of memory, so that more tokens cost little; products of quantized ones are not."""
-        return PassCost(0.15, 0.07) if self._bundle.manifest.quantization is None else PassCost(0.5, 0.13)
+        return PassCost(0.15, 0.07) if self._bundle.manifest.quantization is None else PassCost(0.3, 0.12)
 
     def open_stream(self, batch: int) -> OnnxRuntimeStream:
         manifest = self._bundle.manifest
