@@ -80,8 +80,8 @@ def test_planes_are_read_once_and_written_never(built, monkeypatch):
     from retnet_export.export import tensorrt
     from retnet_export.runtime.bundle.engines import Probe
 
-    monkeypatch.setattr(tensorrt, "ask", lambda *arguments, **more: Probe(joined=True, int8_fused=None))
     bundle, record = built("int8", False)
+    monkeypatch.setattr(tensorrt, "ask", lambda *arguments, **more: Probe(joined=True, int8_fused=None))
     planes = compile_bundle(bundle, BOTH)
     step, plain = planes.anatomy_of("decode"), record.anatomy_of("decode")
     assert (planes.int8, record.int8) == ("planes", "fused")
