@@ -22,10 +22,10 @@ from retnet_export.commands.common import (
 
 def bench(
     bundle: BundlePath,
-    prompt: Annotated[str, typer.Option("-p", "--prompt", metavar="N,…", help="Read prompts of so many tokens: pp512.")] = "512",
-    new: Annotated[str, typer.Option("-n", "--new", metavar="N,…", help="Decode so many tokens: tg128.")] = "128",
-    batches: Annotated[str, typer.Option("-b", "--batches", metavar="N,…", help="So many sequences together.")] = "1",
-    depths: Annotated[str, typer.Option("-d", "--depths", metavar="N,…", help="After so many tokens read before.")] = "0",
+    prompt: Annotated[str, typer.Option("-p", "--prompt", metavar="N,N", help="Read prompts of so many tokens: pp512.")] = "512",
+    new: Annotated[str, typer.Option("-n", "--new", metavar="N,N", help="Decode so many tokens: tg128.")] = "128",
+    batches: Annotated[str, typer.Option("-b", "--batches", metavar="N,N", help="So many sequences together.")] = "1",
+    depths: Annotated[str, typer.Option("-d", "--depths", metavar="N,N", help="After so many tokens read before.")] = "0",
     repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1, help="Times each test counts.")] = 5,
     backend: BackendName = "auto",
     threads: Threads = None,
@@ -39,9 +39,7 @@ def bench(
     from retnet_export.plan.sizes import sizes_of_bundle
     from retnet_export.runtime.model import load
 
-    trials = trials_of(
-        *(numbers(*pair) for pair in (("--prompt", prompt), ("--new", new), ("--batches", batches), ("--depths", depths)))
-    )
+    trials = trials_of(*(numbers(*pair) for pair in (("prompt", prompt), ("new", new), ("batches", batches), ("depths", depths))))
     model = load(bundle, backend, threads=threads, low_memory=low_memory)
     sizes = sizes_of_bundle(model.bundle.manifest)
     with progress("bench", quiet=as_json) as update:

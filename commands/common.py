@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import signal
 import sys
 import threading
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
+from retnet_export.runtime.backends import Backends
 from retnet_export.runtime.errors import (
     ArgumentError,
     BackendWarning,
@@ -67,7 +69,7 @@ CheckpointPath = Annotated[
 Output = Annotated[Path, typer.Option("-o", "--output", metavar="BUNDLE", help="The bundle to write.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
-BackendName = Annotated[str, typer.Option("--backend", help="What runs the graph.")]
+BackendName = Annotated[Backends, typer.Option("--backend", help="What runs the graph.")]
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, help="CPU threads; the backend's choice if not given.", show_default=False)
 ]
@@ -101,10 +103,10 @@ class Commands(typer.core.TyperGroup):
             raise typer.Exit(128 + signal.SIGTERM) from error
         except ArgumentError as error:
             flag = self._flag(ctx, error.name)
-            print_error(str(error) if flag is None else f"{flag} {error.problem}")
+            print_error(self._as_typed(str(error) if flag is None else f"{flag} {error.problem}"))
             raise typer.Exit(1 if flag is None else 2) from error
         except UserError as error:
-            print_error(str(error))
+            print_error(self._as_typed(str(error)))
             raise typer.Exit(1) from error
         except ModuleNotFoundError as error:
             if (missing := missing_extra(error, f"`{ctx.info_name} {ctx.invoked_subcommand}`")) is None:
@@ -120,8 +122,31 @@ class Commands(typer.core.TyperGroup):
     def _flag(self, ctx: Any, name: str) -> str | None:
         """How the command that ran spells the parameter of that name; None if it has none."""
         command = self.commands.get(ctx.invoked_subcommand)
-        spellings = [parameter.opts for parameter in getattr(command, "params", ()) if parameter.name == name]
-        return max(spellings[0], key=len) if spellings else None
+        one = name.removesuffix("ies") + "y" if name.endswith("ies") else name.removesuffix("s")
+        found = [parameter for parameter in getattr(command, "params", ()) if parameter.name in (name, one)]
+        return _spelling(found[0]) if found else None
+
+    def _as_typed(self, message: str) -> str:
+        """A message of the library as one types what it names: `state=fp32` is `--state fp32`."""
+        flags = {
+            parameter.name: _spelling(parameter)
+            for command in self.commands.values()
+            for parameter in command.params
+            if parameter.name is not None and parameter.opts[0].startswith("-")
+        }
+        named = re.compile(r"\b([a-z_]+)=(?=[\w'\"./-])|^([a-z_]+) (?=is |has |holds |goes )")
+
+        def typed(found: re.Match[str]) -> str:
+            flag = flags.get(found[1] or found[2])
+            return found[0] if flag is None else f"{flag} "
+
+        return named.sub(typed, message)
+
+
+def _spelling(parameter: Any) -> str:
+    """How a parameter is typed: its longest flag, or an argument's name in capitals."""
+    longest: str = max(parameter.opts, key=len)
+    return longest if longest.startswith("-") else longest.upper()
 
 
 @contextlib.contextmanager
@@ -261,12 +286,12 @@ def progress(title: str, *, quiet: bool = False) -> Iterator[Callable[[str, floa
         yield update
 
 
-def numbers(option: str, text: str) -> tuple[int, ...]:
+def numbers(name: str, text: str) -> tuple[int, ...]:
     """Whole numbers separated by commas; none in an empty text."""
     try:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError as error:
-        raise UserError(f"{option} is {text!r}, expected whole numbers separated by commas, as in {option} 0,2048") from error
+        raise ArgumentError(name, f"is {text!r}, expected whole numbers separated by commas, as in {name}=0,2048") from error
 
 
 def size(count: float) -> str:

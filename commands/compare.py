@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -20,7 +20,7 @@ from retnet_export.commands.common import (
     print_table,
     progress,
 )
-from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.errors import ArgumentError
 
 if TYPE_CHECKING:
     from retnet_export.compare.results import Comparison
@@ -49,7 +49,8 @@ def compare(
         typer.Option(help="The Transformer's key and value heads; as many as its query heads if not given.", show_default=False),
     ] = None,
     cache: Annotated[
-        str, typer.Option(help="The Transformer's cache: compute (as wide as the products' operands) or int8.")
+        Literal["compute", "int8"],
+        typer.Option(help="The Transformer's cache; compute is as wide as the products' operands."),
     ] = "compute",
     memory_budget: Annotated[
         float | None, typer.Option(help="Gigabytes that either model may take; what is free if not given.", show_default=False)
@@ -80,11 +81,11 @@ def compare(
 
     require_matplotlib()
     if memory_budget is not None and not 0 < memory_budget < 1e6:
-        raise UserError(f"--memory-budget is {memory_budget:g}, expected gigabytes, more than 0")
+        raise ArgumentError("memory_budget", f"is {memory_budget:g}, expected gigabytes, more than 0")
     options = Options(
-        contexts=numbers("--contexts", contexts),
-        prompts=numbers("--prompts", prompts),
-        batches=numbers("--batches", batches),
+        contexts=numbers("contexts", contexts),
+        prompts=numbers("prompts", prompts),
+        batches=numbers("batches", batches),
         batch_context=batch_context,
         kv_heads=kv_heads,
         cache=cache,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def compile_(
     bundle: BundlePath,
     target: Annotated[
-        str, typer.Option(help="tensorrt, for the GPU of this machine, or tensorrt-rtx, for RTX GPUs, present or not.")
+        Literal["tensorrt", "tensorrt-rtx"],
+        typer.Option(help="tensorrt is for the GPU of this machine, tensorrt-rtx for RTX GPUs, present or not."),
     ] = "tensorrt",
     compute_capability: Annotated[
         list[str] | None,
@@ -43,7 +44,7 @@ def compile_(
     from retnet_export.runtime.bundle.schema import encode
 
     options = CompileOptions(
-        target=cast(Literal["tensorrt", "tensorrt-rtx"], target),
+        target=target,
         compute_capabilities=tuple(compute_capability or ()),
         max_batch=max_batch,
         candidates=candidates,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -26,8 +26,8 @@ def tokenizer_path(given: str) -> Path:
 def export(
     checkpoint: CheckpointPath,
     output: Output,
-    precision: Annotated[str, typer.Option(help="Of weights and products: fp32, fp16 or bf16.")] = "fp32",
-    state: Annotated[str, typer.Option(help="Of the stored state: fp32 or fp16.")] = "fp32",
+    precision: Annotated[Literal["fp32", "fp16", "bf16"], typer.Option(help="Of weights and products.")] = "fp32",
+    state: Annotated[Literal["fp32", "fp16"], typer.Option(help="Of the stored state.")] = "fp32",
     batch: Annotated[int | None, typer.Option(help="A fixed batch; any if not given.", show_default=False)] = None,
     chunk: Annotated[int, typer.Option(help="The most tokens that prefill reads at once.")] = 128,
     variant: Annotated[

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from retnet_export.commands.common import Json, bundle_path, print_columns, print_json, print_table, size
-from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.errors import ArgumentError
 
 if TYPE_CHECKING:
     from retnet_export.plan.devices import DeviceSpec
@@ -39,11 +39,11 @@ def plan(
         int | None, typer.Option(min=1, help="Size of the vocabulary; 32000 if not given.", show_default=False)
     ] = None,
     weights: Annotated[
-        str | None,
-        typer.Option(help="Of the weights: fp32, fp16, bf16, int8, int4, fp8, fp4; fp16 if not given.", show_default=False),
+        Literal["fp32", "fp16", "bf16", "int8", "int4", "fp8", "fp4"] | None,
+        typer.Option(help="Of the weights; fp16 if not given.", show_default=False),
     ] = None,
     state: Annotated[
-        str | None, typer.Option(help="Of the stored state: fp32 or fp16; fp32 if not given.", show_default=False)
+        Literal["fp32", "fp16"] | None, typer.Option(help="Of the stored state; fp32 if not given.", show_default=False)
     ] = None,
     calibrate: Annotated[
         list[Path] | None,
@@ -62,11 +62,9 @@ def plan(
     step = None if bundle is None else _counted_step(bundle)
     chosen = list(DEVICES.values()) if devices else [find_device(key) for key in device or ()]
     if not chosen:
-        raise UserError(f"missing --device: --device NAME, or --devices for all: {', '.join(DEVICES)}")
+        raise ArgumentError("device", f"is missing: give one or more, or --devices for all of {', '.join(DEVICES)}")
     if calibrate and len(chosen) != 1:
-        raise typer.BadParameter(
-            "reports come from one device: give exactly one --device with --calibrate", param_hint="--calibrate"
-        )
+        raise ArgumentError("calibrate", "goes with exactly one --device, whose reports they are")
     measured = [row for report in calibrate or () for row in read_report(report)]
     outlooks = [(spec, outlook(sizes, spec, batch, chunk, formats, step, measured)) for spec in chosen]
     if as_json:
@@ -107,27 +105,25 @@ def _model(
 
     if bundle is not None:
         given = {
-            "--layers": layers,
-            "--width": width,
-            "--heads": heads,
-            "--ffn": ffn,
-            "--vocabulary": vocabulary,
-            "--weights": weights,
-            "--state": state,
+            "layers": layers,
+            "width": width,
+            "heads": heads,
+            "ffn": ffn,
+            "vocabulary": vocabulary,
+            "weights": weights,
+            "state": state,
         }
         if others := [option for option, value in given.items() if value is not None]:
-            raise UserError(f"{', '.join(others)} cannot be given with a bundle, which says itself what it is; give one of the two")
+            raise ArgumentError(others[0], "goes without a bundle, which says itself what it is; give one of the two")
         manifest = open_bundle(bundle, check_hashes=False).manifest
         precision = (manifest.precision.weights, manifest.precision.compute)
         return sizes_of_bundle(manifest), manifest.graphs["prefill"].chunk_size, str(bundle), precision
     if layers is None or width is None:
-        raise UserError("missing model: give a bundle, or its sizes: --layers 24 --width 2048")
+        raise ArgumentError("bundle", "is missing: give one, or a model's sizes, as in --layers 24 --width 2048")
     weights, state = weights or "fp16", state or "fp32"
-    if weights not in FORMATS or state not in ("fp32", "fp16"):
-        raise UserError(f"--weights is {weights!r} and --state {state!r}, expected {', '.join(FORMATS)} and fp32 or fp16")
     heads = heads or max(1, width // 256)
     if width % (2 * heads):
-        raise UserError(f"--width {width} with {heads} heads: a head's keys must be an even number; give --heads")
+        raise ArgumentError("width", f"is {width}, with {heads} heads: a head's keys must be an even number; give --heads")
     config = ModelConfig(
         vocab_size=vocabulary or 32000,
         hidden_size=width,

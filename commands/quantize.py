@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
@@ -19,7 +19,8 @@ def quantize(
     bundle: BundlePath,
     output: Output,
     weights: Annotated[
-        str, typer.Option(help="Of all matrices but embedding and head: int8 or int4; fp8 with --activations fp8.")
+        Literal["int8", "int4", "fp8"],
+        typer.Option(help="Of all matrices but embedding and head; fp8 goes with --activations fp8."),
     ] = "int4",
     group_size: Annotated[
         int | None,
@@ -29,19 +30,25 @@ def quantize(
             show_default=False,
         ),
     ] = None,
-    method: Annotated[str, typer.Option(help="rtn (round to nearest), gptq or awq; the last two need --calibration.")] = "rtn",
-    embedding: Annotated[str, typer.Option(help="Of the embedding: int8, int4 or keep.")] = "int8",
-    head: Annotated[str, typer.Option(help="Of the output head: int8, int4 or keep; fp8 with --activations fp8.")] = "int8",
+    method: Annotated[
+        Literal["rtn", "gptq", "awq"], typer.Option(help="rtn rounds to nearest; the others need --calibration.")
+    ] = "rtn",
+    embedding: Annotated[Literal["int8", "int4", "keep"], typer.Option(help="Of the embedding.")] = "int8",
+    head: Annotated[
+        Literal["int8", "int4", "keep", "fp8"], typer.Option(help="Of the output head; fp8 goes with --activations fp8.")
+    ] = "int8",
     calibration: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE", help="A text of all the kinds that the model is to continue, best 30 kB and more.", show_default=False
         ),
     ] = None,
-    state: Annotated[str | None, typer.Option(help="fp16: of the stored state; as it is if not given.", show_default=False)] = None,
+    state: Annotated[
+        Literal["fp16"] | None, typer.Option(help="Of the stored state; as it is if not given.", show_default=False)
+    ] = None,
     activations: Annotated[
-        str | None,
-        typer.Option(help="int8 or fp8: of what flows into products with such weights, for TensorRT; needs --calibration."),
+        Literal["int8", "fp8"] | None,
+        typer.Option(help="Of what flows into products with such weights, for TensorRT; needs --calibration.", show_default=False),
     ] = None,
     evaluate: Annotated[
         Path | None,

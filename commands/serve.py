@@ -10,7 +10,7 @@ import typer
 
 from retnet_export.commands.common import BackendName, BundlePath, LowMemory, Threads
 from retnet_export.commands.sampling import speculation_from, unescaped
-from retnet_export.runtime.errors import MissingExtraError, UserError
+from retnet_export.runtime.errors import ArgumentError, MissingExtraError, UserError
 
 
 def serve(
@@ -116,5 +116,5 @@ def _keys(given: list[str] | None, path: Path | None) -> tuple[str, ...]:
             raise UserError(f"{path}: there is no key in it; expected one a line")
         keys += found
     if any(not key.strip() for key in keys):
-        raise UserError("--api-key: a key is empty")
+        raise ArgumentError("api_key", "is empty")
     return tuple(key.strip() for key in keys)

@@ -19,7 +19,7 @@ from retnet_export.commands.common import (
     progress,
     size,
 )
-from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.errors import ArgumentError, UserError
 
 if TYPE_CHECKING:
     from retnet_export.export.verify import Verification
@@ -56,7 +56,7 @@ def verify(
 
     on_cpu = backend in ("auto", "onnxruntime")
     if by_layer and not on_cpu:
-        raise UserError(f"--by-layer runs on onnxruntime, not on {backend}; give one of the two")
+        raise ArgumentError("by_layer", f"runs on onnxruntime, not on backend={backend}; give one of the two")
     checked, opened = open_bundle(bundle), open_checkpoint(checkpoint)
     needed, available = memory_needed(checked), available_memory()
     if by_layer is None:

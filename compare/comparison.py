@@ -17,7 +17,7 @@ from retnet_export.compare.results import GENAI, LLAMA_CPP, REPORT_FORMAT, RETNE
 from retnet_export.compare.transformer import count_parameters
 from retnet_export.graph.weights import weight_shapes
 from retnet_export.runtime.bundle.bundle import Bundle
-from retnet_export.runtime.errors import UserError, one_of
+from retnet_export.runtime.errors import ArgumentError, UserError, one_of
 
 PEERS = {GENAI: genai.unavailable, LLAMA_CPP: llama_cpp.unavailable}
 """Outside engines by their name on the command line, and what says whether they are here."""
@@ -61,18 +61,18 @@ class Options:
             ("contexts", self.contexts, 0),
             ("prompts", self.prompts, 1),
             ("batches", self.batches, 1),
-            ("batch-context", (self.batch_context,), 0),
+            ("batch_context", (self.batch_context,), 0),
         ):
             if wrong := [value for value in values if not least <= value <= LONGEST]:
-                raise UserError(f"--{name} holds {wrong[0]:,}, expected {least} to {LONGEST:,}")
+                raise ArgumentError(name, f"holds {wrong[0]:,}, expected {least} to {LONGEST:,}")
         if not self.contexts:
-            raise UserError("--contexts is empty, expected at least one, as in --contexts 0,2048")
+            raise ArgumentError("contexts", "is empty, expected at least one, as in contexts=0,2048")
         if self.cache not in ("compute", "int8"):
-            raise UserError(f"--cache is {self.cache!r}, expected compute or int8")
+            raise ArgumentError("cache", f"is {self.cache!r}, expected compute or int8")
         if not 0.05 <= self.seconds <= 600:
-            raise UserError(f"--seconds is {self.seconds:g}, expected 0.05 to 600")
+            raise ArgumentError("seconds", f"is {self.seconds:g}, expected 0.05 to 600")
         if unknown := [peer for peer in self.peers if peer not in PEERS]:
-            raise UserError(f"--peer is {unknown[0]!r}, expected {one_of(PEERS)}")
+            raise ArgumentError("peers", f"is {unknown[0]!r}, expected {one_of(PEERS)}")
 
     @property
     def cells(self) -> tuple[Cell, ...]:
@@ -104,7 +104,7 @@ def compare(
     options = options or Options()
     for peer in options.peers:
         if (missing := PEERS[peer]()) is not None:
-            raise UserError(f"--peer {peer}: {missing}")
+            raise UserError(f"peer {peer}: {missing}")
     pinned = machine.cores(options.threads)
     budget = options.memory_budget or machine.available_memory() or LONGEST**2
     with tempfile.TemporaryDirectory(prefix="retnet-export-compare-") as folder:
@@ -136,7 +136,7 @@ def _check_budget(bundle: Bundle, budget: int) -> None:
     weights = bundle.manifest.weights_bytes
     if budget < weights:
         raise UserError(
-            f"--memory-budget is {budget / 1e6:,.0f} MB, but the weights of {bundle.path} alone are {weights / 1e6:,.0f} MB; "
+            f"the memory budget is {budget / 1e6:,.0f} MB, but the weights of {bundle.path} alone are {weights / 1e6:,.0f} MB; "
             "give a larger budget, or quantize the bundle"
         )
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from retnet_export.graph.weights import weight_shapes as retnet_weight_shapes
 from retnet_export.runtime.bundle.config import ModelConfig
-from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.errors import ArgumentError, UserError
 
 PARAMETER_MATCH = 0.01
 """The parameter counts differ by at most this share if a feed-forward width allows it; else the report says by how much."""
@@ -94,7 +94,7 @@ def transformer_like(config: ModelConfig, kv_heads: int | None = None, group: in
     groups = heads if kv_heads is None else kv_heads
     if groups < 1 or heads % groups:
         divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-        raise UserError(f"--kv-heads is {groups}, expected a divisor of the baseline's {heads} query heads: {divisors}")
+        raise ArgumentError("kv_heads", f"is {groups}, expected a divisor of the baseline's {heads} query heads: {divisors}")
 
     def with_ffn(size: int) -> TransformerConfig:
         return TransformerConfig(

@@ -25,7 +25,7 @@ from retnet_export.runtime.bundle.manifest import (
     Variant,
     state_specs,
 )
-from retnet_export.runtime.errors import MissingExtraError, PrecisionWarning, UserError
+from retnet_export.runtime.errors import ArgumentError, MissingExtraError, PrecisionWarning, one_of
 from retnet_export.runtime.hub import repository_of
 
 PRECISIONS: Mapping[str, Literal["float32", "float16", "bfloat16"]] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -60,14 +60,14 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         given: list[tuple[str, str, Collection[str]]] = [("precision", self.precision, PRECISIONS), ("state", self.state, STATES)]
-        given += [("variant", variant, VARIANTS) for variant in self.variants]
+        given += [("variants", variant, VARIANTS) for variant in self.variants]
         for name, value, choices in given:
             if value not in choices:
-                raise UserError(f"--{name} is {value!r}, expected {', '.join(choices)}")
+                raise ArgumentError(name, f"is {value!r}, expected {one_of(choices)}")
         if self.batch is not None and self.batch < 1:
-            raise UserError(f"--batch is {self.batch}, expected at least 1")
+            raise ArgumentError("batch", f"is {self.batch}, expected at least 1")
         if self.chunk < 1:
-            raise UserError(f"--chunk is {self.chunk}, expected at least 1")
+            raise ArgumentError("chunk", f"is {self.chunk}, expected at least 1")
 
 
 def export_bundle(

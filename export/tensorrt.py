@@ -46,7 +46,7 @@ from retnet_export.runtime.bundle.engines import (
 )
 from retnet_export.runtime.bundle.files import sha256_of_bytes, write_atomically
 from retnet_export.runtime.bundle.manifest import FileRecord
-from retnet_export.runtime.errors import UserError, one_of
+from retnet_export.runtime.errors import ArgumentError, UserError, one_of
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -81,30 +81,33 @@ class CompileOptions:
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
-            raise UserError(f"--target is {self.target!r}, expected {one_of(TARGETS)}")
+            raise ArgumentError("target", f"is {self.target!r}, expected {one_of(TARGETS)}")
         if self.max_batch < 1:
-            raise UserError(f"--max-batch is {self.max_batch}, expected at least 1")
+            raise ArgumentError("max_batch", f"is {self.max_batch}, expected at least 1")
         if not 0 <= self.candidates <= MAX_CANDIDATES:
-            raise UserError(f"--candidates is {self.candidates}, expected 0 to {MAX_CANDIDATES}")
+            raise ArgumentError("candidates", f"is {self.candidates}, expected 0 to {MAX_CANDIDATES}")
         known = TARGETS[self.target].capabilities
         if self.timing_cache is not None and known is not None:
-            raise UserError(
-                f"--timing-cache: {self.target} times no kernels when it builds, so there is nothing to keep; leave it out"
+            raise ArgumentError(
+                "timing_cache",
+                f"is of no use: {self.target} times no kernels when it builds; leave it out",
             )
         for capability in self.compute_capabilities:
             if known is None:
-                raise UserError(
-                    f"--compute-capability {capability}: {self.target} builds for the GPU of the machine it runs on; "
-                    "leave the option out and compile on the device, or take --target tensorrt-rtx for an RTX GPU"
+                raise ArgumentError(
+                    "compute_capabilities",
+                    f"is {capability}, but {self.target} builds for the GPU of the machine it runs on; "
+                    "leave it out and compile on the device, or take target=tensorrt-rtx for an RTX GPU",
                 )
             if capability not in known:
-                raise UserError(
-                    f"--compute-capability {capability}: {self.target} builds for {', '.join(known)}"
+                raise ArgumentError(
+                    "compute_capabilities",
+                    f"is {capability}, but {self.target} builds for {', '.join(known)}"
                     + (
-                        "; Jetson Orin (8.7) and Thor (11.0) need --target tensorrt on the device"
+                        "; Jetson Orin (8.7) and Thor (11.0) need target=tensorrt on the device"
                         if capability in ("8.7", "11.0")
                         else ""
-                    )
+                    ),
                 )
 
 

@@ -73,7 +73,8 @@ def read_text_settings(folder: Path | None, settings: Mapping[str, Any], vocab_s
     special = {**_named_tokens(_optional(folder / SPECIAL_TOKENS)), **_named_tokens(config)}
     content = read_text(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else converted(folder)
     tokenizer = None if content is None else _parsed(content, folder / TOKENIZER)
-    if tokenizer is not None:
+    # BPE codes have pieces that only lead to others: fairseq's dictionary and the model lack them.
+    if tokenizer is not None and not (folder / "dict.txt").is_file():
         _check_vocabulary(tokenizer, folder / TOKENIZER, vocab_size)
     named = [("config.json", _ids("config.json", settings)), (GENERATION_CONFIG, _ids(GENERATION_CONFIG, generation))]
     ids = [pair for _, pairs in named for pair in pairs]

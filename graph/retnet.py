@@ -30,7 +30,7 @@ def warn_of_slow_heads(config: ModelConfig, state: str) -> None:
     slow = int((1 / (1 - config.gamma) > LONGEST_HALF_PRECISION_MEMORY).sum())
     if state == "fp16" and slow:
         warnings.warn(
-            f"--state fp16: {slow} of {config.num_heads} heads remember more than {LONGEST_HALF_PRECISION_MEMORY:,} tokens "
+            f"state fp16: {slow} of {config.num_heads} heads remember more than {LONGEST_HALF_PRECISION_MEMORY:,} tokens "
             f"(up to {1 / (1 - config.gamma.max()):,.0f}); a float16 state of such heads was measured to be off by 4 % to 30 %. "
             "fp32 holds them (docs/quantization.md, State)",
             PrecisionWarning,

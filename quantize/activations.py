@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from retnet_export.quantize.modelopt import GRAPH, JOB, SCALES, TOKENS
 from retnet_export.runtime.bundle.bundle import Bundle
-from retnet_export.runtime.errors import MissingExtraError, UserError
+from retnet_export.runtime.errors import ArgumentError, MissingExtraError, UserError
 
 ACTIVATIONS = ("int8", "fp8")
 RANGE = "max"
@@ -79,30 +79,31 @@ def check_options(options: Choices) -> None:
     if chosen is None:
         for name, value in (("weights", options.weights), ("head", options.head)):
             if value == "fp8":
-                raise UserError(f"--{name} fp8 needs --activations fp8; of weights alone, int8 is as small and more exact")
+                raise ArgumentError(name, "is 'fp8', which needs activations=fp8; alone, int8 is as small and more exact")
         return
     if chosen not in ACTIVATIONS:
-        raise UserError(f"--activations is {chosen!r}, expected {' or '.join(ACTIVATIONS)}")
+        raise ArgumentError("activations", f"is {chosen!r}, expected {' or '.join(ACTIVATIONS)}")
     if options.weights != chosen:
-        raise UserError(
-            f"--activations {chosen} with --weights {options.weights}: both sides of a product must have one format, TensorRT has "
-            f"no product of {chosen} activations and {options.weights} weights; choose --weights {chosen}"
+        raise ArgumentError(
+            "activations",
+            f"is {chosen!r} and weights={options.weights}: both sides of a product must have one format, TensorRT has no product "
+            f"of {chosen} activations and {options.weights} weights; choose weights={chosen}",
         )
     if options.head == "fp8" and chosen != "fp8":
-        raise UserError(f"--head fp8 needs --activations fp8, not {chosen}; choose --head int8")
+        raise ArgumentError("head", f"is 'fp8', which needs activations=fp8, not {chosen}; choose head=int8")
     if options.group_size is not None:
-        raise UserError(
-            f"--group-size {options.group_size} with --activations {chosen}: an 8-bit product takes one scale for each output; "
-            "leave --group-size out"
+        raise ArgumentError(
+            "group_size", f"goes without activations={chosen}: an 8-bit product takes one scale for each output; leave it out"
         )
     if options.method == "awq":
-        raise UserError("--method awq changes the activations that --activations measures before; choose rtn or gptq")
+        raise ArgumentError("method", "is 'awq', which changes the activations that are measured before; choose rtn or gptq")
     if options.method == "gptq" and chosen == "fp8":
-        raise UserError("--method gptq chooses integers, and --weights fp8 are floats; choose rtn")
+        raise ArgumentError("method", "is 'gptq', which chooses integers, and weights=fp8 are floats; choose rtn")
     if options.calibration is None:
-        raise UserError(
-            f"--activations {chosen} measures what flows into the products: give it a text of the kind that the model is to "
-            "continue, --calibration FILE"
+        raise ArgumentError(
+            "activations",
+            f"is {chosen!r}, which measures what flows into the products: give it a text of the kind that the model is to "
+            "continue, calibration=FILE",
         )
 
 

@@ -18,7 +18,7 @@ from retnet_export.quantize.texts import CHUNK, encode
 from retnet_export.runtime.backends.base import State
 from retnet_export.runtime.bundle.files import read_text
 from retnet_export.runtime.bundle.manifest import POSITION
-from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.errors import ArgumentError, UserError
 from retnet_export.runtime.model import Model
 
 Progress = Callable[[str, float], None]
@@ -135,7 +135,7 @@ def evaluate_all(
         UserError: as `evaluate`.
     """
     if tokens is not None and tokens < CHUNK:
-        raise UserError(f"--tokens {tokens} is less than one chunk of {CHUNK}; read more of the text")
+        raise ArgumentError("tokens", f"is {tokens}, less than one chunk of {CHUNK}; read more of the text")
     text = read_text(path)
     ids = encode(models[0], text, path)
     for model in models:

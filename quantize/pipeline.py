@@ -16,7 +16,7 @@ from retnet_export.quantize.methods import METHODS, Awq, Gram, Method, RoundToNe
 from retnet_export.runtime.bundle.bundle import MANIFEST, Bundle, open_bundle
 from retnet_export.runtime.bundle.files import new_folder, sha256_of
 from retnet_export.runtime.bundle.manifest import ONNXRUNTIME_CUDA, Manifest, StateSpec
-from retnet_export.runtime.errors import MissingExtraError, PrecisionWarning, UserError, one_of
+from retnet_export.runtime.errors import ArgumentError, MissingExtraError, PrecisionWarning, UserError, one_of
 from retnet_export.runtime.numerics import first_not_finite
 
 if TYPE_CHECKING:
@@ -70,17 +70,18 @@ class QuantizeOptions:
         )
         for name, value, allowed in choices:
             if value not in allowed:
-                raise UserError(f"--{name} is {value!r}, expected {one_of(allowed)}")
+                raise ArgumentError(name, f"is {value!r}, expected {one_of(allowed)}")
         if self.group_size is not None and self.group_size not in GROUP_SIZES:
-            raise UserError(f"--group-size is {self.group_size}, expected {one_of(map(str, GROUP_SIZES))}")
+            raise ArgumentError("group_size", f"is {self.group_size}, expected {one_of(map(str, GROUP_SIZES))}")
         check_options(self)
         if METHODS[self.method].calibrated and self.calibration is None:
-            raise UserError(
-                f"--method {self.method} looks at activations: give it a text of the kind that the model is to continue, "
-                "--calibration FILE"
+            raise ArgumentError(
+                "method",
+                f"is {self.method!r}, which looks at activations: give it a text of the kind that the model is to continue, "
+                "calibration=FILE",
             )
         if not METHODS[self.method].calibrated and self.calibration is not None and self.activations is None:
-            raise UserError(f"--method {self.method} takes no --calibration; choose gptq or awq")
+            raise ArgumentError("calibration", f"goes without method={self.method}, which looks at no text; choose gptq or awq")
 
     def format_of(self, role: Role, scale: str) -> Format | None:
         """The format of a matrix by what it is for; None: it stays as it is."""
@@ -224,7 +225,7 @@ def _check_source(source: Bundle, target: str | Path, options: QuantizeOptions) 
     if options.embedding != "keep" and config.hidden_size % (32 // WEIGHTS[options.embedding]):
         raise UserError(
             f"{source.path}: width {config.hidden_size} is not a multiple of {32 // WEIGHTS[options.embedding]}, as "
-            f"--embedding {options.embedding} needs; choose --embedding keep"
+            f"embedding={options.embedding} needs; choose embedding=keep"
         )
     if options.method == "awq" and config.post_norm:
         raise UserError(f"{source.path}: in a post-norm model no norm stands before a matrix alone, as awq needs; choose gptq")

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
-from retnet_export.runtime.errors import BackendWarning, UserError
+from retnet_export.runtime.errors import ArgumentError, BackendWarning, UserError, one_of
 
 if TYPE_CHECKING:
     from retnet_export.runtime.backends.base import Backend
     from retnet_export.runtime.bundle.bundle import Bundle
 
 THREADS_PER_CORE = 4
-NAMES = ("auto", "cuda", "onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
+Backends = Literal["auto", "cuda", "onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]
+NAMES: tuple[str, ...] = get_args(Backends)
 
 
 def open_backend(name: str, bundle: Bundle, threads: int | None = None, low_memory: bool | None = None) -> Backend:
@@ -28,7 +29,7 @@ def open_backend(name: str, bundle: Bundle, threads: int | None = None, low_memo
     """
     check_threads(threads)
     if name not in NAMES:
-        raise UserError(f"no backend {name!r}; there are {', '.join(NAMES)}")
+        raise ArgumentError("backend", f"is {name!r}, expected {one_of(NAMES)}")
     if name == "auto":
         backend = None if threads is not None else _on_gpu(bundle, low_memory)
         if backend is not None:
@@ -58,9 +59,10 @@ def check_threads(threads: int | None) -> None:
     """
     cores = os.cpu_count() or 1
     if threads is not None and not 1 <= threads <= THREADS_PER_CORE * cores:
-        raise UserError(
-            f"--threads is {threads}, expected 1 to {THREADS_PER_CORE * cores}: this machine has {cores} cores, and more threads "
-            f"than cores only wait for one another; give {cores}, or leave it out"
+        raise ArgumentError(
+            "threads",
+            f"is {threads}, expected 1 to {THREADS_PER_CORE * cores}: this machine has {cores} cores, and more threads "
+            f"than cores only wait for one another; give {cores}, or leave it out",
         )
 
 

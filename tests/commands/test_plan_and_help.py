@@ -64,8 +64,8 @@ def test_a_model_that_does_not_fit_has_no_speed():
     "options", [("--weights", "int4"), ("--state", "fp16"), ("--heads", 4), ("--ffn", 64), ("--vocabulary", 100), ("--layers", 3)]
 )
 def test_a_size_beside_a_bundle_is_refused(example_bundle, options):
-    message = run("plan", example_bundle.path, "--device", "h100", *options, code=1).stderr
-    assert f"{options[0]} cannot be given with a bundle" in message
+    message = run("plan", example_bundle.path, "--device", "h100", *options, code=2).stderr
+    assert f"{options[0]} goes without a bundle" in message
 
 
 def test_plan_reads_prompts_in_the_chunks_that_export_writes(example_bundle):
@@ -79,6 +79,6 @@ def test_plan_reads_prompts_in_the_chunks_that_export_writes(example_bundle):
 def test_threads_without_end_are_refused_at_once(example_bundle, threads):
     cores = os.cpu_count()
     with pytest.raises(
-        UserError, match=rf"--threads is {threads}, expected 1 to {THREADS_PER_CORE * cores}: this machine has {cores}"
+        UserError, match=rf"threads is {threads}, expected 1 to {THREADS_PER_CORE * cores}: this machine has {cores}"
     ):
         load(example_bundle.path, "onnxruntime", threads=threads)

@@ -288,7 +288,7 @@ def test_options_are_set_and_shown_in_a_chat(bundle, tmp_path):
     for wrong, message in (
         ("/set warmth 1", "no option 'warmth'"),
         ("/set top_p x", "expected a number"),
-        ("/set top_p 7", "top_p is 7"),
+        ("/set top_p 7", "is 7.0, expected more than 0"),
     ):
         assert message in run("chat", bundle, text=wrong + "\n", code=1).stderr.replace("\n", " ")
 

@@ -99,7 +99,7 @@ def test_every_format_says_the_same(example_bundle):
 
 
 def test_numbers_that_are_none_are_refused_by_their_flag(example_bundle):
-    assert "--depths is '2k'" in " ".join(invoke(example_bundle.path, "--depths", "2k", code=1).output.split())
+    assert "--depths is '2k'" in " ".join(invoke(example_bundle.path, "--depths", "2k", code=2).output.split())
     assert "--batches has 0, expected 1 or more" in " ".join(invoke(example_bundle.path, "-b", "0", code=2).output.split())
 
 

@@ -87,7 +87,7 @@ def test_a_cell_that_would_not_fit_is_reported_and_not_attempted(bundle):
 
 def test_a_budget_smaller_than_the_weights_is_refused(bundle):
     with pytest.raises(
-        UserError, match=r"--memory-budget is 0 MB, but the weights of .*tiny\.retnet alone are 0 MB; give a larger"
+        UserError, match=r"the memory budget is 0 MB, but the weights of .*tiny\.retnet alone are 0 MB; give a larger"
     ):
         compare(bundle, Options(memory_budget=1000))
 
@@ -102,14 +102,14 @@ def test_onnxruntime_genai_takes_turns_with_the_others(bundle):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"contexts": (-1,)}, "--contexts holds -1, expected 0 to 1,048,576"),
-        ({"contexts": (1 << 21,)}, "--contexts holds 2,097,152, expected 0 to 1,048,576"),
-        ({"contexts": ()}, "--contexts is empty, expected at least one, as in --contexts 0,2048"),
-        ({"batches": (0,)}, "--batches holds 0, expected 1 to 1,048,576"),
-        ({"prompts": (0,)}, "--prompts holds 0, expected 1 to 1,048,576"),
-        ({"cache": "fp8"}, "--cache is 'fp8', expected compute or int8"),
-        ({"seconds": 0.0}, "--seconds is 0, expected 0.05 to 600"),
-        ({"peers": ("vllm",)}, "--peer is 'vllm', expected onnxruntime-genai or llama.cpp"),
+        ({"contexts": (-1,)}, "contexts holds -1, expected 0 to 1,048,576"),
+        ({"contexts": (1 << 21,)}, "contexts holds 2,097,152, expected 0 to 1,048,576"),
+        ({"contexts": ()}, "contexts is empty, expected at least one, as in contexts=0,2048"),
+        ({"batches": (0,)}, "batches holds 0, expected 1 to 1,048,576"),
+        ({"prompts": (0,)}, "prompts holds 0, expected 1 to 1,048,576"),
+        ({"cache": "fp8"}, "cache is 'fp8', expected compute or int8"),
+        ({"seconds": 0.0}, "seconds is 0, expected 0.05 to 600"),
+        ({"peers": ("vllm",)}, "peers is 'vllm', expected onnxruntime-genai or llama.cpp"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, message):
@@ -119,5 +119,5 @@ def test_options_that_make_no_sense_are_refused(options, message):
 
 def test_a_peer_that_is_not_here_is_refused_before_anything_is_measured(bundle, monkeypatch):
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match=r"--peer llama\.cpp: llama-bench is not on the PATH: install llama\.cpp"):
+    with pytest.raises(UserError, match=r"peer llama\.cpp: llama-bench is not on the PATH: install llama\.cpp"):
         compare(bundle, Options(peers=("llama.cpp",)))

@@ -127,7 +127,7 @@ def test_a_baseline_whose_groups_allow_no_match_is_the_closest_there_is(group):
 
 
 def test_key_value_heads_that_do_not_divide_the_query_heads_are_refused():
-    with pytest.raises(UserError, match=r"--kv-heads is 5, expected a divisor of the baseline's 12 query heads: 1, 2, 3, 4, 6, 12"):
+    with pytest.raises(UserError, match=r"kv_heads is 5, expected a divisor of the baseline's 12 query heads: 1, 2, 3, 4, 6, 12"):
         transformer_like(ModelConfig(32000, 768, 12, 3, 256, 512, 1536, 3), kv_heads=5)
 
 

@@ -170,7 +170,7 @@ def with_foreign_node(bundle: Bundle) -> None:
     [
         (
             {"target": "tensorrt-rtx", "compute_capabilities": ("8.7",)},
-            "need --target tensorrt on the device",
+            "need target=tensorrt on the device",
         ),
         ({"target": "tensorrt-rtx", "compute_capabilities": ("3.5",)}, r"builds for 7\.5, 8\.0, 8\.6"),
         ({"target": "tensorrt", "compute_capabilities": ("8.6",)}, "builds for the GPU of the machine it runs on"),

@@ -161,5 +161,5 @@ def test_a_variant_that_nobody_can_make_is_refused():
     from retnet_export.export.pipeline import ExportOptions
     from retnet_export.runtime.errors import UserError
 
-    with pytest.raises(UserError, match="--variant is 'cuda', expected onnxruntime-cuda"):
+    with pytest.raises(UserError, match="variants is 'cuda', expected onnxruntime-cuda"):
         ExportOptions(variants=("cuda",))

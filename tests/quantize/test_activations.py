@@ -186,19 +186,28 @@ def test_the_manifest_says_what_was_measured_and_by_what(tmp_path, measured):
 
 
 REFUSALS = [
-    ({"weights": "int8", "activations": "int4"}, "--activations is 'int4', expected int8 or fp8"),
+    ({"weights": "int8", "activations": "int4"}, "activations is 'int4', expected int8 or fp8"),
     (
         {"weights": "int4", "activations": "int8"},
-        "TensorRT has no product of int8 activations and int4 weights; choose --weights int8",
+        "TensorRT has no product of int8 activations and int4 weights; choose weights=int8",
     ),
     ({"weights": "int8", "activations": "fp8"}, "both sides of a product must have one format"),
-    ({"weights": "fp8"}, "--weights fp8 needs --activations fp8; of weights alone, int8 is as small and more exact"),
-    ({"weights": "int8", "head": "fp8"}, "--head fp8 needs --activations fp8"),
-    ({"weights": "int8", "activations": "int8", "head": "fp8"}, "--head fp8 needs --activations fp8, not int8; choose --head int8"),
-    ({"weights": "int8", "activations": "int8"}, "--activations int8 measures what flows into the products: give it a text"),
+    ({"weights": "fp8"}, "weights is 'fp8', which needs activations=fp8; alone, int8 is as small and more exact"),
+    ({"weights": "int8", "head": "fp8"}, "head is 'fp8', which needs activations=fp8"),
+    (
+        {"weights": "int8", "activations": "int8", "head": "fp8"},
+        "head is 'fp8', which needs activations=fp8, not int8",
+    ),
+    (
+        {"weights": "int8", "activations": "int8"},
+        "activations is 'int8', which measures what flows",
+    ),
     ({"weights": "int8", "activations": "int8", "group_size": 64}, "an 8-bit product takes one scale for each output"),
-    ({"weights": "int8", "activations": "int8", "method": "awq"}, "--method awq changes the activations"),
-    ({"weights": "fp8", "activations": "fp8", "method": "gptq"}, "--method gptq chooses integers, and --weights fp8 are floats"),
+    ({"weights": "int8", "activations": "int8", "method": "awq"}, "method is 'awq', which changes the activations"),
+    (
+        {"weights": "fp8", "activations": "fp8", "method": "gptq"},
+        "method is 'gptq', which chooses integers",
+    ),
 ]
 
 

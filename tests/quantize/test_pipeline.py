@@ -163,7 +163,7 @@ def test_a_half_precision_state_of_heads_too_slow_for_it_is_warned_of(tmp_path, 
     assert messages(lambda: quantize_bundle(source, tmp_path / "int4.retnet", QuantizeOptions(group_size=16))) == []
     assert len(exported) == (slow > 0)
     if slow:
-        assert f"--state fp16: {slow} of {heads} heads remember more than 1,024 tokens (up to 4,096)" in exported[0]
+        assert f"state fp16: {slow} of {heads} heads remember more than 1,024 tokens (up to 4,096)" in exported[0]
 
 
 def test_kept_matrices_stay_as_they_are(tmp_path):
@@ -196,12 +196,12 @@ def test_the_manifest_records_what_was_done_and_forgets_the_verification(tmp_pat
 
 
 REFUSALS = [
-    ({"weights": "int3"}, "--weights is 'int3', expected int8, int4 or fp8"),
-    ({"group_size": 48}, "--group-size is 48, expected 16, 32, 64, 128 or 256"),
-    ({"method": "gptq"}, "--method gptq looks at activations: give it a text of the kind that the model is to continue"),
-    ({"calibration": Path("x.txt")}, "--method rtn takes no --calibration"),
-    ({"state": "int8"}, "--state is 'int8', expected fp16"),
-    ({"embedding": "fp16"}, "--embedding is 'fp16', expected int8, int4 or keep"),
+    ({"weights": "int3"}, "weights is 'int3', expected int8, int4 or fp8"),
+    ({"group_size": 48}, "group_size is 48, expected 16, 32, 64, 128 or 256"),
+    ({"method": "gptq"}, "method is 'gptq', which looks at activations: give it a text of the kind that the model is to continue"),
+    ({"calibration": Path("x.txt")}, "calibration goes without method=rtn, which looks at no text; choose gptq or awq"),
+    ({"state": "int8"}, "state is 'int8', expected fp16"),
+    ({"embedding": "fp16"}, "embedding is 'fp16', expected int8, int4 or keep"),
 ]
 
 
