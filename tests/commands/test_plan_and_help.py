@@ -29,7 +29,7 @@ def run(*arguments: object, code: int = 0, columns: int = 80):
 @pytest.mark.parametrize("columns", [60, 80])
 def test_help_cuts_no_option_and_no_sentence(name, columns):
     printed = run(name, "--help", columns=columns).stdout
-    assert "…" not in printed
+    assert "…" not in printed.replace("N,…", "")  # which is how `bench` writes a list of numbers
     for parameter in COMMANDS[name].params:
         for option in (*parameter.opts, *parameter.secondary_opts):
             assert option in printed or parameter.param_type_name == "argument"
