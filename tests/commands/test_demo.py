@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,8 @@ def assert_the_printed_commands_are_those_that_ran(printed: str, errors: str, fo
     assert [shlex.split(command)[1] for command in commands] == [
         *("export", "verify", "generate", "quantize", "quantize", "generate", "compile", "compare")
     ]
+    # The engines were built later; looking at one imports TensorRT, which takes memory.
+    shutil.rmtree(folder / "demo.retnet" / "engines", ignore_errors=True)
     generate = shlex.split(commands[2])
     again = subprocess.run([sys.executable, "-m", "retnet_export", *generate[1:]], capture_output=True, text=True, check=True)
     start = lines.index(f"$ {commands[2]}") + 1
