@@ -19,7 +19,12 @@ NESTED = ("model", "state_dict", "model_state_dict")
 TOKENIZER, CHAT_TEMPLATE = "tokenizer.json", "chat_template.jinja"
 TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
 SPECIAL_TOKENS, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
-TEXT_FILES = (TOKENIZER, CHAT_TEMPLATE, TOKENIZER_CONFIG, GENERATION_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS)
+OTHER_TOKENIZERS = (
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model", "source.spm"),
+    *("vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "dict.txt", "bpecodes"),
+)
+"""Files of tokenizers that become a tokenizer.json at export (export/tokenizers.py)."""
+TEXT_FILES = (TOKENIZER, CHAT_TEMPLATE, TOKENIZER_CONFIG, GENERATION_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, *OTHER_TOKENIZERS)
 """What is read of a checkpoint beside its tensors and settings, if it is there: how it takes and gives text (export/text.py)."""
 
 
