@@ -235,10 +235,14 @@ class Engine:
         events: list[Event] = []
         self._drop_cancelled()
         graph_ms = self._advance(events)
-        self._admit(events)
-        self._read(events)
-        self._score(events)
-        self._join()
+        reading_began = time.perf_counter()
+        while True:
+            self._admit(events)
+            self._read(events)
+            self._score(events)
+            self._join()
+            if not self.reading or 1e3 * (time.perf_counter() - reading_began) >= (graph_ms or 0.0):
+                break
         began = time.perf_counter()
         made = self._choose(events)
         if graph_ms is None:
