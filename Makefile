@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A CPU build of torch is enough here, and far smaller: set TORCH=torch where you want the default build.
 TORCH ?= torch==2.13.0
 
-.PHONY: help demo test test-gpu test-oldest test-jetpack6 test-aarch64 check-wheels check check-tensorrt dist bench-decode bench-compare bench-export bench-gpu bench-prefill bench-forever bench-quantization bench-state clean
+.PHONY: help demo test test-gpu test-oldest test-jetpack6 test-aarch64 check-wheels check check-tensorrt dist bench-decode bench-compare bench-export bench-gpu bench-prefill bench-serve bench-forever bench-quantization bench-state clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -14,7 +14,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable '.[cpu,export,torch,compare,hub,dev]'
+	$(BIN)/pip install --quiet --editable '.[cpu,export,torch,compare,hub,serve,dev]'
 	# TensorRT-RTX compiles without a GPU; where it cannot be installed its tests skip and say so.
 	$(BIN)/pip install --quiet --editable '.[tensorrt-rtx]' || echo "tensorrt-rtx is not available here: its tests will skip"
 	# So it is with nvidia-modelopt, which measures the ranges of 8-bit activations.
@@ -84,6 +84,9 @@ bench-quantization: $(VENV)/.installed  ## quality against bytes: make bench-qua
 bench-state: $(VENV)/.installed  ## the state in fewer bytes, over a long text: make bench-state TEXT=test.txt
 	$(BIN)/pip install --quiet --editable '.[compare]'
 	$(BIN)/python benchmarks/state_precision.py --text $(TEXT) --parts text,prefill,runs,slower,heads,speed -o docs/figures/state
+
+bench-serve: $(VENV)/.installed  ## the server under load: make bench-serve BUNDLE=my.retnet
+	$(BIN)/python benchmarks/serve.py $(BUNDLE)
 
 bench-prefill: $(VENV)/.installed  ## reading prompts on the CPU: speed by chunk size, memory of both graphs
 	$(BIN)/python benchmarks/prefill.py

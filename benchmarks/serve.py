@@ -75,6 +75,7 @@ class Answer:
     tokens: int = 0
     cached: int = 0
     text: str = ""
+    ids: list[int] = field(default_factory=list)
 
 
 async def ask(server: Server, body: dict[str, object], leave_after: float | None = None) -> Answer:
@@ -100,6 +101,8 @@ async def ask(server: Server, body: dict[str, object], leave_after: float | None
                 choice = event["choices"][0]
                 if "delta" in choice and not choice["delta"].get("content"):
                     continue
+                if choice.get("logprobs") and "tokens" in choice["logprobs"]:
+                    answer.ids += [int(name[6:]) for name in choice["logprobs"]["tokens"] if name.startswith("token:")]
                 answer.text += choice.get("text") or choice.get("delta", {}).get("content", "")
                 now = time.perf_counter()
                 if answer.tokens:
@@ -210,9 +213,19 @@ def measure_chat(bundle: Path, messages: int, extra: list[str]) -> list[dict[str
             said.append({"role": "assistant", "content": answers[-1].text})
         return answers
 
+    async def talk_in_ids(server: Server) -> list[Answer]:
+        """The same for a model without a tokenizer: messages of 20 tokens."""
+        said, answers, dice = list[int](), list[Answer](), random.Random(3)
+        for number in range(messages):
+            said += prompt(server, 20, dice)
+            answers.append(await ask(server, {"prompt": said, "max_tokens": 48, "seed": number, "logprobs": 0}))
+            said += answers[-1].ids
+        return answers
+
+    with_text = open_bundle(bundle, check_hashes=False).manifest.tokenizer is not None
     for cache_mb in (512, 0):
         with serving(bundle, "--cache-mb", cache_mb, *extra) as server:
-            answers = asyncio.run(talk(server))
+            answers = asyncio.run((talk if with_text else talk_in_ids)(server))
         first = [round(1e3 * answer.first, 1) for answer in answers]
         rows.append({"cache_mb": cache_mb, "first_ms": first, "cached_tokens": [answer.cached for answer in answers]})
         print(

@@ -231,7 +231,7 @@ def _readme(name: str, options: TritonOptions, opset: int) -> str:
 # {name} on Triton Inference Server
 
     docker run --rm {gpu}-p 8000-8002:8000-8002 -v "$PWD":/models {IMAGE} \\
-        bash -c "pip install 'retnet-export[{extras}]' && tritonserver --model-repository=/models"
+        bash -c "pip install 'retnet-export[{extras}]' 'numpy<2' && tritonserver --model-repository=/models"
 
     curl -N localhost:8000/v2/models/{name}/generate_stream \\
         -d '{{"prompt": "Once upon a time", "parameters": {{"max_tokens": 50, "temperature": "0.8", "seed": 7}}}}'
@@ -259,8 +259,8 @@ spec:
     spec:
       containers:
         - name: triton
-          image: IMAGE   # better: one of your own, with retnet-export[serve] in it
-          command: [sh, -c, "pip install 'retnet-export[serve]' && exec tritonserver --model-repository=/models"]
+          image: IMAGE   # better: one of your own, with retnet-export in it
+          command: [sh, -c, "pip install 'retnet-export[cpu,serve]' 'numpy<2' && exec tritonserver --model-repository=/models"]
           ports:
             - { name: http, containerPort: 8000 }
             - { name: grpc, containerPort: 8001 }
