@@ -34,9 +34,8 @@ def serve(
         Path | None, typer.Option(metavar="FOLDER", help="Where /slots saves and restores named states.", show_default=False)
     ] = None,
     read_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Prompt tokens read between two steps of the others; a chunk if not given.", show_default=False),
-    ] = None,
+        int, typer.Option(min=1, help="Prompt tokens read between two steps of others; fewer are smoother, more are faster.")
+    ] = 32,
     max_prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt, at most.")] = 32_768,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 4_096,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request, at most.")] = 4_000_000,

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from retnet_export.runtime.errors import UserError
-from retnet_export.runtime.generate.engine import Cache, Ended, Engine, Event, Failed, Job, Made, Read, check
+from retnet_export.runtime.generate.engine import READ_TOKENS, Cache, Ended, Engine, Event, Failed, Job, Made, Read, check
 
 if TYPE_CHECKING:
     from retnet_export.runtime.model import Model
@@ -95,7 +95,7 @@ class Scheduler:
         model: the model.
         slots: sequences that generate together.
         queue: continuations that may wait beyond those.
-        read_tokens: prompt tokens between two steps; the engine's choice if None.
+        read_tokens: prompt tokens between two steps of others.
         cache: remembers prompts and replies.
         observer: hears what happens.
     """
@@ -106,7 +106,7 @@ class Scheduler:
         *,
         slots: int = 8,
         queue: int = 64,
-        read_tokens: int | None = None,
+        read_tokens: int = READ_TOKENS,
         cache: Cache | None = None,
         observer: Observer | None = None,
     ) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from retnet_export.runtime.bundle.files import read_text
 from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.generate.engine import READ_TOKENS
 from retnet_export.runtime.generate.templates import ChatTemplate, PlainTemplate, Template
 from retnet_export.serve.cache import PrefixCache
 from retnet_export.serve.prompts import Prompts
@@ -57,7 +58,7 @@ class Settings:
     names: Sequence[str] = ()
     slots: int = 8
     queue: int = 64
-    read_tokens: int | None = None
+    read_tokens: int = READ_TOKENS
     speculate: int | None = None
     cache_bytes: int = 512_000_000
     cache_folder: Path | None = None

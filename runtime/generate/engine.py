@@ -1,9 +1,9 @@
 """Continuous batching: sequences join and leave a batch between its steps, and prompts are read in between.
 
-Rule: a turn of the engine takes one token for every sequence that generates (or several, where a draft foresaw them), and at
-most `read_tokens` tokens of the prompts that are being read, shared evenly among them. So no prompt, however long, keeps the
-others waiting for more than that, and a short one that comes later overtakes it. A sequence's text does not depend on its
-neighbours: slots share nothing but the step.
+Rule: a turn of the engine takes one token for every sequence that generates, and reads `read_tokens` tokens of the prompts that
+wait, shared evenly among them; more only while that took less time than the step did. So no prompt, however long, keeps the
+others waiting for more than that, a short one that comes later overtakes it, and reading gets half of a busy machine. A
+sequence's text does not depend on its neighbours: slots share nothing but the step.
 
 Sequences lie in the first slots of their session, side by side: when one leaves, the last one takes its place, and a step
 costs what the sequences in it cost. Prompts are read by a session of their own, in which the same holds.
@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 READERS = 4
 """Prompts that are read side by side; more wait for their turn."""
+READ_TOKENS = 32
+"""Prompt tokens between two steps of others: a step of 148M takes as long as reading some ten tokens."""
 
 
 @dataclass(eq=False)
@@ -169,7 +171,7 @@ class Engine:
     Args:
         model: the model.
         slots: sequences that may generate together.
-        read_tokens: prompt tokens between two steps; a chunk of the bundle if None.
+        read_tokens: prompt tokens between two steps; while nothing generates a chunk of the bundle, if that is more.
         cache: remembers prompts and replies.
         stats: receives where the time went.
     """
@@ -179,13 +181,13 @@ class Engine:
         model: Model,
         slots: int = 8,
         *,
-        read_tokens: int | None = None,
+        read_tokens: int = READ_TOKENS,
         cache: Cache | None = None,
         stats: Stats | None = None,
     ) -> None:
         chunk = chunk_tokens(model.backend, model.bundle.manifest.graphs["prefill"].chunk_size)
         self.model, self.slots, self.cache, self.stats = model, slots, cache, stats or Stats()
-        self._chunk, self.read_tokens = chunk, read_tokens or chunk
+        self._chunk, self.read_tokens = chunk, read_tokens
         self._generator, self._reader = model.session(slots), model.session(min(slots, READERS))
         self._start = self._reader.snapshot()
         self._scorer: Session | None = None
@@ -326,7 +328,7 @@ class Engine:
         if not self._readings:
             return
         count = len(self._readings)
-        width = min(max(1, self.read_tokens // count), self._chunk, max(reading.ahead for reading in self._readings))
+        width = min(max(1, self._budget // count), self._chunk, max(reading.ahead for reading in self._readings))
         lengths = np.array([min(width, reading.ahead) for reading in self._readings], np.int64)
         tokens = np.zeros((count, width), np.int64)
         for row, (reading, length) in enumerate(zip(self._readings, lengths, strict=True)):
@@ -367,7 +369,7 @@ class Engine:
         job, began = reading.job, time.perf_counter()
         if reading.done == 0:
             session.restore(job.after or self._start)
-        part = job.tokens[reading.done : reading.done + min(self.read_tokens, self._chunk)]
+        part = job.tokens[reading.done : reading.done + min(self._budget, self._chunk)]
         try:
             before = session.logits
             rows = [None if before is None else before[0].copy(), *session.score(np.array([part], np.int64))[0]]
@@ -382,6 +384,11 @@ class Engine:
         if reading.done == len(job.tokens):
             self._scoring.popleft()
             self._finish_reading(reading, session.snapshot(), events)
+
+    @property
+    def _budget(self) -> int:
+        """Prompt tokens to read at once."""
+        return self.read_tokens if self._sequences else max(self.read_tokens, self._chunk)
 
     def _finish_reading(self, reading: _Reading, snapshot: Snapshot, events: list[Event]) -> None:
         job = reading.job
