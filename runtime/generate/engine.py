@@ -1,9 +1,9 @@
 """Continuous batching: sequences join and leave a batch between its steps, and prompts are read in between.
 
-Rule: a turn of the engine takes one token for every sequence that generates, and reads `read_tokens` tokens of the prompts that
-wait, shared evenly among them; more only while that took less time than the step did. So no prompt, however long, keeps the
-others waiting for more than that, a short one that comes later overtakes it, and reading gets half of a busy machine. A
-sequence's text does not depend on its neighbours: slots share nothing but the step.
+Rule: a turn of the engine takes one token for every sequence that generates (or several, where a draft foresaw them), and reads
+`read_tokens` tokens of the prompts that wait, shared evenly among them; more only while that took less time than the step did.
+So no prompt, however long, keeps the others waiting for more than that, a short one that comes later overtakes it, and reading
+gets half of a busy machine. A sequence's text does not depend on its neighbours: slots share nothing but the step.
 
 Sequences lie in the first slots of their session, side by side: when one leaves, the last one takes its place, and a step
 costs what the sequences in it cost. Prompts are read by a session of their own, in which the same holds.

@@ -84,7 +84,7 @@ def test_a_cancelled_job_is_gone_at_the_next_turn_and_the_others_stay_as_they_ar
     engine = Engine(model, 3, read_tokens=8)
     options = Options(temperature=0.0, max_new_tokens=20)
     jobs = [job([seed, seed + 1], options) for seed in range(3)]
-    waiting, reading = job([9], options), job([7] * 30, options)
+    waiting, reading = job([9], options), job([7] * 30_000, options)
     for each in (*jobs[:2], reading, jobs[2], waiting):
         engine.add(each)
     events = [*engine.turn(), *engine.turn()]
