@@ -38,12 +38,14 @@ LONG = 2000
 class Server:
     """A running server."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | None
     port: int
     vocabulary: int
+    triton: str | None = None  # the model, if it is Triton
 
     @property
     def resident_mb(self) -> float:
+        assert self.process is not None
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
 
@@ -84,9 +86,14 @@ async def ask(server: Server, body: dict[str, object], leave_after: float | None
     answer, began = Answer(), time.perf_counter()
     last = began
     try:
-        path = "chat/completions" if "messages" in body else "completions"
-        content = json.dumps({"stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True, **body}).encode()
-        head = f"POST /v1/{path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\nConnection: close\r\n\r\n"
+        path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+        sent = {"stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True, **body}
+        if server.triton is not None:
+            path = f"/v2/models/{server.triton}/generate_stream"
+            parameters = {name: body[name] for name in ("max_tokens", "seed") if name in body}
+            sent = {"tokens": body["prompt"], "parameters": {"ignore_eos": True, **parameters}}
+        content = json.dumps(sent).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\nConnection: close\r\n\r\n"
         writer.write(head.encode() + content)
         ends = float("inf") if leave_after is None else began + leave_after
         while line := await asyncio.wait_for(reader.readline(), min(600.0, max(0.001, ends - time.perf_counter()))):
@@ -95,6 +102,8 @@ async def ask(server: Server, body: dict[str, object], leave_after: float | None
             if not line.startswith(b"data: {"):
                 continue
             event = json.loads(line[6:])
+            if server.triton is not None:
+                event = {"choices": [{**event, "finish_reason": None}] if event["token"] >= 0 else []}
             if usage := event.get("usage"):
                 answer.cached = usage["prompt_tokens_details"]["cached_tokens"]
             elif event["choices"] and event["choices"][0]["finish_reason"] is None:
@@ -126,7 +135,9 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
     return {f"p{percent}": round(1e3 * float(np.percentile(seconds, percent)), 2) for percent in (50, 95, 99)}
 
 
-def measure_clients(bundle: Path, counts: list[int], seconds: float, extra: list[str]) -> list[dict[str, object]]:
+def measure_clients(
+    bundle: Path, counts: list[int], seconds: float, extra: list[str], triton: contextlib.nullcontext[Server] | None = None
+) -> list[dict[str, object]]:
     """Every client asks again as soon as it has its answer."""
     rows: list[dict[str, object]] = []
 
@@ -143,7 +154,7 @@ def measure_clients(bundle: Path, counts: list[int], seconds: float, extra: list
         return answers
 
     for count in counts:
-        with serving(bundle, "--max-batch", max(counts), "--cache-mb", 0, *extra) as server:
+        with triton or serving(bundle, "--max-batch", max(counts), "--cache-mb", 0, *extra) as server:
             asyncio.run(load_once(server))
             began = time.perf_counter()
             answers = asyncio.run(load(server, count))
@@ -292,14 +303,22 @@ def main(
     messages: Annotated[int, typer.Option(help="of the chat")] = 50,
     requests: Annotated[int, typer.Option(help="for the memory")] = 10_000,
     threads: Annotated[int | None, typer.Option(help="of the server")] = None,
+    triton: Annotated[str | None, typer.Option(help="PORT/MODEL of a running Triton: its clients are measured instead")] = None,
     output: Annotated[Path | None, typer.Option("-o", help="a JSON file")] = None,
 ) -> None:
     """Measure the server."""
     print(describe_machine(), "·", bundle.name, flush=True)
     extra = [] if threads is None else ["--threads", str(threads)]
     chosen, results = parts.split(","), dict[str, object](machine=describe_machine(), bundle=bundle.name)
+    counts = [int(count) for count in clients.split(",")]
+    if triton is not None:
+        port, _, name = triton.partition("/")
+        vocabulary = open_bundle(bundle, check_hashes=False).manifest.model.vocab_size
+        running = contextlib.nullcontext(Server(None, int(port), vocabulary, name))
+        results["triton"] = measure_clients(bundle, counts, seconds, extra, running)
+        chosen = []
     if "clients" in chosen:
-        results["clients"] = measure_clients(bundle, [int(count) for count in clients.split(",")], seconds, extra)
+        results["clients"] = measure_clients(bundle, counts, seconds, extra)
     if "prompts" in chosen:
         results["prompts"] = measure_prompts(bundle, seconds, extra)
     if "chat" in chosen:
