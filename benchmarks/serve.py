@@ -87,7 +87,7 @@ async def ask(server: Server, body: dict[str, object], leave_after: float | None
     last = began
     try:
         path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
-        sent = {"stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True, **body}
+        sent: dict[str, object] = {"stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True, **body}
         if server.triton is not None:
             path = f"/v2/models/{server.triton}/generate_stream"
             parameters = {name: body[name] for name in ("max_tokens", "seed") if name in body}
