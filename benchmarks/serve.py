@@ -91,7 +91,7 @@ async def ask(server: Server, body: dict[str, object], leave_after: float | None
         if server.triton is not None:
             path = f"/v2/models/{server.triton}/generate_stream"
             parameters = {name: body[name] for name in ("max_tokens", "seed") if name in body}
-            sent = {"tokens": body["prompt"], "parameters": {"ignore_eos": True, **parameters}}
+            sent = {"tokens": body["prompt"], "parameters": parameters | {"ignore_eos": True}}
         content = json.dumps(sent).encode()
         head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\nConnection: close\r\n\r\n"
         writer.write(head.encode() + content)
