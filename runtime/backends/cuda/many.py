@@ -464,7 +464,7 @@ class Many:
         """Add a product; how many parts its inputs were cut into, whose sums stand one after another."""
         matrix = self._model.matrices[name]
         layout = matrix.layout
-        width = next((width for width in WIDTHS if rows <= width), WIDTHS[-1])
+        width = self._width(layout, rows)
         tile = tiling(layout, width, self.source.limits)
         blocks = -(-layout.tiles // tile.outputs) * -(-rows // tile.rows)
         stages = -(-layout.tile_runs // tile.warps[2])
@@ -481,6 +481,14 @@ class Many:
         grid = (-(-rows // tile.rows), -(-layout.tiles // tile.outputs), parts)
         add(Launch(self.source.product_name(name, width), width, grid, tile.threads, shared_bytes(layout, tile), parameters))
         return parts
+
+    def _width(self, layout: MatrixLayout, rows: int) -> int:
+        """Rows that a product's tile covers; the largest only where there are blocks enough for it."""
+        if rows <= WIDTHS[-2]:
+            return next(width for width in WIDTHS if rows <= width)
+        tile = tiling(layout, WIDTHS[-1], self.source.limits)
+        blocks = -(-layout.tiles // tile.outputs) * -(-rows // tile.rows)
+        return WIDTHS[-1] if blocks >= 2 * self.source.limits.multiprocessors else WIDTHS[-2]
 
     def _heads(self, work: Workspace, layer: int, rows: int) -> ctypes.Structure:
         """Parameters of the norm and gate of a layer's heads."""

@@ -7,25 +7,46 @@ no kernel that it does not use.
 from __future__ import annotations
 
 from retnet_export.runtime.backends.cuda.compiler import compile_text
+from retnet_export.runtime.backends.cuda.layout import MatrixLayout
 from retnet_export.runtime.backends.cuda.many import DeviceMatrix, DeviceModel, Launch
 from retnet_export.runtime.backends.cuda.many_source import Limits, ManySource
 from retnet_export.runtime.backends.cuda.plan import DeviceLimits
 from retnet_export.runtime.backends.cuda.weights import DeviceWeights
+from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.device import cuda, kernels
 
 RESERVED_BYTES = 1024
 """Shared memory of a block that CUDA keeps for itself, or that kernels declare apart from what they ask for."""
 
 
+def layouts_by_name(weights: DeviceWeights) -> dict[str, MatrixLayout]:
+    """How every matrix lies, by its name in the graphs."""
+    sources, names = weights.sources, product_names(weights.config)
+    layouts = {
+        f"layers.{index}.{name}.weight": sources.layouts[product]
+        for index in range(weights.config.num_layers)
+        for product, name in names.items()
+    }
+    layouts["embedding.weight"] = sources.embedding.layout
+    return layouts if sources.head is sources.embedding else {**layouts, "head.weight": sources.head.layout}
+
+
+def product_names(config: ModelConfig) -> dict[str, str]:
+    """The products of a layer as the graphs name them."""
+    up = "ffn.gate_up" if config.ffn == "glu" else "ffn.up"
+    return {"projections": "retention.projections", "out": "retention.out", "up": up, "down": "ffn.down"}
+
+
+def many_source(weights: DeviceWeights, limits: DeviceLimits) -> ManySource:
+    """The source of the kernels that read these weights."""
+    shared = Limits(limits.shared_bytes - RESERVED_BYTES, limits.multiprocessors)
+    return ManySource(weights.config, layouts_by_name(weights), shared)
+
+
 def device_model(weights: DeviceWeights, limits: DeviceLimits) -> DeviceModel:
     """The weights by the names of the graphs, and the source of the kernels that read them."""
     config, places, sources = weights.config, weights.places, weights.sources
-    names = {
-        "projections": "retention.projections",
-        "out": "retention.out",
-        "up": "ffn.gate_up" if config.ffn == "glu" else "ffn.up",
-        "down": "ffn.down",
-    }
+    names = product_names(config)
     layer_floats = weights.layer_vectors.size
     model_vectors = places.vectors + 4 * layer_floats * config.num_layers
     matrices, vectors = {}, {}
@@ -56,9 +77,7 @@ def device_model(weights: DeviceWeights, limits: DeviceLimits) -> DeviceModel:
     )
     if not tied:
         matrices["head.weight"] = DeviceMatrix(sources.head.layout, weights.address(places.head), row_scales("head.scales"))
-    layouts = {name: matrix.layout for name, matrix in matrices.items()}
-    shared = Limits(limits.shared_bytes - RESERVED_BYTES, limits.multiprocessors)
-    return DeviceModel(ManySource(config, layouts, shared), matrices, vectors)
+    return DeviceModel(many_source(weights, limits), matrices, vectors)
 
 
 class ManyKernels:

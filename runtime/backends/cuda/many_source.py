@@ -15,8 +15,9 @@ from typing import Literal
 from retnet_export.runtime.backends.cuda.layout import MatrixLayout
 from retnet_export.runtime.bundle.config import ModelConfig
 
-WINDOW = 16
-"""Steps between two writings of the state: the least traffic is near √(2·Dk·Dv/(Dk + Dv)) = 18 for heads of 256 × 512."""
+WINDOW = 28
+"""Steps between two writings of the state. Of 16, 24 and 28, 28 was the fastest on an H100 at batches of 8 and 64
+(docs/lab/gpu-batches.md); with 32 a multiprocessor has room for two blocks of the state's stream instead of three."""
 WIDTHS = (8, 16, 32, 64, 128, 256)
 
 
@@ -198,7 +199,7 @@ class ManySource:
     @property
     def step_blocks(self) -> int:
         """Blocks of the step's retention that a multiprocessor holds: what shared memory and registers allow."""
-        return max(1, min(3, self.limits.shared_bytes // (step_bytes(self.config, self.step_columns) + 2048)))
+        return max(1, min(3, (self.limits.shared_bytes + 2048) // (step_bytes(self.config, self.step_columns) + 2048)))
 
     @property
     def powers(self) -> int:

@@ -183,40 +183,38 @@ __device__ __forceinline__ void retention_step_of(const RetentionStep& p) {
     const int column = c0 + across * VECTOR;
     if ((FOLD || place.fold) && column < DV) {
       const float* keys = ring_keys + ((i64)(head / H) * G + h / (H / G)) * WINDOW * DK;
-      float u[ROWS][VECTOR];
+      float* to = state + head / H * SLOT_STATE + (i64)h * DK * DV + column;
+#pragma unroll 1
+      for (int row = group * ROWS; row < group * ROWS + ROWS && row < DK; row += 4) {  // four rows at a time leave registers for loads
+        float u[4][VECTOR];
 #pragma unroll
-      for (int r = 0; r < ROWS; ++r)
+        for (int r = 0; r < 4; ++r)
 #pragma unroll
-        for (int x = 0; x < VECTOR; ++x) u[r][x] = powers[last + 1] * S[(group * ROWS + r) * COLUMNS + across * VECTOR + x];
-#pragma unroll 4
-      for (int i = 0; i <= last; ++i) {
-        float v[VECTOR], k[ROWS];
-        const float power = powers[last - i];
-#pragma unroll
-        for (int r = 0; r < ROWS; r += 4) {
-          const int row = group * ROWS + r;
+          for (int x = 0; x < VECTOR; ++x) u[r][x] = powers[last + 1] * S[(row + r) * COLUMNS + across * VECTOR + x];
+#pragma unroll 8
+        for (int i = 0; i <= last; ++i) {
+          float k[4];
           if (DK % 4 == 0) {
-            const float4 four = row < DK ? *(const float4*)(keys + i * DK + row) : make_float4(0.f, 0.f, 0.f, 0.f);
-            k[r] = four.x, k[r + 1] = four.y, k[r + 2] = four.z, k[r + 3] = four.w;
+            const float4 four = *(const float4*)(keys + i * DK + row);
+            k[0] = four.x, k[1] = four.y, k[2] = four.z, k[3] = four.w;
           } else {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) k[r + e] = row + e < DK ? keys[i * DK + row + e] : 0.f;
+            for (int r = 0; r < 4; ++r) k[r] = row + r < DK ? keys[i * DK + row + r] : 0.f;
+          }
+          const float power = powers[last - i];
+#pragma unroll
+          for (int x = 0; x < VECTOR; ++x) {
+            const float v = power * value[i * COLUMNS + across * VECTOR + x];
+#pragma unroll
+            for (int r = 0; r < 4; ++r) u[r][x] += k[r] * v;
           }
         }
 #pragma unroll
-        for (int x = 0; x < VECTOR; ++x) v[x] = power * value[i * COLUMNS + across * VECTOR + x];
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r)
-#pragma unroll
-          for (int x = 0; x < VECTOR; ++x) u[r][x] += k[r] * v[x];
-      }
-      float* to = state + head / H * SLOT_STATE + (i64)h * DK * DV + column;
-#pragma unroll
-      for (int r = 0; r < ROWS; ++r) {
-        const int row = group * ROWS + r;
-        if (row >= DK) continue;
-        if (VECTOR == 4) *(float4*)(to + (i64)row * DV) = make_float4(u[r][0], u[r][VECTOR > 1 ? 1 : 0], u[r][VECTOR > 2 ? 2 : 0], u[r][VECTOR > 3 ? 3 : 0]);
-        else to[(i64)row * DV] = u[r][0];
+        for (int r = 0; r < 4; ++r) {
+          if (row + r >= DK) continue;
+          if (VECTOR == 4) *(float4*)(to + (i64)(row + r) * DV) = make_float4(u[r][0], u[r][VECTOR > 1 ? 1 : 0], u[r][VECTOR > 2 ? 2 : 0], u[r][VECTOR > 3 ? 3 : 0]);
+          else to[(i64)(row + r) * DV] = u[r][0];
+        }
       }
     }
     __syncthreads();

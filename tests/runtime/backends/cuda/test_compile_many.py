@@ -1,0 +1,77 @@
+"""The kernels for batches and prompts compile for every GPU they are meant for, without a GPU, and fit each."""
+
+import re
+
+import numpy as np
+import pytest
+import tiny
+
+from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
+from retnet_export.runtime.backends.cuda import many
+from retnet_export.runtime.backends.cuda.compiler import compile_text, compiler_version, supported_capabilities
+from retnet_export.runtime.backends.cuda.many_model import many_source
+from retnet_export.runtime.backends.cuda.plan import DeviceLimits
+from retnet_export.runtime.backends.cuda.weights import DeviceWeights
+from retnet_export.runtime.errors import MissingExtraError, UserError
+
+LIMITS = {
+    "Orin Nano": DeviceLimits((8, 7), 8, 163 << 10),
+    "RTX 4060": DeviceLimits((8, 9), 24, 99 << 10),
+    "H100": DeviceLimits((9, 0), 132, 227 << 10),
+    "RTX 5090": DeviceLimits((12, 0), 170, 99 << 10),
+}
+"""Of one GPU of each compute capability: multiprocessors, and shared memory that a block may have (CUDA's programming guide)."""
+MOST_SPILLED = 256
+"""Bytes; of the widest tiles of integers."""
+
+
+@pytest.fixture(autouse=True)
+def compiler(tmp_path, monkeypatch):
+    monkeypatch.setenv("RETNET_EXPORT_CACHE", str(tmp_path / "kernels"))
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    folders = [tmp_path_factory.mktemp(name) for name in ("plain", "int4", "other")]
+    wide = tiny.config(hidden_size=256, head_key_dim=64, head_value_dim=128, ffn_size=512)
+    plain = tiny.bundle(folders[0], wide, precision="fp16")
+    return {
+        "fp16": plain,
+        "int4": quantize_bundle(plain, folders[1] / "int4.retnet", QuantizeOptions(weights="int4", head="int8")),
+        "fp32": tiny.bundle(folders[2], tiny.CONFIGS["torchscale, deepnorm, layer norms"]),
+    }
+
+
+@pytest.mark.parametrize("width", [0, 8, 256])
+@pytest.mark.parametrize(
+    ("device", "variant"),
+    [("Orin Nano", "fp16"), ("Orin Nano", "int4"), ("RTX 4060", "fp32"), ("H100", "fp16"), ("RTX 5090", "int4")],
+)
+def test_kernels_of_many_rows_compile_and_fit(device, variant, width, bundles):
+    try:
+        compiler_version()
+    except (MissingExtraError, UserError) as error:
+        pytest.skip(str(error))
+    limits = LIMITS[device]
+    if limits.capability not in supported_capabilities():
+        pytest.skip(f"NVRTC {compiler_version()} does not know compute capability {limits.capability}")
+    source = many_source(DeviceWeights.of(bundles[variant]), limits)
+    text = source.text(width)
+    log = compile_text("many", text, limits.capability).log
+    assert max(int(found) for found in re.findall(r"(\d+) bytes spill stores", log)) <= MOST_SPILLED
+    kernels = re.findall(r"entry function '(\w+)'", log)
+    assert kernels
+    if width:
+        assert set(kernels) == {source.product_name(name, width) for name in source.layouts if name != "embedding.weight"}
+
+
+def test_pieces_cover_every_row_once_and_keep_drafts_together():
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        lengths = random.integers(0, 3000, 5)
+        needed = lengths + random.integers(0, 2, 5) * random.integers(0, 20, 5)
+        cut = many.pieces(lengths, needed, 1)
+        assert (sum(cut, np.zeros(5, np.int64)) == needed).all()
+        drafts = needed > lengths
+        assert all(((piece == needed) | (piece == 0))[drafts].all() for piece in cut)
+        assert all(piece[~drafts].sum() <= many.ROWS_AT_ONCE for piece in cut)
