@@ -37,7 +37,7 @@ check: $(VENV)/.installed  ## lint and types
 test-gpu: $(VENV)/.installed  ## tests on an NVIDIA GPU; they skip, and say why, where there is none
 	$(BIN)/pytest tests/gpu
 
-bench-gpu: $(VENV)/.installed  ## decode and prefill on an NVIDIA GPU against its memory bus (docs/gpu.md)
+bench-gpu: $(VENV)/.installed  ## decode and prefill on an NVIDIA GPU against its memory bus (docs/guides/gpu.md)
 	$(BIN)/python benchmarks/gpu.py
 
 bench-decode: $(VENV)/.installed  ## decode speed on the CPU, bundled and random 148M model
@@ -46,7 +46,7 @@ bench-decode: $(VENV)/.installed  ## decode speed on the CPU, bundled and random
 bench-export: $(VENV)/.installed  ## memory and time of exporting a random 6.7B checkpoint (needs 40 GB in TMPDIR)
 	$(BIN)/python benchmarks/export_large.py --folder $${TMPDIR:-/tmp}/retnet-export-large
 
-bench-compare: $(VENV)/.installed  ## the comparison of docs/comparison.md, about three minutes a format
+bench-compare: $(VENV)/.installed  ## the comparison of docs/lab/comparison.md, about three minutes a format
 	for format in fp32 int8 int4; do $(BIN)/python benchmarks/compare.py $$format; done
 
 test-oldest: $(VENV)/.installed  ## the runtime's tests on the oldest ONNX Runtime that we name; quantized weights are slow there
@@ -79,11 +79,11 @@ check-tensorrt: $(VENV)/.installed  ## our calls of TensorRT against its type st
 
 bench-quantization: $(VENV)/.installed  ## quality against bytes: make bench-quantization CALIBRATION=train.txt TEXT=test.txt
 	$(BIN)/pip install --quiet --editable '.[compare]'
-	$(BIN)/python benchmarks/quantization.py --calibration $(CALIBRATION) --text $(TEXT) -o docs/figures/quantization
+	$(BIN)/python benchmarks/quantization.py --calibration $(CALIBRATION) --text $(TEXT) -o docs/lab/figures/quantization
 
 bench-state: $(VENV)/.installed  ## the state in fewer bytes, over a long text: make bench-state TEXT=test.txt
 	$(BIN)/pip install --quiet --editable '.[compare]'
-	$(BIN)/python benchmarks/state_precision.py --text $(TEXT) --parts text,prefill,runs,slower,heads,speed -o docs/figures/state
+	$(BIN)/python benchmarks/state_precision.py --text $(TEXT) --parts text,prefill,runs,slower,heads,speed -o docs/lab/figures/state
 
 bench-serve: $(VENV)/.installed  ## the server under load: make bench-serve BUNDLE=my.retnet
 	$(BIN)/python benchmarks/serve.py $(BUNDLE)

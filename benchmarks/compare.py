@@ -1,8 +1,8 @@
-"""The comparison of docs/comparison.md: a random RetNet of 148M parameters against its Transformer, in one number format.
+"""The comparison of docs/lab/comparison.md: a random RetNet of 148M parameters against its Transformer, in one number format.
 
     python benchmarks/compare.py fp32|int8|int4 [--peer onnxruntime-genai] [--peer llama.cpp]
 
-Writes report.json, report.html and the figures to docs/comparison/FORMAT. Speed does not depend on what the weights are.
+Writes report.json, report.html and the figures to docs/lab/comparison/FORMAT. Speed does not depend on what the weights are.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def main(
     seconds: Annotated[float, typer.Option(help="for each engine in each cell")] = 1.0,
     peer: Annotated[list[str] | None, typer.Option(help="outside engines to run, too")] = None,
     cache: Annotated[str, typer.Option(help="the Transformer's cache: compute or int8")] = "compute",
-    output: Annotated[Path | None, typer.Option("-o", help="docs/comparison/FORMAT if not given")] = None,
+    output: Annotated[Path | None, typer.Option("-o", help="docs/lab/comparison/FORMAT if not given")] = None,
 ) -> None:
     """Measure, print, and write the report."""
-    target = output or ROOT / "docs" / "comparison" / form
+    target = output or ROOT / "docs" / "lab" / "comparison" / form
     with tempfile.TemporaryDirectory() as folder:
         options = Options(seconds=seconds, peers=tuple(peer or ()), cache=cache)
         comparison = compare(bundle_in(form, size, Path(folder)), options, progress=told)

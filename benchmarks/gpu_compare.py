@@ -6,7 +6,7 @@ random weights and a captured CUDA graph a step. A step is timed at a given cont
 that many tokens; what state and cache hold does not change the time.
 
     python benchmarks/gpu_compare.py --json results.json
-    python benchmarks/gpu_compare.py --from results.json --plots docs/figures
+    python benchmarks/gpu_compare.py --from results.json --plots docs/lab/figures
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What quantization costs in quality: every format and method on one text, as a table, JSON and a plot of quality against bytes.
 
-    python benchmarks/quantization.py --text test.txt --calibration train.txt -o docs/figures/quantization
-    python benchmarks/quantization.py -o docs/figures/quantization   # draws docs/figures/quantization.json again
+    python benchmarks/quantization.py --text test.txt --calibration train.txt -o docs/lab/figures/quantization
+    python benchmarks/quantization.py -o docs/lab/figures/quantization   # draws docs/lab/figures/quantization.json again
 
 The text is read token by token, as on the device. Questions: how much perplexity does a byte less cost, what do calibrated
 methods win, and what does a half-precision state do over a long text, head by head?

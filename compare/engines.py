@@ -85,7 +85,7 @@ class TransformerEngine:
     """
 
     PREFILL_CHUNK = 256
-    """Tokens read at once by a single sequence: the fastest of 128 to 2,048 where it was measured (docs/comparison.md)."""
+    """Tokens read at once by a single sequence: the fastest of 128 to 2,048 where it was measured (docs/lab/comparison.md)."""
 
     def __init__(self, baseline: Baseline, threads: int) -> None:
         import onnxruntime

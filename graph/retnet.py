@@ -22,7 +22,7 @@ OPSET = 20
 STATE_TYPES: dict[str, ir.DataType] = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
 
 LONGEST_HALF_PRECISION_MEMORY = 1024
-"""Tokens that a head may remember, 1/(1 - γ), for a float16 state to hold it within about one percent (docs/quantization.md)."""
+"""Tokens that a head may remember, 1/(1 - γ), for a float16 state to hold it within about one percent (docs/lab/quantization.md)."""
 
 
 def warn_of_slow_heads(config: ModelConfig, state: str) -> None:
@@ -32,7 +32,7 @@ def warn_of_slow_heads(config: ModelConfig, state: str) -> None:
         warnings.warn(
             f"state fp16: {slow} of {config.num_heads} heads remember more than {LONGEST_HALF_PRECISION_MEMORY:,} tokens "
             f"(up to {1 / (1 - config.gamma.max()):,.0f}); a float16 state of such heads was measured to be off by 4 % to 30 %. "
-            "fp32 holds them (docs/quantization.md, State)",
+            "fp32 holds them (docs/lab/quantization.md, State)",
             PrecisionWarning,
             stacklevel=3,
         )

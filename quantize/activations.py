@@ -28,7 +28,7 @@ from retnet_export.runtime.errors import ArgumentError, MissingExtraError, UserE
 
 ACTIVATIONS = ("int8", "fp8")
 RANGE = "max"
-"""How the range is chosen: the largest magnitude met, or "entropy" (docs/quantization.md has both measured)."""
+"""How the range is chosen: the largest magnitude met, or "entropy" (docs/lab/quantization.md has both measured)."""
 PACKAGES: Mapping[str, str] = {
     "modelopt": "nvidia-modelopt",
     "onnx_graphsurgeon": "onnx-graphsurgeon",
@@ -152,7 +152,7 @@ def activation_ranges(source: Bundle, products: Sequence[str], tokens: NDArray[n
             said = done.stderr.decode(errors="replace").strip().splitlines() or ["it said nothing"]
             raise UserError(
                 f"{source.path}: nvidia-modelopt could not measure the activations: {said[-1]}; "
-                "quantize without --activations, or install the version that this package was tried with (docs/quantization.md)"
+                "quantize without --activations, or install the version that this package was tried with (docs/lab/quantization.md)"
             )
         result = json.loads((aside / SCALES).read_text())
     missing = [product for product in products if product not in result["largest"]]

@@ -6,7 +6,7 @@ the product is tr((W - Ŵ)ᵀ XᵀX (W - Ŵ)), exactly, however long the text wa
 Deviation from the libraries: onnxruntime's copy of Neural Compressor has a `gptq` on plain matrices, but it returns rounded
 floats without their integers and scales, and inside a block takes the scale of a group from weights that its own updates
 have not reached; nvidia-modelopt's ONNX path keeps weights as floats, in a file for each graph. Both
-methods are a page of NumPy, so they are written out here (docs/quantization.md has the comparison).
+methods are a page of NumPy, so they are written out here (docs/lab/quantization.md has the comparison).
 """
 
 from __future__ import annotations

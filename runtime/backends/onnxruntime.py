@@ -11,7 +11,7 @@ ONNX Runtime packs the weights of every session for itself, so decode.onnx and p
 twice. They are therefore held by one session, of prefill.onnx, which reads one token as well as many. Of the variant for CPUs that
 costs a step 1 % more than decode.onnx. Of the portable graphs, which older versions run, it is a sixth; that is worth it for float
 weights, but quantized ones are small and steps over them short, so there they get a session a graph, unless memory matters more
-(docs/prefill.md has the measurements).
+(docs/lab/prefill.md has the measurements).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a RetNet is, as plain data: every difference between the public families is a field here.
 
 Nothing downstream asks which family a checkpoint came from; it asks this configuration. Symbols are the paper's
-(arXiv 2307.08621, section 2) and are listed in docs/glossary.md.
+(arXiv 2307.08621, section 2) and are listed in docs/reference/glossary.md.
 """
 
 from __future__ import annotations
