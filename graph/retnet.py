@@ -22,7 +22,7 @@ OPSET = 20
 STATE_TYPES: dict[str, ir.DataType] = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
 
 LONGEST_HALF_PRECISION_MEMORY = 1024
-"""Tokens that a head may remember, 1/(1 - γ), for a float16 state to hold it within about one percent (docs/lab/quantization.md)."""
+"""Tokens that a head may remember, 1/(1 - γ), for a float16 state to hold it within one percent (docs/lab/quantization.md)."""
 
 
 def warn_of_slow_heads(config: ModelConfig, state: str) -> None:

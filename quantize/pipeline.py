@@ -139,8 +139,8 @@ def quantize_bundle(
     if tokens is not None and METHODS[options.method].calibrated and tokens.size < ENOUGH_TOKENS:
         warnings.warn(
             f"calibrated on {tokens.size:,} tokens of {calibration['file']}, which are few: {options.method} may be worse than "  # type: ignore[index]
-            f"rounding to nearest, as it was measured to be below {ENOUGH_TOKENS:,} (docs/lab/quantization.md); give more text, of the "
-            "kinds that the model is to continue, and compare with --evaluate",
+            f"rounding to nearest, as it was measured to be below {ENOUGH_TOKENS:,} (docs/lab/quantization.md); "
+            "give more text, of the kinds that the model is to continue, and compare with --evaluate",
             PrecisionWarning,
             stacklevel=2,
         )
