@@ -45,9 +45,9 @@ class Session:
         if batch < 1 or keep < 0:
             raise UserError(f"session: batch is {batch}, expected at least 1; keep is {keep}, expected 0 or more")
         manifest = model.bundle.manifest
-        self.model, self.batch = model, batch
+        self.model, self.batch, self._backend = model, batch, model.backend
         try:
-            self._stream: Stream = model.backend.open_stream(batch)
+            self._stream: Stream = self._backend.open_stream(batch)
         except MemoryError as error:
             raise UserError(
                 f"{model.bundle.path}: not enough memory for the state of {batch} sequences, "
@@ -317,7 +317,7 @@ class Session:
 
     def speculation(self, continuation: Continuation, stats: Stats | None, slot: int = 0) -> Speculation:
         """What drafts for one sequence, from here on."""
-        speculation = Speculation(self.model.backend, continuation.options.speculate, stats)
+        speculation = Speculation(self._backend, continuation.options.speculate, stats)
         self._histories[slot].watched = speculation.most > 0
         return speculation
 

@@ -204,7 +204,7 @@ def test_a_damaged_bundle(example_bundle, tmp_path):
 
 def test_an_unknown_backend(example_bundle):
     message = misused("generate", example_bundle.path, "--prompt", "a", "--backend", "cudnn")
-    assert "'cudnn' is not one of 'auto', 'onnxruntime'" in message
+    assert "'cudnn' is not one of 'auto', 'cuda'" in message
 
 
 def test_wrong_usage_is_exit_code_2():
