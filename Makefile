@@ -17,8 +17,6 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[cpu,export,torch,compare,hub,serve,dev]'
 	# TensorRT-RTX compiles without a GPU; where it cannot be installed its tests skip and say so.
 	$(BIN)/pip install --quiet --editable '.[tensorrt-rtx]' || echo "tensorrt-rtx is not available here: its tests will skip"
-	# So it is with nvidia-modelopt, which measures the ranges of 8-bit activations.
-	$(BIN)/pip install --quiet --editable '.[activations]' || echo "nvidia-modelopt is not available here: its tests will skip"
 	touch $@
 
 demo: $(VENV)/.installed  ## export the bundled model, verify, generate, quantize (size, speed, quality), compile, compare with a Transformer

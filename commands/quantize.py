@@ -101,14 +101,14 @@ def _print_quantized(source: Bundle, result: Bundle) -> None:
     scales = f"a scale for {record['group_size']} inputs" if record["group_size"] else "a scale for each output"
     errors = record["relative_weight_error"]
     assert isinstance(errors, dict)
-    ranges, text = record["activation_ranges"], cast(dict[str, int] | None, record["calibration"])
+    text = cast(dict[str, int] | None, record["calibration"])
     print_table(
         f"{result.path}: {record['weights']} by {record['method']}, {scales}",
         [
             ("weights", f"{size(before)} -> {size(after)}, {before / after:.1f} times smaller"),
             ("embedding, head", f"{record['embedding']}, {record['head']}"),
             *([("calibrated on", f"{text['sequences'] * text['length']:,} tokens of {text['file']}")] if text else []),
-            *([("activations", f"{record['activations']}, ranges by {ranges['by']}")] if isinstance(ranges, dict) else []),
+            *([("activations", str(record["activations"]))] if record["activations"] else []),
             ("rounding error", ", ".join(f"{role} {100 * error:.2f} %" for role, error in errors.items()) + " of their size"),
             ("state", f"{result.manifest.precision.state}, {size(result.manifest.state_bytes)} a sequence"),
         ],

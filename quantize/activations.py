@@ -1,42 +1,25 @@
-"""Ranges of activations: the largest magnitude that flows into each product on a calibration text, by nvidia-modelopt.
+"""Ranges of activations: the largest magnitude that flows into each product of the float graph on a calibration text.
 
 Rule: one number a product. Both graphs take it, and the scale follows from it and the format: `largest / 127` for INT8,
-`largest / 448` for FP8. The quantizer's own FP8 mode is not used: its scales are 448/127 times those of INT8 instead of
-127/448 times, which leaves the range from ±36 to ±448 empty (modelopt 0.47; its issue 215).
+`largest / 448` for FP8.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet_export.quantize.modelopt import GRAPH, JOB, SCALES, TOKENS
 from retnet_export.runtime.bundle.bundle import Bundle
-from retnet_export.runtime.errors import ArgumentError, MissingExtraError, UserError
+from retnet_export.runtime.errors import ArgumentError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 ACTIVATIONS = ("int8", "fp8")
-RANGE = "max"
-"""How the range is chosen: the largest magnitude met, or "entropy" (docs/lab/quantization.md has both measured)."""
-PACKAGES: Mapping[str, str] = {
-    "modelopt": "nvidia-modelopt",
-    "onnx_graphsurgeon": "onnx-graphsurgeon",
-    "onnxscript": "onnxscript",
-    "onnxslim": "onnxslim",
-    "lief": "lief",
-}
-"""What its quantizer imports, and the packages that have it."""
 
 
 class Choices(Protocol):
@@ -54,19 +37,6 @@ class Choices(Protocol):
     def group_size(self) -> int | None: ...
     @property
     def calibration(self) -> Path | None: ...
-
-
-@dataclass(frozen=True)
-class ActivationRanges:
-    """What flows into the products of a graph.
-
-    Attributes:
-        largest: the largest magnitude, by the product's name.
-        by: what measured it, "nvidia-modelopt 0.47.0, max".
-    """
-
-    largest: Mapping[str, float]
-    by: str
 
 
 def check_options(options: Choices) -> None:
@@ -107,58 +77,23 @@ def check_options(options: Choices) -> None:
         )
 
 
-def has_extra() -> bool:
-    """Whether everything that measures activations is installed."""
-    return all(importlib.util.find_spec(module) is not None for module in PACKAGES)
-
-
-def check_installed() -> None:
-    """Refuse before the work what would fail in it.
-
-    Raises:
-        MissingExtraError: a package of the extra is missing.
-    """
-    if importlib.util.find_spec("onnxruntime") is None:
-        raise MissingExtraError("onnxruntime", "cpu", "--activations")
-    for module, package in PACKAGES.items():
-        if importlib.util.find_spec(module) is None:
-            raise MissingExtraError(package, "activations", "--activations")
-
-
-def activation_ranges(source: Bundle, products: Sequence[str], tokens: NDArray[np.int64], folder: Path) -> ActivationRanges:
-    """Step a bundle's decode graph over a text and take the range of what flows into products.
+def activation_ranges(source: Bundle, decode: ir.Model, tokens: NDArray[np.int64], products: Mapping[str, str]) -> dict[str, float]:
+    """The largest magnitude that flows into products of a float bundle's decode graph, over a text.
 
     Args:
-        source: a float bundle.
-        products: names of the nodes.
+        source: the bundle.
+        decode: its decode graph.
         tokens: (B, T).
-        folder: where there is room for several copies of the model; nothing is left there.
+        products: the matrix of each, by the name of the node.
 
-    Raises:
-        UserError: the quantizer failed or left a product out.
+    Returns:
+        By the name of the node.
     """
-    with tempfile.TemporaryDirectory(dir=folder, prefix="ranges-") as name:
-        aside = Path(name).resolve()
-        shutil.copyfile(source.file(source.manifest.graphs["decode"].file), aside / GRAPH)
-        for file in source.manifest.files:
-            if file.endswith(".bin"):
-                shutil.copyfile(source.file(file), aside / file)
-        np.save(aside / TOKENS, tokens)
-        (aside / JOB).write_text(json.dumps({"range": RANGE, "products": list(products)}))
-        command = [sys.executable, "-m", "retnet_export.quantize.modelopt", str(aside)]
-        # Its temporary files, too, go where everything is removed.
-        done = subprocess.run(command, cwd=aside, env={**os.environ, "TMPDIR": str(aside)}, capture_output=True, check=False)
-        if done.returncode != 0 or not (aside / SCALES).is_file():
-            said = done.stderr.decode(errors="replace").strip().splitlines() or ["it said nothing"]
-            raise UserError(
-                f"{source.path}: nvidia-modelopt could not measure the activations: {said[-1]}; "
-                "quantize without --activations, or install the version that this package was tried with (docs/lab/quantization.md)"
-            )
-        result = json.loads((aside / SCALES).read_text())
-    missing = [product for product in products if product not in result["largest"]]
-    if missing:
-        raise UserError(
-            f"{source.path}: nvidia-modelopt {result['version']} measured no activations of {len(missing)} products "
-            f"({', '.join(missing[:4])}); quantize without --activations"
-        )
-    return ActivationRanges(result["largest"], f"nvidia-modelopt {result['version']}, {RANGE}")
+    from retnet_export.quantize.calibration import LayerRunner
+
+    runner = LayerRunner(source, decode, tokens)
+    largest: dict[str, float] = {}
+    for index in range(runner.count):
+        weights = {name: decode.graph.initializers[name].const_value.numpy() for name in runner.weight_names(index)}  # type: ignore[union-attr]
+        largest |= runner.advance(index, weights, [name for name in weights if name in products.values()])
+    return {node: largest[name] if name in largest else runner.largest_input(node) for node, name in products.items()}

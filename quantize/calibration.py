@@ -16,12 +16,14 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from retnet_export.graph.variants.element_types import InferElementTypes
 from retnet_export.quantize.methods import Gram
 from retnet_export.quantize.texts import CHUNK, encode
 from retnet_export.runtime.backends.base import NUMPY_DTYPES
 from retnet_export.runtime.backends.onnxruntime_api import read_weights_from
+from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.bundle.files import read_text
-from retnet_export.runtime.bundle.manifest import StateSpec, state_name
+from retnet_export.runtime.bundle.manifest import state_name
 from retnet_export.runtime.errors import MissingExtraError
 from retnet_export.runtime.model import Model
 
@@ -77,16 +79,20 @@ class LayerRunner:
     """Runs the layers of a decode graph one after another over the same text.
 
     Args:
-        model: the decode graph, read with onnx-ir.
-        folder: where its weights file is.
-        tokens: (B, T).
-        state: what it carries from step to step.
+        source: the bundle.
+        model: its decode graph.
+        tokens: (B, T); a graph for a fixed batch takes as many of the rows, some twice if there are fewer.
     """
 
-    def __init__(self, model: ir.Model, folder: Path, tokens: NDArray[np.int64], state: Sequence[StateSpec]) -> None:
-        self._model, self._folder, self._tokens = model, folder, tokens
-        self._state = {spec.input: spec for spec in state}
-        self._layers = _layers(model.graph)
+    def __init__(self, source: Bundle, model: ir.Model, tokens: NDArray[np.int64]) -> None:
+        # A copy, since the types of values would go into the quantized bundle otherwise.
+        self._model = InferElementTypes()(ir.from_proto(ir.to_proto(model))).model
+        self._folder = source.file("weights.bin").resolve().parent
+        shape = next(value.shape for value in model.graph.inputs if value.name == "tokens")
+        batch = None if shape is None else shape[0]
+        self._tokens = np.resize(tokens, (batch, tokens.shape[1])) if isinstance(batch, int) else tokens
+        self._state = {spec.input: spec for spec in source.manifest.state}
+        self._layers = _layers(self._model.graph)
         self._x, self._shared = self._run_preamble()
 
     @property
@@ -119,10 +125,29 @@ class LayerRunner:
                     parts.clear()
         return grams
 
-    def advance(self, index: int, weights: Mapping[str, Array]) -> None:
-        """Carry the residual stream through a layer with these weights."""
-        for step, values in enumerate(self._run(index, weights, ())):
+    def advance(self, index: int, weights: Mapping[str, Array], matrices: Sequence[str] = ()) -> dict[str, float]:
+        """Carry the residual stream through a layer with these weights.
+
+        Returns:
+            The largest magnitude of the inputs of some of its matrices, over all tokens.
+        """
+        taps = {name: self._layers[index].inputs_of[name] for name in matrices}
+        largest = dict.fromkeys(matrices, 0.0)
+        for step, values in enumerate(self._run(index, weights, taps.values())):
             self._x[step] = values[self._layers[index].x_out]
+            for name, tap in taps.items():
+                largest[name] = max(largest[name], float(np.abs(values[tap]).max()))
+        return largest
+
+    def largest_input(self, name: str) -> float:
+        """The largest magnitude that flows into a product behind the last layer, to which the stream was carried before."""
+        x = self._layers[-1].x_out
+        product = next(node for node in self._model.graph if node.name == name)
+        tap = _name(product.inputs[0])
+        if tap == x:
+            return max(float(np.abs(values).max()) for values in self._x)
+        session = self._open([x], [tap])
+        return max(float(np.abs(session.run([tap], {x: values})[0]).max()) for values in self._x)
 
     def _run(self, index: int, weights: Mapping[str, Array], taps: Iterable[str]) -> Iterator[Mapping[str, Array]]:
         """Step a layer over the text; yields its residual output and the tapped values, (B, …) each, by name."""
@@ -157,16 +182,19 @@ class LayerRunner:
         except ImportError as error:
             raise MissingExtraError("onnxruntime", "cpu", "calibrating") from error
         graph = ir.convenience.extract(self._model.graph, inputs, outputs)
-        for value in (*graph.inputs, *graph.outputs):
-            # Between layers flow float32 activations, whose type the exporter does not write down.
-            value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         # Steps of one layer are short: threads that spin between them would only take the cores from each other.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         read_weights_from(self._folder, options, "calibration")
         part = ir.to_proto(ir.Model(graph, ir_version=self._model.ir_version))
-        return onnxruntime.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(
+            part.SerializeToString(),
+            options,
+            providers=["CPUExecutionProvider"],
+            # ONNX Runtime 1.32 fuses a layer norm in float32 with the cast to float16 before it, and then refuses what it made.
+            disabled_optimizers=["LayerNormFusion", "LayerNormFusionL1", "LayerNormFusionL2"],
+        )
 
 
 def _layers(graph: ir.Graph) -> list[_Layer]:

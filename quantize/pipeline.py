@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retnet_export.quantize.activations import activation_ranges, check_installed, check_options
+from retnet_export.quantize.activations import activation_ranges, check_options
 from retnet_export.quantize.formats import Bits, Format, Quantized
 from retnet_export.quantize.methods import METHODS, Awq, Gram, Method, RoundToNearest
 from retnet_export.runtime.bundle.bundle import MANIFEST, Bundle, open_bundle
@@ -148,13 +148,13 @@ def quantize_bundle(
         ranges = None
         if options.activations is not None and tokens is not None:
             progress("measuring activations", 0.0)
-            measured = [node for node, name in products(graphs["decode"]).items() if _has(plan, name, options.activations)]
-            ranges = activation_ranges(source, measured, tokens, folder)
+            measured = {node: name for node, name in products(graphs["decode"]).items() if _has(plan, name, options.activations)}
+            ranges = activation_ranges(source, graphs["decode"], tokens, measured)
         with WeightsFile(folder / "weights.bin") as file:
             job = _Quantization(source, graphs["decode"], plan, METHODS[options.method](), file, progress)
             job.run(tokens if METHODS[options.method].calibrated else None)
             for model in graphs.values():
-                quantize_graph(model, job.store.stored, None if ranges is None else ranges.largest)
+                quantize_graph(model, job.store.stored, ranges)
                 _move_weights(model, file, job.vectors)
                 if options.state == "fp16":
                     store_state_as_float16(model)
@@ -178,7 +178,7 @@ def quantize_bundle(
                 "embedding": options.embedding,
                 "head": options.head,
                 "activations": options.activations,
-                "activation_ranges": None if ranges is None else asdict(ranges),
+                "activation_ranges": ranges,
                 "calibration": calibration,
                 "relative_weight_error": job.errors,
                 "source": {"name": manifest.name, "weights_sha256": manifest.files["weights.bin"].sha256},
@@ -198,8 +198,6 @@ def _half_state(manifest: Manifest) -> tuple[StateSpec, ...]:
 
 def _check_source(source: Bundle, target: str | Path, options: QuantizeOptions) -> None:
     manifest = source.manifest
-    if options.activations is not None:
-        check_installed()
     if manifest.quantization is not None:
         raise UserError(
             f"{source.path}: quantized already ({manifest.precision.weights}); rounding twice only loses, "
@@ -315,7 +313,7 @@ class _Quantization:
         from retnet_export.quantize.folding import fold_input_scales
 
         config = self._source.manifest.model
-        runner = LayerRunner(self._decode, self._source.file("weights.bin").resolve().parent, tokens, self._source.manifest.state)
+        runner = LayerRunner(self._source, self._decode, tokens)
         for index in range(runner.count):
             weights = {name: self._read(name) for name in runner.weight_names(index)}
             names = [name for name in weights if name in self._plan]

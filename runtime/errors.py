@@ -40,7 +40,6 @@ EXTRAS: Mapping[str, tuple[str, str]] = {
     "jinja2": ("jinja2", "chat"),
     "matplotlib": ("matplotlib", "compare"),
     "ml_dtypes": ("ml-dtypes", "export"),
-    "modelopt": ("nvidia-modelopt", "activations"),
     "onnx": ("onnx", "export"),
     "onnx_ir": ("onnx-ir", "export"),
     "onnxruntime": ("onnxruntime", "cpu"),

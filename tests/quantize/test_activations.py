@@ -1,4 +1,4 @@
-"""Activations in eight bits: options that go together, ranges by nvidia-modelopt, and graphs that compute what they say."""
+"""Activations in eight bits: options that go together, their ranges, and graphs that compute what they say."""
 
 import json
 from pathlib import Path
@@ -10,51 +10,57 @@ import onnxruntime
 import pytest
 import tiny
 
-from retnet_export.quantize import activations, pipeline
-from retnet_export.quantize.activations import ActivationRanges
-from retnet_export.quantize.modelopt import Steps
+from retnet_export.graph.loading import load_graph
+from retnet_export.graph.variants.element_types import InferElementTypes
+from retnet_export.quantize import pipeline
+from retnet_export.quantize.activations import activation_ranges
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.quantize.rewrite import products
 from retnet_export.runtime.bundle.bundle import open_bundle
-from retnet_export.runtime.errors import MissingExtraError, UserError
+from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.model import load
 from retnet_export.runtime.numerics import measure
 
-needs_modelopt = pytest.mark.skipif(not activations.has_extra(), reason="the extra `activations` is not installed")
 TEXT = Path(__file__).parents[2] / "examples" / "classics" / "held-out.txt"
 TOKENS = np.random.default_rng(1).integers(0, 50, (4, 24))
 CALIBRATION = {"file": "text.txt", "sha256": "", "sequences": len(TOKENS), "length": TOKENS.shape[-1], "tokens": TOKENS}
 
 
+def run_steps(path, tokens, wanted):
+    """Values of a decode graph as it is written, no operators fused, after every token of (B, T): one list a step."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    types = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+    carried = {
+        value.name: np.zeros((len(tokens), *value.shape[1:]), types[value.type])
+        for value in session.get_inputs()
+        if value.name != "tokens"
+    }
+    for token in tokens.T:
+        names = [*wanted, *(f"{name}_out" for name in carried)]
+        values = session.run(names, {"tokens": token[:, None], **carried})
+        carried = dict(zip(carried, values[len(wanted) :], strict=True))
+        yield values[: len(wanted)]
+
+
 def ranges_on(bundle, tokens=TOKENS):
-    """The largest magnitude of every product's input, read from the float graph itself: what the quantizer should find."""
+    """The largest magnitude of every product's input, read from the whole float graph."""
     model = ir.load(bundle.file("decode.onnx"))
     taps = {name: next(node for node in model.graph if node.name == name).inputs[0] for name in products(model)}
     states = {spec.output for spec in bundle.manifest.state}
+    InferElementTypes()(model)
     model.graph.outputs.extend(dict.fromkeys(value for value in taps.values() if value.name not in states))
     path = bundle.path / "tapped.onnx"
     ir.save(model, path)
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    steps = list(run_steps(path, tokens, [value.name for value in taps.values()]))
     path.unlink()
-    largest = dict.fromkeys(taps, 0.0)
-    plain = onnxruntime.InferenceSession(str(bundle.file("decode.onnx")), providers=["CPUExecutionProvider"])
-    steps = Steps(plain, tokens)
-    while (feeds := steps.get_next()) is not None:
-        values = session.run([value.name for value in taps.values()], dict(feeds))
-        largest = {name: max(largest[name], float(np.abs(value).max())) for name, value in zip(taps, values, strict=True)}
-    return largest
+    return {name: max(float(np.abs(values[index]).max()) for values in steps) for index, name in enumerate(taps)}
 
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Takes the ranges from the float graph, so that what is done with them is tested without the extra."""
-
-    def ranges(source, names, tokens, folder):
-        found = ranges_on(source)
-        return ActivationRanges({name: found[name] for name in names}, "the float graph")
-
-    monkeypatch.setattr(pipeline, "activation_ranges", ranges)
-    monkeypatch.setattr(pipeline, "check_installed", lambda: None)
+    """Takes random tokens for the calibration text: the tiny bundles have no tokenizer."""
     monkeypatch.setattr(pipeline, "_calibration", lambda source, path: CALIBRATION | {"file": path.name})
 
 
@@ -67,15 +73,8 @@ def graph_of(bundle, file="decode.onnx"):
 
 
 def logits(path, tokens):
-    """Logits (T, B, V) of a decode graph as it is written, no operators fused."""
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    steps = Steps(session, tokens)
-    rows = []
-    while (feeds := steps.get_next()) is not None:
-        rows.append(session.run(["logits"], dict(feeds))[0])
-    return np.stack(rows)
+    """Logits (T, B, V) of a decode graph."""
+    return np.stack([values[0] for values in run_steps(path, tokens, ["logits"])])
 
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)
@@ -120,12 +119,7 @@ def test_a_product_computes_with_the_rounded_activations(tmp_path, measured, for
         value.type = ir.TensorType(ir.DataType.FLOAT)
     path = quantized.path / "tapped.onnx"
     ir.save(model, path)
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    feeds = Steps(session, TOKENS[:1]).get_first()
-    names = [x.name, node.outputs[0].name]
-    given, product = session.run(
-        names, {key: value for key, value in feeds.items() if key in {"tokens", "position"} or "state" in key}
-    )
+    given, product = next(run_steps(path, TOKENS[:1], [x.name, node.outputs[0].name]))
     constants = graph_of(quantized).initializers
     scale = constants[f"{name}.input_scale"].const_value.numpy()
     grid = (
@@ -176,12 +170,11 @@ def test_fp8_weights_are_one_byte_and_close(tmp_path, measured):
     assert constants["head.weight.fp8"].const_value.dtype == ir.DataType.FLOAT8E4M3FN
 
 
-def test_the_manifest_says_what_was_measured_and_by_what(tmp_path, measured):
+def test_the_manifest_says_what_was_measured(tmp_path, measured):
     quantize_bundle(tiny.bundle(tmp_path, tiny.config()), tmp_path / "small.retnet", eight_bit("int8"))
     record = json.loads((tmp_path / "small.retnet" / "manifest.json").read_text())["quantization"]
     assert record["activations"] == "int8"
-    assert record["activation_ranges"]["by"] == "the float graph"
-    assert len(record["activation_ranges"]["largest"]) == 4 * tiny.config().num_layers + 1
+    assert len(record["activation_ranges"]) == 4 * tiny.config().num_layers + 1
     assert open_bundle(tmp_path / "small.retnet").manifest.precision.weights == "int8"
 
 
@@ -218,45 +211,20 @@ def test_options_that_do_not_go_together_are_refused(options, message):
     assert message in str(refusal.value)
 
 
-def test_a_missing_package_names_the_extra_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(activations, "PACKAGES", {"no_such_module": "nvidia-modelopt"})
-    source = tiny.bundle(tmp_path, tiny.config())
-    with pytest.raises(
-        MissingExtraError, match=r"'nvidia-modelopt', which is not installed: pip install 'retnet-export\[activations\]'"
-    ):
-        quantize_bundle(source, tmp_path / "small.retnet", eight_bit("int8"))
-    assert not (tmp_path / "small.retnet").exists()
+def measured_ranges(source):
+    decode = load_graph(source, "decode.onnx")
+    return activation_ranges(source, decode, TOKENS, products(decode))
 
 
-def test_a_quantizer_that_fails_is_said_with_its_last_line_and_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "check_installed", lambda: None)
-    monkeypatch.setattr(pipeline, "_calibration", lambda source, path: dict(CALIBRATION))
-    monkeypatch.setattr(activations.sys, "executable", "/bin/false")
-    source = tiny.bundle(tmp_path, tiny.config())
-    with pytest.raises(UserError, match="nvidia-modelopt could not measure the activations: it said nothing"):
-        quantize_bundle(source, tmp_path / "small.retnet", eight_bit("int8"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.retnet"]
-
-
-@needs_modelopt
-@pytest.mark.parametrize(
-    ("name", "precision"), [("fla", "fp32"), ("fla, two queries a key, tied", "fp16"), ("jamie-stirling", "fp32")]
-)
-def test_modelopt_finds_the_ranges_of_the_float_graph_and_leaves_the_bundle_alone(tmp_path, name, precision):
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_ranges_are_those_of_the_float_graph(tmp_path, name, precision):
     source = tiny.bundle(tmp_path, tiny.CONFIGS[name], precision=precision)
-    before = {path.name: path.read_bytes() for path in source.path.iterdir()}
-    expected = ranges_on(source)
-    found = activations.activation_ranges(source, list(expected), TOKENS, tmp_path)
-    assert found.by.startswith("nvidia-modelopt ")
-    tolerance = 1e-5 if precision == "fp32" else 2e-3
-    assert found.largest == pytest.approx(expected, rel=tolerance)
-    assert {path.name: path.read_bytes() for path in source.path.iterdir()} == before
-    assert [path.name for path in tmp_path.iterdir()] == [source.path.name]
+    assert measured_ranges(source) == pytest.approx(ranges_on(source), rel=1e-5 if precision == "fp32" else 2e-3)
 
 
-@needs_modelopt
-def test_a_bundle_for_a_fixed_batch_is_calibrated_too(tmp_path):
-    source = tiny.bundle(tmp_path, tiny.config(), batch=3)
-    expected = ranges_on(source, TOKENS[:3])
-    found = activations.activation_ranges(source, list(expected), TOKENS, tmp_path)
-    assert found.largest == pytest.approx(expected, rel=1e-5)
+@pytest.mark.parametrize("batch", [3, 6])
+def test_a_bundle_for_a_fixed_batch_is_calibrated_too(tmp_path, batch):
+    source = tiny.bundle(tmp_path, tiny.config(), batch=batch)
+    rows = np.resize(TOKENS, (batch, TOKENS.shape[1]))
+    assert measured_ranges(source) == pytest.approx(ranges_on(source, rows), rel=1e-5)
