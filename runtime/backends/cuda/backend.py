@@ -52,8 +52,9 @@ class StepStructure(ctypes.Structure):
     )  # fmt: skip
 
 
-PASS_COST = PassCost(fixed=0.6, token=0.007)
-"""1.5B in fp16 on an H100: a step takes 1.29 ms, a prompt of one token 2.04, of sixteen 2.17 (docs/lab/gpu-batches.md)."""
+PASS_COST = PassCost(fixed=0.7, token=0.006)
+"""1.5B in fp16 on an H100: a step takes 1.30 ms, two tokens 2.18, sixteen 2.28; `fixed` is 0.2 for 7.8B in fp16, 1.8 for 1.5B in
+INT4 (docs/lab/gpu-batches.md)."""
 RESULT_WORDS = 1 + 2 * TOP
 """`Result` of step.cu, in words of 32 bits: whether more logits are equal than it looks at, tokens, logits."""
 

@@ -41,8 +41,8 @@ ROW_THREADS, TOP_THREADS, RING_THREADS = 256, 1024, 128
 GRAPHS_KEPT = 32
 PARTS, PART_ROWS = 8, 2048
 """Parts that the inputs of a product with few outputs are cut into, at most; and rows of all parts together, but for one part."""
-REPLAYED_ROWS = 128
-"""Runs of more rows keep the GPU busy for longer than their launches take, so they are not captured."""
+FEW_ROWS = 128
+"""A run of so few rows is captured at once, since its launches take longer than the GPU needs; a larger one when it comes again."""
 PADDING = 128
 """Operands of a row are padded to a multiple of this, the inputs of the longest run."""
 
@@ -216,6 +216,7 @@ class Many:
         self._slots = cuda.DeviceBuffer(ctypes.sizeof(Slots))
         self._works: dict[bool, Workspace] = {}
         self._graphs: OrderedDict[tuple[int, ...], cuda.Graph] = OrderedDict()
+        self._seen: set[tuple[int, ...]] = set()  # large runs that were made once
         self._room = 0
 
     def step(self, batch: ManyBatch, tokens: NDArray[np.int64]) -> None:
@@ -340,7 +341,8 @@ class Many:
         launches = make()
         for launch in launches:
             self._launch(launch)  # the run itself; what is captured after it does not run
-        if key[2] > REPLAYED_ROWS:
+        if key[2] > FEW_ROWS and key not in self._seen:
+            self._seen.add(key)
             return
         with self.stream.capture() as graph:
             for launch in launches:
@@ -522,7 +524,7 @@ def most_parts(rows: int) -> int:
 
 def padded_rows(rows: int) -> int:
     """Rows that a run is padded to: few different numbers where runs are captured."""
-    if rows <= REPLAYED_ROWS:
+    if rows <= FEW_ROWS:
         return max(8, 1 << (rows - 1).bit_length())
     return -(-rows // 64) * 64
 
