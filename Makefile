@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A CPU build of torch is enough here, and far smaller: set TORCH=torch where you want the default build.
 TORCH ?= torch==2.13.0
 
-.PHONY: help demo test test-gpu test-oldest test-jetpack6 test-aarch64 check-wheels check check-tensorrt dist bench-decode bench-compare bench-export bench-gpu bench-prefill bench-serve bench-forever bench-quantization bench-state clean
+.PHONY: help demo test test-gpu test-oldest test-jetpack6 test-aarch64 check-wheels check check-tensorrt dist bench-decode bench-compare bench-export bench-gpu bench-prefill bench-serve bench-forever bench-quantization bench-state docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -91,6 +91,12 @@ bench-prefill: $(VENV)/.installed  ## reading prompts on the CPU: speed by chunk
 
 bench-forever: $(VENV)/.installed  ## a million tokens against float64: half an hour
 	$(BIN)/python benchmarks/forever.py
+
+docs: $(VENV)/.installed  ## the web pages, in .cache/site: options of every command from the code, links checked
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	mkdir -p .cache && ln -sfn $(CURDIR) .cache/retnet_export
+	$(BIN)/typer retnet_export.cli utils docs --name retnet-export --title Commands --output docs/reference/cli.md
+	$(BIN)/mkdocs build --strict
 
 clean:  ## remove what make made
 	rm -rf $(VENV) .cache build dist *.egg-info *.retnet *.comparison

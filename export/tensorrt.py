@@ -3,7 +3,7 @@
 Decode and prefill share one engine, because two engines cannot share any weights. Both graphs stand in one network, each with
 inputs of its own, and in the optimization profiles of one the other is empty: so a step runs the decode graph's kernels alone. A
 small build asks first whether the TensorRT at hand takes that; if not, both roles are played by the prefill graph. Measured:
-docs/guides/tensorrt.md.
+docs/lab/tensorrt.md.
 
 What a step needs on the host are a few candidates, not the vocabulary: a TopK over the logits is added to the network.
 """

@@ -2,7 +2,7 @@
 
 Rule: TensorRT lays weights out in many temporary buffers. glibc keeps freed ones of up to 32 MB for later, which on a device whose
 memory is shared is memory that the build cannot have a second time. With a fixed threshold they are mapped and unmapped one by one:
-a quarter less at the peak of an INT4 build, and no slower (docs/guides/tensorrt.md).
+a quarter less at the peak of an INT4 build, and no slower (docs/lab/tensorrt.md).
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def builder_config(module: Any, builder: trt.Builder, capabilities: Sequence[str
 
     TF32 lets tensor cores multiply float32 operands rounded to 11 bits. In a float32 bundle that would cost precision everywhere.
     In others the products are narrower already. What is left in float32 is retention in a chunk of prompt, which without TF32 runs
-    at a small share of the speed, and with it is off by 1e-7 of mean KL divergence (docs/guides/tensorrt.md).
+    at a small share of the speed, and with it is off by 1e-7 of mean KL divergence (docs/lab/tensorrt.md).
     A step has no such product.
     """
     config = builder.create_builder_config()

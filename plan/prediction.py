@@ -152,7 +152,7 @@ def fit(runtime: str) -> Fit:
 
 
 def check_against_measurements() -> list[tuple[Measurement, float]]:
-    """Every measurement with the prediction for it, in milliseconds: what docs/guides/plan.md shows."""
+    """Every measurement with the prediction for it, in milliseconds: what docs/lab/plan.md shows."""
     return [
         (row, fit(row.runtime).milliseconds(DEVICES[row.device].bandwidth_gbs, _bytes_of(row), row.layers, row.batch))
         for row in MEASUREMENTS

@@ -24,7 +24,7 @@ BUILD_BASE = 180e6
 BUILD_COPIES: Mapping[str, float] = {"float32": 2.4, "float16": 2.8, "bfloat16": 2.8, "int8": 3.5, "float8": 3.5, "int4": 4.9}
 """Copies of the weights that a build holds at its peak beyond that, by their format.
 
-Measured with TensorRT-RTX 1.7.1 at three sizes each, on a line within a percent (docs/guides/tensorrt.md); a test builds one
+Measured with TensorRT-RTX 1.7.1 at three sizes each, on a line within a percent (docs/lab/tensorrt.md); a test builds one
 and compares.
 """
 

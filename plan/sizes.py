@@ -75,7 +75,7 @@ class Sizes:
 
         The kernels' own workspace; a layer's widest activations, in float32 and once more in the format of the products, and
         the scores of all heads, (H, C, C), twice; and the state three times over. Fitted to what TensorRT-RTX reports for two
-        models, docs/guides/plan.md.
+        models, docs/lab/plan.md.
         """
         config = self.config
         projections = config.key_size * 2 + config.value_size * 3

@@ -242,7 +242,7 @@ def _readme(name: str, options: TritonOptions, opset: int) -> str:
 - `{name}_step` takes `tokens`, one id, in a sequence (`sequence_id`, `sequence_start`, `sequence_end`), and gives `logits`. Triton
   keeps the state. Its graph is ONNX of opset {opset}.
 
-docs/triton.md of retnet-export says what was run and what was not.
+docs/guides/triton.md of retnet-export says what was run and what was not.
 {plan if options.platform == "tensorrt" else ""}"""
 
 

@@ -1,5 +1,5 @@
 """What TensorRT gets: the portable graphs rewritten into the forms that it makes few kernels and few bytes of.
 
 Rule: nothing here is stored in a bundle. An engine is built from these forms, and the bundle keeps the portable ones, which
-other runtimes take. What each form saves was read from the engines that TensorRT builds (docs/guides/tensorrt.md).
+other runtimes take. What each form saves was read from the engines that TensorRT builds (docs/lab/tensorrt.md).
 """

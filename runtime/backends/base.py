@@ -102,7 +102,7 @@ class Checking(Protocol):
 
     @property
     def pass_cost(self) -> PassCost:
-        """As measured with models of some size (docs/guides/speculation.md)."""
+        """As measured with models of some size (docs/lab/speculation.md)."""
 
 
 @runtime_checkable

@@ -86,7 +86,8 @@ class Conversation:
         model: the model, with a tokenizer.
         options: how replies are made; a seed is counted on with the position, so that replies differ.
         template: how messages become text; the model's own if None, or `before` and `after` if it has none.
-        before, after: text around each message, for models without a template: the roles that they were trained on, if any.
+        before: text before each message, for models without a template.
+        after: text after each message, likewise.
         keep: how many messages can be taken back.
 
     Attributes:
