@@ -64,7 +64,7 @@ def _registered(ctx: typer.Context) -> list[str]:
 
 def commands_that_work(names: Iterable[str]) -> dict[str, str | None]:
     """For each command, and for each of its uses that needs more: None, or what to install."""
-    from retnet_export.runtime.device.doctor import what_is_missing
+    from retnet_export.runtime.errors import what_is_missing
 
     names = list(names)
     return {use: what_is_missing(modules) for use, modules in NEEDS.items() if use.partition(" ")[0] in names}

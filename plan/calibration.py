@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from retnet_export.plan.devices import DeviceSpec
-from retnet_export.plan.prediction import STATE_PASSES, Fit, features, fit
+from retnet_export.plan.prediction import Fit, features, fit
+from retnet_export.runtime.backends import registered
 from retnet_export.runtime.errors import UserError
 
 MARK = "retnet-export field report"
@@ -46,7 +47,7 @@ class Observation:
 
     def bytes_moved(self, runtime: str) -> float:
         """Bytes of a step."""
-        return self.matrix_bytes + self.batch * self.state_bytes * STATE_PASSES[runtime]
+        return self.matrix_bytes + self.batch * self.state_bytes * registered(runtime).state_passes
 
 
 def read_report(path: Path) -> list[Observation]:

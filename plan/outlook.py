@@ -10,15 +10,8 @@ from retnet_export.plan.devices import FORMAT_FLOOR, DeviceSpec, parse_capabilit
 from retnet_export.plan.prediction import MEASUREMENTS, Prediction, predict
 from retnet_export.plan.preflight import largest_batch, needed_bytes
 from retnet_export.plan.sizes import Sizes
+from retnet_export.runtime.backends import registered
 from retnet_export.runtime.bundle.anatomy import Anatomy
-
-BASES = {
-    "tensorrt": "a roofline fitted to NVIDIA's figures for INT4 Transformers on Jetson Orin; no RetNet was measured there",
-    "onnxruntime-cuda": "a roofline fitted to this project's measurements on an H100",
-    "cuda": "a roofline fitted to this project's measurements of its own kernels on an H100",
-    "onnxruntime": "a roofline fitted to this project's measurements on two CPU cores",
-}
-"""Where a prediction's constants come from, by runtime."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +67,7 @@ def outlook(
     counted = device.runtime == "tensorrt" and step is not None
     constants = calibrate(measured, device) if measured else None
     rows = sum(row.backend == device.runtime for row in measured) or sum(row.runtime == device.runtime for row in MEASUREMENTS)
-    base = "a roofline fitted to reports from this device" if measured else BASES[device.runtime]
+    base = "a roofline fitted to reports from this device" if measured else registered(device.runtime).basis
     return Outlook(
         fits=why_not is None,
         why_not=why_not,

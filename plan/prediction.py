@@ -18,19 +18,8 @@ import numpy as np
 
 from retnet_export.plan.devices import DEVICES, DeviceSpec
 from retnet_export.plan.sizes import Sizes
+from retnet_export.runtime.backends import registered
 from retnet_export.runtime.bundle.anatomy import Anatomy
-
-STATE_PASSES: Mapping[str, float] = {
-    # Decay, update and read-out of a layer's state are one kernel: read once, written once. In TensorRT by its fusion, in the
-    # variant onnxruntime-cuda by its operator.
-    "tensorrt": 2.0,
-    "onnxruntime-cuda": 2.0,
-    # Our own kernel reads and writes the state in place.
-    "cuda": 2.0,
-    # Multiply by γ (read, write), k·v (write), add (two reads, a write), read-out (a read): seven.
-    "onnxruntime": 7.0,
-}
-"""How often the state crosses the memory bus in a step, by runtime."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +125,7 @@ def features(bandwidth_gbs: float, bytes_moved: float, layers: float, batch: int
 
 
 def _bytes_of(row: Measurement) -> float:
-    return row.matrix_bytes + row.batch * row.state_bytes * STATE_PASSES[row.runtime]
+    return row.matrix_bytes + row.batch * row.state_bytes * registered(row.runtime).state_passes
 
 
 @functools.cache
@@ -201,7 +190,7 @@ def predict(
     the model's width, for all its heads.
     """
     constants, layers = constants or fit(device.runtime), sizes.config.num_layers
-    bytes_per_step, like = sizes.bytes_per_step(batch, state_passes=STATE_PASSES[device.runtime]), float(layers)
+    bytes_per_step, like = sizes.bytes_per_step(batch, state_passes=registered(device.runtime).state_passes), float(layers)
     if step is not None:
         bytes_per_step = float(step.weight_bytes + batch * (step.state_bytes + step.other_bytes))
         like = step.kernels / KERNELS_PER_LAYER

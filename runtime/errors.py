@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Mapping
 
 
@@ -65,6 +66,16 @@ def missing_extra(error: ModuleNotFoundError, purpose: str) -> MissingExtraError
     """
     module = (error.name or "").partition(".")[0]
     return MissingExtraError(*EXTRAS[module], purpose) if module in EXTRAS else None
+
+
+def what_is_missing(modules: Iterable[str]) -> str | None:
+    """The command that installs what is missing of some modules of `EXTRAS`; None if all are there."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if not missing:
+        return None
+    extras = dict.fromkeys(EXTRAS[module][1] for module in missing)
+    packages = ", ".join(EXTRAS[module][0] for module in missing)
+    return f"pip install 'retnet-export[{','.join(extras)}]' (missing: {packages})"
 
 
 class CheckpointWarning(UserWarning):

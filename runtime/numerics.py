@@ -1,7 +1,7 @@
-"""How far two arrays are apart, and how far they may be: the one table of tolerances.
+"""How far two arrays are apart, and how far they may be.
 
 Errors are reported as max, mean and relative to the standard deviation of the reference, so that a figure means the same
-for logits of any scale. A looser tolerance is a decision, argued in `TOLERANCES`.
+for logits of any scale. A looser tolerance is a decision, argued in `TOLERANCES` or in the registration of a backend.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from retnet_export.runtime.backends import MODULES, registered
 from retnet_export.runtime.errors import UserError
 
 Computation = Literal["float32", "float16", "bfloat16", "quantized"]
@@ -57,16 +58,9 @@ TOLERANCES: Mapping[str, Tolerance] = {
     "onnxruntime-quantized": Tolerance(
         4e-1, "against the same integer weights: fused products round their other operand to 8 bits in blocks, layer after layer"
     ),
-    "onnxruntime-cuda-float32": Tolerance(1e-4, "float32 rounding, TF32 off; sums in another order than on the CPU"),
-    "onnxruntime-cuda-float16": Tolerance(5e-2, "as on the CPU, and the residual stream and the gates rounded to 11 bits as well"),
-    "tensorrt-float32": Tolerance(1e-4, "float32 rounding, TF32 off in the builder; sums in another order than on the CPU"),
-    "tensorrt-float16": Tolerance(5e-2, "as on the CPU, and what TensorRT fuses may be rounded to 11 bits in between"),
-    "tensorrt-rtx-float32": Tolerance(1e-4, "as TensorRT"),
-    "tensorrt-rtx-float16": Tolerance(5e-2, "as TensorRT"),
-    "cuda-float32": Tolerance(1e-4, "float32 rounding; sums in another order than on the CPU"),
-    "cuda-float16": Tolerance(5e-2, "as on the CPU: weights and operands rounded to 11 bits, sums and state in float32"),
 }
-"""By what is compared: the first rows by the form, the others by backend and what its products compute with."""
+"""By what is compared: a form, or what products compute with in ONNX Runtime on the CPU, to which every other backend is held
+unless its registration says otherwise."""
 
 
 def tolerance(computation: Computation, backend: str = "onnxruntime") -> Tolerance:
@@ -74,9 +68,10 @@ def tolerance(computation: Computation, backend: str = "onnxruntime") -> Toleran
 
     Args:
         computation: what the products compute with, or "quantized", against the same integer weights.
-        backend: its name; one without a row of its own must do what the CPU does.
+        backend: its name; one that says nothing else must do what the CPU does.
     """
-    return TOLERANCES.get(f"{backend}-{computation}", TOLERANCES[f"onnxruntime-{computation}"])
+    own = registered(backend).tolerances if backend in MODULES else {}
+    return own.get(computation, TOLERANCES[f"onnxruntime-{computation}"])
 
 
 def first_not_finite(array: NDArray[np.generic]) -> int | None:

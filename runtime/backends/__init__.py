@@ -1,20 +1,38 @@
-"""Backends by name, and which of them works here."""
+"""The list of backends, and which of them a bundle is loaded into. What is particular to one it says in its `Registration`."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, get_args
 
 from retnet_export.runtime.errors import ArgumentError, BackendWarning, UserError, one_of
 
 if TYPE_CHECKING:
     from retnet_export.runtime.backends.base import Backend
+    from retnet_export.runtime.backends.registration import Registration
     from retnet_export.runtime.bundle.bundle import Bundle
 
 THREADS_PER_CORE = 4
 Backends = Literal["auto", "cuda", "onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]
 NAMES: tuple[str, ...] = get_args(Backends)
+MODULES: Mapping[str, str] = {
+    "onnxruntime": "onnxruntime",
+    "cuda": "cuda.backend",
+    "onnxruntime-cuda": "onnxruntime_cuda",
+    "tensorrt": "tensorrt",
+    "tensorrt-rtx": "tensorrt",
+}
+"""Where each backend is, and registers itself in `REGISTRATIONS`; imported when it is asked for."""
+
+
+def registered(name: str) -> Registration:
+    """What a backend says of itself, by its name in `MODULES`."""
+    module = importlib.import_module(f"{__name__}.{MODULES[name]}")
+    registrations: tuple[Registration, ...] = module.REGISTRATIONS
+    return next(each for each in registrations if each.name == name)
 
 
 def open_backend(name: str, bundle: Bundle, threads: int | None = None, low_memory: bool | None = None) -> Backend:
@@ -34,21 +52,8 @@ def open_backend(name: str, bundle: Bundle, threads: int | None = None, low_memo
         backend = None if threads is not None else _on_gpu(bundle, low_memory)
         if backend is not None:
             return backend
-    elif name in ("tensorrt", "tensorrt-rtx"):
-        from retnet_export.runtime.backends.tensorrt import TensorRtBackend
-
-        return TensorRtBackend(bundle, name)
-    elif name == "cuda":
-        from retnet_export.runtime.backends.cuda.backend import CudaBackend
-
-        return CudaBackend(bundle)
-    elif name == "onnxruntime-cuda":
-        from retnet_export.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
-
-        return OnnxRuntimeCudaBackend(bundle, low_memory=low_memory)
-    from retnet_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
-
-    return OnnxRuntimeBackend(bundle, threads, low_memory)
+        name = "onnxruntime"
+    return registered(name).open(bundle, threads, low_memory)
 
 
 def check_threads(threads: int | None) -> None:
@@ -68,26 +73,17 @@ def check_threads(threads: int | None) -> None:
 
 def _on_gpu(bundle: Bundle, low_memory: bool | None) -> Backend | None:
     """The fastest backend on this machine's GPU; None if there is none for this bundle."""
-    from retnet_export.runtime.backends import onnxruntime_cuda
-    from retnet_export.runtime.backends.cuda import backend as own_kernels
     from retnet_export.runtime.bundle.engines import read_engines
     from retnet_export.runtime.device.cuda import CudaError
 
-    for target in dict.fromkeys(record.target for record in read_engines(bundle)):
-        from retnet_export.runtime.backends.tensorrt import TensorRtBackend
-
+    targets = dict.fromkeys(record.target for record in read_engines(bundle))
+    for name in (*targets, "cuda", "onnxruntime-cuda"):
+        backend = registered(name)
+        if backend.unavailable() is not None:
+            continue
         try:
-            return TensorRtBackend(bundle, target)
-        except (UserError, CudaError):
-            continue  # compiled for another machine, or TensorRT or the GPU is missing here
-    if own_kernels.unavailable() is None:
-        try:
-            return own_kernels.CudaBackend(bundle)
+            return backend.open(bundle, None, low_memory)
         except (UserError, CudaError) as error:
-            warnings.warn(f"{error}. Trying the other backends.", BackendWarning, stacklevel=3)
-    if onnxruntime_cuda.unavailable() is not None:
-        return None
-    try:
-        return onnxruntime_cuda.OnnxRuntimeCudaBackend(bundle, low_memory=low_memory)
-    except UserError:
-        return None
+            if name == "cuda":  # an engine may well be compiled for another machine
+                warnings.warn(f"{error}. Trying the other backends.", BackendWarning, stacklevel=3)
+    return None

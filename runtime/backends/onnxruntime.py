@@ -23,11 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retnet_export.runtime.backends.base import NUMPY_DTYPES, PassCost, State, last_rows, state_from_graph, state_to_graph, top_of
-from retnet_export.runtime.backends.onnxruntime_api import best_variant, check_computes, check_session
+from retnet_export.runtime.backends.onnxruntime_api import best_variant, check_computes, check_session, slow_when_quantized
+from retnet_export.runtime.backends.registration import Registration
 from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.bundle.layout import StateLayout
 from retnet_export.runtime.bundle.manifest import GraphSpec, Manifest, StateSpec
-from retnet_export.runtime.errors import MissingExtraError, UserError
+from retnet_export.runtime.errors import MissingExtraError, UserError, what_is_missing
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -213,3 +214,33 @@ def _filled(spec: StateSpec, layout: StateLayout, batch: int) -> NDArray[np.gene
 def _bind_input(binding: onnxruntime.IOBinding, name: str, array: NDArray[np.generic]) -> None:
     """Bind a contiguous array, which must outlive the run."""
     binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+
+def unavailable() -> str | None:
+    """Why the backend cannot work here, or None if it can."""
+    try:
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        return what_is_missing(("onnxruntime",)) or str(error)
+    return None
+
+
+def _slow() -> str | None:
+    """Why quantized bundles are slow here, or cannot run."""
+    if (reason := unavailable()) is not None:
+        return reason
+    import onnxruntime
+
+    return slow_when_quantized(onnxruntime.__version__)
+
+
+REGISTRATIONS = (
+    Registration(
+        name="onnxruntime",
+        open=OnnxRuntimeBackend,
+        unavailable=unavailable,
+        purposes={"generate on the CPU (onnxruntime)": unavailable, "run quantized bundles fast on the CPU": _slow},
+        state_passes=7.0,  # times γ (read, write), k·v (write), add (two reads, a write), read-out (a read)
+        basis="a roofline fitted to this project's measurements on two CPU cores",
+    ),
+)

@@ -22,10 +22,12 @@ from numpy.typing import NDArray
 from retnet_export.runtime.backends.base import NUMPY_DTYPES, State, last_rows, state_from_graph, state_to_graph, top_of
 from retnet_export.runtime.backends.device_weights import DeviceWeights
 from retnet_export.runtime.backends.onnxruntime_api import best_variant, check_session
+from retnet_export.runtime.backends.registration import Registration
 from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.bundle.manifest import GraphSpec, StateSpec
 from retnet_export.runtime.device import cuda
 from retnet_export.runtime.errors import MissingExtraError, UserError
+from retnet_export.runtime.numerics import Tolerance
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -40,6 +42,7 @@ SESSION_OPTIONS = {
 MANY_ROWS_OPTIONS = {"ep.cuda.fpa_intb_gemm": "1"}
 """Of decode for batches: INT4 and INT8 weights on the tensor cores, whose kernel for one row is slower, and for a prompt's rows no
 faster than floats made of a matrix at a time (docs/lab)."""
+ON_A_JETSON = "on a Jetson: NVIDIA's onnxruntime-gpu wheel for its JetPack"
 FLOATS = frozenset({"float32", "float16", "bfloat16"})
 
 
@@ -150,17 +153,13 @@ def unavailable() -> str | None:
     try:
         import onnxruntime
     except ImportError:
-        return str(MissingExtraError("onnxruntime-gpu", "cuda", "running a bundle on an NVIDIA GPU"))
+        return f"{MissingExtraError('onnxruntime-gpu', 'cuda', 'running a bundle on an NVIDIA GPU')} ({ON_A_JETSON})"
     if PROVIDER not in onnxruntime.get_available_providers():
         return (
             f"this onnxruntime {onnxruntime.__version__} is built without CUDA; "
-            "pip uninstall onnxruntime, then pip install 'retnet-export[cuda]'"
+            f"pip uninstall onnxruntime, then pip install 'retnet-export[cuda]' ({ON_A_JETSON})"
         )
-    try:
-        count = cuda.device_count()
-    except UserError as error:
-        return str(error)
-    return None if count else "no NVIDIA GPU is visible; is the driver loaded (nvidia-smi)?"
+    return cuda.unavailable()
 
 
 class OnnxRuntimeCudaStream:
@@ -334,3 +333,19 @@ class OnnxRuntimeCudaStream:
         options.add_run_config_entry("gpu_graph_id", str(-1 if graph_id is None else graph_id))
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         return options
+
+
+REGISTRATIONS = (
+    Registration(
+        name="onnxruntime-cuda",
+        open=lambda bundle, threads, low_memory: OnnxRuntimeCudaBackend(bundle, low_memory=low_memory),
+        unavailable=unavailable,
+        purposes={"generate on an NVIDIA GPU (onnxruntime-cuda)": unavailable},
+        state_passes=2.0,  # in its variant one operator decays, updates and reads out the state
+        basis="a roofline fitted to this project's measurements on an H100",
+        tolerances={
+            "float32": Tolerance(1e-4, "float32 rounding, TF32 off; sums in another order than on the CPU"),
+            "float16": Tolerance(5e-2, "as on the CPU, and the residual stream and the gates rounded to 11 bits as well"),
+        },
+    ),
+)

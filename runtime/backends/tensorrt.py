@@ -11,6 +11,7 @@ between the buffer sets; it is captured after the direction has run once, becaus
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Mapping
@@ -30,7 +31,14 @@ from retnet_export.runtime.backends.base import (
     state_to_graph,
     top_of,
 )
-from retnet_export.runtime.backends.tensorrt_api import io_tensors, load_module, make_logger
+from retnet_export.runtime.backends.registration import Registration, WhyNot
+from retnet_export.runtime.backends.tensorrt_api import (
+    io_tensors,
+    load_module,
+    make_logger,
+    unavailable,
+    unavailable_on_this_gpu,
+)
 from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.bundle.engines import (
     FOLDER,
@@ -45,6 +53,7 @@ from retnet_export.runtime.bundle.engines import (
 from retnet_export.runtime.bundle.manifest import PORTABLE, Manifest, StateSpec
 from retnet_export.runtime.device import cuda
 from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.numerics import Tolerance
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -370,3 +379,30 @@ def _reason(backend: TensorRtBackend) -> str:
 
 def _bytes(spec: StateSpec, batch: int) -> int:
     return batch * math.prod(spec.shape[1:]) * NUMPY_DTYPES[spec.dtype].itemsize
+
+
+def _facts(name: str) -> Mapping[str, str]:
+    return {} if unavailable(name) else {name: str(load_module(name).__version__)}
+
+
+def _registration(name: str, purposes: Mapping[str, WhyNot]) -> Registration:
+    here = functools.partial(unavailable_on_this_gpu, name)
+    return Registration(
+        name=name,
+        open=lambda bundle, threads, low_memory: TensorRtBackend(bundle, name),
+        unavailable=here,
+        purposes={f"run and compile on this GPU ({name})": here, **purposes},
+        state_passes=2.0,  # it fuses decay, update and read-out of a layer's state into one kernel
+        basis="a roofline fitted to NVIDIA's figures for INT4 Transformers on Jetson Orin; no RetNet was measured there",
+        tolerances={
+            "float32": Tolerance(1e-4, "float32 rounding, TF32 off in the builder; sums in another order than on the CPU"),
+            "float16": Tolerance(5e-2, "as on the CPU, and what TensorRT fuses may be rounded to 11 bits in between"),
+        },
+        facts=functools.partial(_facts, name),
+    )
+
+
+REGISTRATIONS = (
+    _registration("tensorrt", {}),
+    _registration("tensorrt-rtx", {"compile for RTX GPUs that are not here": functools.partial(unavailable, "tensorrt-rtx")}),
+)

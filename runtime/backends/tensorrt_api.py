@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from retnet_export.runtime.bundle.manifest import DType, TensorSpec
+from retnet_export.runtime.device import cuda
 from retnet_export.runtime.errors import UserError
 
 TargetName = Literal["tensorrt", "tensorrt-rtx"]
@@ -119,6 +120,26 @@ def load_module(target: str) -> Any:
             + ("; on a Jetson that is JetPack 6.1 or later" if target == "tensorrt" else "")
         )
     return module
+
+
+def unavailable(name: str) -> str | None:
+    """Why a product is not usable here at all, be it to build for another machine; None if it is."""
+    try:
+        load_module(name)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def unavailable_on_this_gpu(name: str) -> str | None:
+    """Why no engine can run on this machine, or None."""
+    if (reason := unavailable(name) or cuda.unavailable()) is not None:
+        return reason
+    known, device = TARGETS[name].capabilities, cuda.device()
+    capability = f"{device.compute_capability[0]}.{device.compute_capability[1]}"
+    if known is None or capability in known:
+        return None
+    return f"{name} has no kernels for compute capability {capability}, only for {', '.join(known)}"
 
 
 def version_of(module: ModuleType) -> tuple[int, ...]:

@@ -127,6 +127,22 @@ def device_count() -> int:
         raise
 
 
+def unavailable() -> str | None:
+    """Why no GPU can be used here, and what to do; None if one can."""
+    try:
+        if device_count():
+            device()
+            return None
+    except UserError as error:
+        return str(error)
+    except (RuntimeError, OSError) as error:
+        return f"CUDA does not work here: {error}; restart, or install the driver again"
+    return (
+        "no NVIDIA GPU that CUDA can use; if there is one, its driver is missing (nvidia-smi) or older than cuda-bindings "
+        "(for a driver of CUDA 12, as on JetPack 6: pip install 'cuda-bindings<13')"
+    )
+
+
 def device(index: int = 0) -> Device:
     """What CUDA says of a GPU.
 

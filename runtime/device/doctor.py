@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
-from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypedDict
 
-from retnet_export.runtime.backends.onnxruntime_api import slow_when_quantized
+from retnet_export.runtime.backends import MODULES, registered
 from retnet_export.runtime.device import jetson
-from retnet_export.runtime.errors import EXTRAS, UserError
+from retnet_export.runtime.errors import UserError
 
 DISTRIBUTIONS = ("retnet-export", "numpy", "onnxruntime", "onnx", "onnx-ir", "torch", "tokenizers", "safetensors")
 
@@ -32,19 +30,11 @@ class Report(TypedDict):
 
 def examine() -> Report:
     """Look at the machine; never raises because something is missing or unknown."""
-    works: dict[str, str | None] = {"generate on the CPU (onnxruntime)": what_is_missing(("onnxruntime",))}
-    works["run quantized bundles fast on the CPU"] = works["generate on the CPU (onnxruntime)"] or slow_when_quantized(
-        _version("onnxruntime")
-    )
-    gpu, no_gpu = _gpu()
-    works["generate on an NVIDIA GPU (cuda)"] = no_gpu or _own_kernels(gpu)
-    works["generate on an NVIDIA GPU (onnxruntime-cuda)"] = no_gpu or _onnxruntime_cuda()
-    for target in ("tensorrt", "tensorrt-rtx"):
-        version_here, fault = _tensorrt(target)
-        if version_here is not None:
-            gpu[target] = version_here
-        works[f"run and compile on this GPU ({target})"] = fault or no_gpu or _unsupported(target, gpu)
-    works["compile for RTX GPUs that are not here"] = _tensorrt("tensorrt-rtx")[1]
+    gpu, works = _gpu(), dict[str, str | None]()
+    for name in MODULES:
+        backend = registered(name)
+        works |= {purpose: why_not() for purpose, why_not in backend.purposes.items()}
+        gpu |= backend.facts()
     return Report(
         gpu=gpu,
         jetson=jetson.describe(),
@@ -60,80 +50,23 @@ def examine() -> Report:
     )
 
 
-def what_is_missing(modules: Iterable[str]) -> str | None:
-    """The command that installs what is missing of some modules of `EXTRAS`; None if all are there."""
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    if not missing:
-        return None
-    extras = dict.fromkeys(EXTRAS[module][1] for module in missing)
-    packages = ", ".join(EXTRAS[module][0] for module in missing)
-    return f"pip install 'retnet-export[{','.join(extras)}]' (missing: {packages})"
-
-
-def _gpu() -> tuple[dict[str, str], str | None]:
-    """The GPU that CUDA sees, and if there is none, why."""
+def _gpu() -> dict[str, str]:
+    """The GPU that CUDA sees."""
     from retnet_export.runtime.device import cuda
 
+    if cuda.unavailable() is not None:
+        return {}
     try:
-        if not cuda.device_count():
-            return {}, (
-                "no NVIDIA GPU that CUDA can use; if there is one, its driver is missing (nvidia-smi) or older than cuda-bindings "
-                "(for a driver of CUDA 12, as on JetPack 6: pip install 'cuda-bindings<13')"
-            )
         device, memory, (driver, _) = cuda.device(), cuda.memory_info(), cuda.versions()
-    except UserError as error:
-        return {}, str(error)
-    except (cuda.CudaError, RuntimeError, OSError) as error:
-        return {}, f"CUDA does not work here: {error}; restart, or install the driver again"
+    except (UserError, RuntimeError) as error:
+        return {"CUDA": f"does not work here: {error}"}
     return {
         "name": device.name,
         "compute capability": f"{device.compute_capability[0]}.{device.compute_capability[1]}",
         "memory": f"{memory.total / 2**30:.1f} GiB{' shared with the CPU' if device.integrated else ''}, "
         f"{memory.free / 2**30:.1f} GiB free",
         "CUDA": f"{driver // 1000}.{driver % 1000 // 10} (driver)",
-    }, None
-
-
-def _own_kernels(gpu: dict[str, str]) -> str | None:
-    """Why the backend `cuda` cannot work; adds what compiles its kernels, and from where, to what is said of the GPU."""
-    from retnet_export.runtime.backends.cuda import compiler
-    from retnet_export.runtime.backends.cuda.backend import unavailable
-
-    reason = unavailable()
-    if reason is None:
-        major, minor = compiler.compiler_version()
-        gpu["NVRTC"] = f"{major}.{minor} ({compiler.library()})"
-        gpu["compiled kernels"] = str(compiler.cache_folder())
-    return reason
-
-
-def _onnxruntime_cuda() -> str | None:
-    mend = "pip install 'retnet-export[cuda]' (on a Jetson: NVIDIA's onnxruntime-gpu wheel for its JetPack)"
-    try:
-        import onnxruntime
-    except ImportError:
-        return mend
-    providers = onnxruntime.get_available_providers()
-    return None if "CUDAExecutionProvider" in providers else f"{mend}; this build has {', '.join(providers)}"
-
-
-def _tensorrt(target: str) -> tuple[str | None, str | None]:
-    """The version of TensorRT, and if it is not usable, why and what to do."""
-    from retnet_export.runtime.backends.tensorrt_api import load_module
-
-    try:
-        return str(load_module(target).__version__), None
-    except UserError as error:
-        return None, str(error)
-
-
-def _unsupported(target: str, gpu: dict[str, str]) -> str | None:
-    from retnet_export.runtime.backends.tensorrt_api import TARGETS
-
-    known = TARGETS[target].capabilities
-    if known is None or gpu.get("compute capability") in known:
-        return None
-    return f"{target} has no kernels for compute capability {gpu.get('compute capability')}, only for {', '.join(known)}"
+    }
 
 
 def _version(name: str) -> str:

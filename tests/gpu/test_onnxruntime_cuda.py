@@ -16,7 +16,7 @@ from retnet_export.runtime.backends.base import top_of
 from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.bundle.manifest import FORMAT_VERSION, PORTABLE, Manifest, Precision, Variant, state_specs
-from retnet_export.runtime.numerics import TOLERANCES, measure
+from retnet_export.runtime.numerics import measure, tolerance
 
 pytestmark = pytest.mark.usefixtures("onnxruntime_cuda")
 CONFIG = ModelConfig(
@@ -61,7 +61,7 @@ def steps(stream, tokens):
 def test_steps_agree_with_the_oracle(tmp_path, compute, special):
     logits = steps(opened(make(tmp_path, compute, special)).open_stream(3), TOKENS)
     expected = np.stack([oracle.logits(CONFIG, WEIGHTS, row) for row in TOKENS])
-    assert measure(logits, expected).relative < TOLERANCES[f"onnxruntime-cuda-{compute}"].relative
+    assert measure(logits, expected).relative < tolerance(compute, "onnxruntime-cuda").relative
 
 
 def test_cuda_graphs_change_no_bit(tmp_path):
@@ -103,7 +103,7 @@ def test_prefill_gives_what_steps_give_and_padding_leaves_no_trace(tmp_path):
     for slot, length in enumerate(lengths):
         stepped = backend.open_stream(1)
         expected = steps(stepped, TOKENS[slot : slot + 1, :length])[0, -1]
-        assert measure(read.logits()[slot], expected).relative < TOLERANCES["onnxruntime-cuda-float32"].relative
+        assert measure(read.logits()[slot], expected).relative < tolerance("float32", "onnxruntime-cuda").relative
         for name, array in stepped.read_state(0).items():
             np.testing.assert_allclose(read.read_state(slot)[name], array, atol=1e-4)
 
@@ -197,4 +197,4 @@ def test_sums_over_wide_rows_and_key_dims_of_256_stay_within_rounding(tmp_path):
         rows.append(steps(stream, TOKENS[:2]))
     error = measure(rows[1], rows[0])
     print(error)
-    assert error.relative < TOLERANCES["onnxruntime-cuda-float16"].relative
+    assert error.relative < tolerance("float16", "onnxruntime-cuda").relative

@@ -10,7 +10,7 @@ import tiny
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.runtime.backends.base import initial_state
 from retnet_export.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
-from retnet_export.runtime.numerics import TOLERANCES, measure
+from retnet_export.runtime.numerics import measure, tolerance
 
 pytestmark = pytest.mark.usefixtures("onnxruntime_cuda")
 # Sizes that the tensor-core kernels take: outputs in multiples of 64.
@@ -18,7 +18,7 @@ CONFIG = tiny.config(
     vocab_size=320, hidden_size=128, num_heads=2, num_kv_heads=2, head_key_dim=64, head_value_dim=128, ffn_size=256
 )
 TOKENS = np.random.default_rng(6).integers(0, CONFIG.vocab_size, (3, 16))
-TOLERANCE = TOLERANCES["onnxruntime-cuda-float16"].relative
+TOLERANCE = tolerance("float16", "onnxruntime-cuda").relative
 
 
 @pytest.fixture(scope="module", params=["int4", "int8"])

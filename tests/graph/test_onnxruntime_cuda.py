@@ -16,7 +16,7 @@ from retnet_export.graph.variants.products import pack_blocks
 from retnet_export.graph.weights import random_weights
 from retnet_export.graph.weights_file import WeightsFile
 from retnet_export.runtime.bundle.config import ModelConfig
-from retnet_export.runtime.numerics import TOLERANCES, measure
+from retnet_export.runtime.numerics import measure, tolerance
 
 pytestmark = pytest.mark.skipif(
     not hasattr(onnxruntime, "__version__") or tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 32),
@@ -79,7 +79,7 @@ def test_the_variant_gives_the_portable_graphs_logits(tmp_path, name, compute):
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (9, 3))
     portable, special = (run(tmp_path / each, config, weights, compute, each, tokens) for each in ("portable", "onnxruntime-cuda"))
     for expected, actual in zip(portable[:2], special[:2], strict=True):
-        assert measure(actual, expected).relative < TOLERANCES[f"onnxruntime-cuda-{compute}"].relative
+        assert measure(actual, expected).relative < tolerance(compute, "onnxruntime-cuda").relative
 
 
 def test_a_step_of_a_layer_is_fifteen_kernels(tmp_path):

@@ -8,13 +8,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from retnet_export.runtime.backends import NAMES
+from retnet_export.runtime.backends import MODULES, NAMES, registered
 from retnet_export.runtime.bundle.manifest import Precision
 from retnet_export.runtime.errors import UserError
-from retnet_export.runtime.numerics import TOLERANCES, Computation, first_not_finite, measure, tolerance
+from retnet_export.runtime.numerics import Computation, first_not_finite, measure, tolerance
 
 COMPUTATIONS = typing.get_args(Computation)
-BACKENDS = sorted({*NAMES, "cuda", "not-yet-written"} - {"auto"})
+BACKENDS = sorted({*MODULES, "not-yet-written"})
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -23,7 +23,13 @@ def test_every_pair_of_computation_and_backend_has_a_tolerance_with_a_reason(com
     allowed = tolerance(computation, backend)
     assert 0 < allowed.relative < 1
     assert allowed.reason
-    assert allowed == TOLERANCES.get(f"{backend}-{computation}", TOLERANCES[f"onnxruntime-{computation}"])
+    own = registered(backend).tolerances if backend in MODULES else {}
+    assert allowed == own.get(computation, tolerance(computation))
+
+
+def test_every_backend_of_the_command_line_is_registered_under_its_name():
+    assert set(MODULES) == set(NAMES) - {"auto"}
+    assert [registered(name).name for name in MODULES] == list(MODULES)
 
 
 def test_whatever_a_manifest_computes_with_has_a_tolerance():

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from retnet_export.runtime.backends.base import NUMPY_DTYPES, PassCost, State, top_of
-from retnet_export.runtime.backends.cuda.compiler import Kernels, compile_kernels, compiler_version
+from retnet_export.runtime.backends.cuda.compiler import Kernels, cache_folder, compile_kernels, compiler_version, library
 from retnet_export.runtime.backends.cuda.many import ROWS_AT_ONCE, Many, ManyBatch
 from retnet_export.runtime.backends.cuda.many_model import ManyKernels, device_model
 from retnet_export.runtime.backends.cuda.plan import (
@@ -29,9 +30,11 @@ from retnet_export.runtime.backends.cuda.plan import (
     unsupported,
 )
 from retnet_export.runtime.backends.cuda.weights import DeviceWeights, UnsupportedError
+from retnet_export.runtime.backends.registration import Registration
 from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.device import cuda, kernels
 from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.numerics import Tolerance
 
 SPARE_BYTES = 64 << 20
 """Left free when weights are loaded: code, streams, and what CUDA takes for itself."""
@@ -73,16 +76,22 @@ def device_limits(index: int = 0) -> DeviceLimits:
 
 def unavailable() -> str | None:
     """Why no bundle can run here with these kernels, or None."""
+    if (reason := cuda.unavailable()) is not None:
+        return reason
     try:
-        if not cuda.device_count():
-            return "no NVIDIA GPU that CUDA can use (nvidia-smi)"
         limits = device_limits()
         compiler_version()
-    except UserError as error:
+    except (UserError, RuntimeError, OSError) as error:
         return str(error)
-    except (cuda.CudaError, RuntimeError, OSError) as error:
-        return f"CUDA does not work here: {error}"
     return too_old(limits)
+
+
+def _facts() -> Mapping[str, str]:
+    """What compiles the kernels, and where they are kept."""
+    if unavailable() is not None:
+        return {}
+    major, minor = compiler_version()
+    return {"NVRTC": f"{major}.{minor} ({library()})", "compiled kernels": str(cache_folder())}
 
 
 class CudaBackend:
@@ -342,3 +351,20 @@ def shared_stream() -> cuda.Stream:
 @functools.cache
 def _one_stream() -> cuda.Stream:
     return cuda.Stream()
+
+
+REGISTRATIONS = (
+    Registration(
+        name="cuda",
+        open=lambda bundle, threads, low_memory: CudaBackend(bundle),
+        unavailable=unavailable,
+        purposes={"generate on an NVIDIA GPU (cuda)": unavailable},
+        state_passes=2.0,  # read and written in place
+        basis="a roofline fitted to this project's measurements of its own kernels on an H100",
+        tolerances={
+            "float32": Tolerance(1e-4, "float32 rounding; sums in another order than on the CPU"),
+            "float16": Tolerance(5e-2, "as on the CPU: weights and operands rounded to 11 bits, sums and state in float32"),
+        },
+        facts=_facts,
+    ),
+)
