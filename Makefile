@@ -81,7 +81,7 @@ bench-quantization: $(VENV)/.installed  ## quality against bytes: make bench-qua
 
 bench-state: $(VENV)/.installed  ## the state in fewer bytes, over a long text: make bench-state TEXT=test.txt
 	$(BIN)/pip install --quiet --editable '.[compare]'
-	$(BIN)/python benchmarks/state_precision.py --text $(TEXT) --parts text,prefill,runs,slower,heads,speed -o docs/lab/figures/state
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/studies/state_precision.py --text $(TEXT) --parts text,prefill,runs,slower,heads,speed -o docs/lab/figures/state
 
 bench-serve: $(VENV)/.installed  ## the server under load: make bench-serve BUNDLE=my.retnet
 	$(BIN)/python benchmarks/serve.py $(BUNDLE)

@@ -3,7 +3,7 @@
     python benchmarks/forever.py [--tokens 1000000] [--layers 2] [--every 50000]
 
 Four streams read the same tokens: single steps and prefill, each with a float32 and a float16 state. At every checkpoint
-state and logits are compared with the reference (retnet_export.export.drift says how); errors must not grow. A last
+state and logits are compared with the reference (drift.py says how); errors must not grow. A last
 table starts streams at positions around 2^31 and beyond, where float32 cannot count any more.
 
 The tokens are the hard case: half of them random, half of them one token repeated a thousand times, on which the state
@@ -21,11 +21,11 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+from drift import Drift, measure_drift, references
 from numpy.typing import NDArray
 
 from retnet_export.export.checkpoints import open_checkpoint
 from retnet_export.export.checkpoints.base import Checkpoint
-from retnet_export.export.drift import Drift, measure_drift, references
 from retnet_export.export.model import RetNet
 from retnet_export.export.pipeline import DEFAULT_CHUNK, ExportOptions, export_bundle
 from retnet_export.runtime.model import load
@@ -54,7 +54,7 @@ def stretches(count: int, vocab_size: int, seed: int = 0) -> NDArray[np.int64]:
 def growth(drifts: list[Drift]) -> float:
     """The worst state error of the last quarter over that of the first."""
     quarter = max(1, len(drifts) // 4)
-    return max(drift.state for drift in drifts[-quarter:]) / max(drift.state for drift in drifts[:quarter])
+    return float(max(drift.state for drift in drifts[-quarter:]) / max(drift.state for drift in drifts[:quarter]))
 
 
 def main(

@@ -1,8 +1,10 @@
 """What it costs to store the state in fewer bytes: quality over a long text, runs of one token, slow heads, time.
 
-    python benchmarks/state_precision.py --text test.txt -o out/state                  # everything but time, about half an hour
-    python benchmarks/state_precision.py --parts speed -o out/state                    # on a quiet machine
-    python benchmarks/state_precision.py --parts "" -o out/state                       # tables and plot of out/state.json again
+    python benchmarks/studies/state_precision.py --text test.txt -o out/state  # everything but time, about half an hour
+    python benchmarks/studies/state_precision.py --parts speed -o out/state  # on a quiet machine
+    python benchmarks/studies/state_precision.py --parts "" -o out/state  # tables and plot of out/state.json again
+
+It needs PYTHONPATH=benchmarks.
 
 - text: the bundled model reads the text token by token and is judged as by `retnet-export evaluate`.
 - prefill: the same in chunks of 128, so that the state is rounded once a chunk.

@@ -1,15 +1,10 @@
-"""The graphs that benchmarks/state_precision.py measures do what they are said to do."""
-
-import sys
-from pathlib import Path
+"""The graphs of state_precision.py do what they are said to do: pytest benchmarks/studies"""
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 import tiny
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from state_formats import (
+from studies.state_formats import (
     FLOAT8,
     FLOAT16,
     FLOAT32,
