@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import math
 import os
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     import torch
 
 Array = NDArray[np.generic]
-MOST_HEADER_BYTES = 100_000_000
-"""The safetensors format's own limit."""
 
 
 class TensorSource(Protocol):
@@ -88,21 +86,22 @@ def shards(index: Path) -> tuple[Path, ...]:
 # ---------------------------------------------------------------- safetensors
 
 
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Formats of floating-point tensors, by their safetensors name."""
+
+
 @dataclass(frozen=True)
 class _Entry:
-    """Where a tensor's bytes are."""
+    """Where a tensor is."""
 
     file: Path
-    dtype: np.dtype[np.generic]
     shape: tuple[int, ...]
-    offset: int
 
 
 class SafetensorsSource:
     """Tensors in safetensors files.
 
-    The format is eight bytes of header length, a JSON header with dtype, shape and offsets, and the data. It is read here
-    rather than with the package `safetensors` because that has no bfloat16 for NumPy, and maps the whole file.
+    A file is opened for each tensor anew: it is mapped as long as it is open, and what was read of it would count as memory in use.
 
     Args:
         files: one file, or all shards.
@@ -123,55 +122,36 @@ class SafetensorsSource:
         return self._entries[name].shape
 
     def read(self, name: str, rows: slice | None = None) -> Array:
-        entry = self._entries[name]
-        first, shape = 0, entry.shape
-        if rows is not None:
-            first, last, _ = rows.indices(shape[0])
-            shape = (last - first, *shape[1:])
-        per_row = math.prod(shape[1:]) * entry.dtype.itemsize
-        count = math.prod(shape)
-        array: Array = np.fromfile(entry.file, entry.dtype, count, offset=entry.offset + first * per_row)
-        if array.size != count:
-            raise UserError(f"{entry.file}: ends in the middle of {name}; it was changed while it was read")
-        return array.reshape(shape)
+        with _opened(self._entries[name].file) as file:
+            array: Array = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+        return array
 
 
 def _entries(file: Path) -> dict[str, _Entry]:
-    dtypes = numpy_dtypes()
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(size - 8, MOST_HEADER_BYTES):
-                raise ValueError(f"its header would be {length:,} bytes long, the file has {size:,}")
-            header = json.loads(stream.read(length))
-        entries = {}
-        for name, fields in header.items():
-            if name == "__metadata__":
-                continue
-            if fields["dtype"] not in dtypes:
-                raise UserError(f"{file}: {name} is {fields['dtype']}, expected one of {', '.join(dtypes)}; save it as one of them")
-            dtype, shape, (begin, end) = dtypes[fields["dtype"]], tuple(fields["shape"]), fields["data_offsets"]
-            if end - begin != math.prod(shape) * dtype.itemsize or begin < 0 or 8 + length + end > size:
-                raise ValueError(f"the bytes of {name} do not fit its shape or the file")
-            entries[name] = _Entry(file, dtype, shape, 8 + length + begin)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{file}: not a whole safetensors file ({error}); it may be truncated, copy or download it again"
-        ) from error
+    entries = {}
+    with _opened(file) as opened:
+        for name in opened.keys():  # noqa: SIM118 (it is no dictionary)
+            tensor = opened.get_slice(name)
+            if tensor.get_dtype() not in FLOATS:
+                raise UserError(
+                    f"{file}: {name} is {tensor.get_dtype()}, expected one of {', '.join(FLOATS)}; save it as one of them"
+                )
+            entries[name] = _Entry(file, tuple(tensor.get_shape()))
     return entries
 
 
-def numpy_dtypes() -> dict[str, np.dtype[np.generic]]:
-    """Formats of floating-point tensors, by their safetensors name."""
-    import ml_dtypes
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    import ml_dtypes  # noqa: F401 (gives NumPy the bfloat16 that safetensors asks for)
+    from safetensors import SafetensorError, safe_open
 
-    return {
-        "F64": np.dtype(np.float64),
-        "F32": np.dtype(np.float32),
-        "F16": np.dtype(np.float16),
-        "BF16": np.dtype(ml_dtypes.bfloat16),
-    }
+    try:
+        with safe_open(file, "numpy") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise UserError(
+            f"{file}: not a whole safetensors file ({error}); it may be truncated, copy or download it again"
+        ) from error
 
 
 # ---------------------------------------------------------------- torch
@@ -201,8 +181,10 @@ class TorchSource:
         tensor = self._tensors[name].detach()
         tensor = tensor if rows is None else tensor[rows]
         if tensor.dtype == torch.bfloat16:  # NumPy knows no bfloat16 of its own
+            import ml_dtypes
+
             bits: Array = tensor.view(torch.uint16).numpy()
-            return bits.view(numpy_dtypes()["BF16"])
+            return bits.view(ml_dtypes.bfloat16)
         array: Array = tensor.numpy()
         return array
 
