@@ -29,6 +29,7 @@ from retnet_export.runtime.errors import (
     UserError,
     missing_extra,
 )
+from retnet_export.runtime.progress import Progress, silent
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -263,10 +264,10 @@ def _print_whole(table: Table, *, err: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def progress(title: str, *, quiet: bool = False) -> Iterator[Callable[[str, float], None]]:
+def progress(title: str, *, quiet: bool = False) -> Iterator[Progress]:
     """A progress bar on stderr, on a terminal only; yields a function that takes the stage and the share done."""
     if quiet or not sys.stderr.isatty():
-        yield lambda stage, share: None
+        yield silent
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -21,11 +20,10 @@ from retnet_export.commands.common import (
     progress,
 )
 from retnet_export.runtime.errors import ArgumentError
+from retnet_export.runtime.progress import Progress
 
 if TYPE_CHECKING:
     from retnet_export.compare.results import Comparison
-
-Progress = Callable[[str, float], None]
 
 
 def compare(

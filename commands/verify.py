@@ -51,7 +51,7 @@ def verify(
     from retnet_export.export.verify import verify as verify_whole
     from retnet_export.runtime.bundle.bundle import open_bundle
     from retnet_export.runtime.bundle.files import read_text
-    from retnet_export.runtime.device.doctor import available_memory
+    from retnet_export.runtime.device.memory import available_memory
     from retnet_export.runtime.model import load
 
     on_cpu = backend in ("auto", "onnxruntime")

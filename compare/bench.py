@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 from retnet_export.runtime.backends.base import Stream
 from retnet_export.runtime.errors import ArgumentError
 from retnet_export.runtime.model import Model
+from retnet_export.runtime.progress import Progress, silent
 from retnet_export.runtime.timing import Sample, timed_ms
-
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def trials_of(prompts: Sequence[int], new: Sequence[int], batches: Sequence[int]
     return tests
 
 
-def run(model: Model, tests: Sequence[Trial], repetitions: int, progress: Progress = lambda stage, share: None) -> Iterator[Speed]:
+def run(model: Model, tests: Sequence[Trial], repetitions: int, progress: Progress = silent) -> Iterator[Speed]:
     """Run tests one after another.
 
     Args:

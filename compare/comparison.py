@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,9 @@ from retnet_export.compare.results import GENAI, LLAMA_CPP, REPORT_FORMAT, RETNE
 from retnet_export.compare.transformer import count_parameters
 from retnet_export.graph.weights import weight_shapes
 from retnet_export.runtime.bundle.bundle import Bundle
+from retnet_export.runtime.device.memory import available_memory
 from retnet_export.runtime.errors import ArgumentError, UserError, one_of
+from retnet_export.runtime.progress import Progress, silent
 
 PEERS = {GENAI: genai.unavailable, LLAMA_CPP: llama_cpp.unavailable}
 """Outside engines by their name on the command line, and what says whether they are here."""
@@ -88,9 +89,7 @@ class Options:
         return max(max(cell.context, cell.tokens) + most_runs(cell) for cell in self.cells) + 8
 
 
-def compare(
-    bundle: Bundle, options: Options | None = None, *, progress: Callable[[str, float], None] = lambda stage, share: None
-) -> Comparison:
+def compare(bundle: Bundle, options: Options | None = None, *, progress: Progress = silent) -> Comparison:
     """Measure a bundle against its baseline.
 
     Args:
@@ -106,7 +105,7 @@ def compare(
         if (missing := PEERS[peer]()) is not None:
             raise UserError(f"peer {peer}: {missing}")
     pinned = machine.cores(options.threads)
-    budget = options.memory_budget or machine.available_memory() or LONGEST**2
+    budget = options.memory_budget or available_memory() or LONGEST**2
     with tempfile.TemporaryDirectory(prefix="retnet-export-compare-") as folder:
         baseline = baseline_for(bundle, Path(folder), capacity=options.capacity, kv_heads=options.kv_heads, cache=options.cache)
         _check_budget(bundle, budget)

@@ -19,15 +19,6 @@ def cores(threads: int | None) -> tuple[int, ...]:
     return tuple(usable[:threads])
 
 
-def available_memory() -> int | None:
-    """Bytes that programs can still take; None outside Linux."""
-    try:
-        with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
-
-
 def description(pinned: tuple[int, ...]) -> dict[str, str]:
     """Processor, cores in use, memory, system, date."""
     seen = examine()["machine"]

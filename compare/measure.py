@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from retnet_export.compare.machine import available_memory
 from retnet_export.compare.results import Cell, Measurement, Timing
 from retnet_export.compare.worker import MakeEngine, Worker
+from retnet_export.runtime.device.memory import available_memory
 from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.progress import Progress, silent
 
 ROUNDS = 5
 WARM_UP = 2
@@ -25,7 +26,6 @@ LONG_MS = 300.0
 """A run of this length needs no runs before it that do not count: waking up is no part of it that shows."""
 SETTLE_SECONDS = 0.05
 """Between turns: threads of the engine that ran last stop spinning."""
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def measure(
     seconds: float,
     budget: int,
     cores: Sequence[int],
-    progress: Progress = lambda stage, share: None,
+    progress: Progress = silent,
 ) -> tuple[Measurement, ...]:
     """Run every contender in every cell.
 

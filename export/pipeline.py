@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -27,6 +27,7 @@ from retnet_export.runtime.bundle.manifest import (
 )
 from retnet_export.runtime.errors import ArgumentError, MissingExtraError, PrecisionWarning, one_of
 from retnet_export.runtime.hub import repository_of
+from retnet_export.runtime.progress import Progress, silent
 
 PRECISIONS: Mapping[str, Literal["float32", "float16", "bfloat16"]] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 STATES: Mapping[str, Literal["float32", "float16"]] = {"fp32": "float32", "fp16": "float16"}
@@ -34,8 +35,6 @@ VARIANTS = (ONNXRUNTIME_CUDA,)
 """Those that a bundle has only if asked for."""
 DEFAULT_CHUNK = 128
 """Within 7 % of the fastest on two CPU cores, with the memory and the waste at the end of a prompt of the smaller."""
-Progress = Callable[[str, float], None]
-"""Called with what is being done and the share done, 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def export_bundle(
     options: ExportOptions | None = None,
     *,
     force: bool = False,
-    progress: Progress = lambda stage, share: None,
+    progress: Progress = silent,
 ) -> Bundle:
     """Write a bundle.
 

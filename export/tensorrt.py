@@ -29,7 +29,7 @@ from retnet_export.export.tensorrt_network import (
     parser_message,
 )
 from retnet_export.export.tensorrt_probe import ask
-from retnet_export.export.tensorrt_progress import Progress, make_monitor, run_cancellable
+from retnet_export.export.tensorrt_progress import make_monitor, run_cancellable
 from retnet_export.plan.preflight import check_build
 from retnet_export.runtime.backends.tensorrt_api import TARGETS, load_module, make_logger, version_of
 from retnet_export.runtime.bundle.bundle import Bundle
@@ -47,6 +47,7 @@ from retnet_export.runtime.bundle.engines import (
 from retnet_export.runtime.bundle.files import sha256_of_bytes, write_atomically
 from retnet_export.runtime.bundle.manifest import FileRecord
 from retnet_export.runtime.errors import ArgumentError, UserError, one_of
+from retnet_export.runtime.progress import Progress, silent
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -137,7 +138,7 @@ class _Plan:
         )
 
 
-def compile_bundle(bundle: Bundle, options: CompileOptions, *, progress: Progress = lambda stage, share: None) -> EngineRecord:
+def compile_bundle(bundle: Bundle, options: CompileOptions, *, progress: Progress = silent) -> EngineRecord:
     """Build the engines of a bundle and put them into its folder `engines/`.
 
     Args:

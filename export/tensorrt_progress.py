@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-Progress = Callable[[str, float], None]
+from retnet_export.runtime.progress import Progress
 
 
 def make_monitor(module: Any, progress: Progress) -> Any:

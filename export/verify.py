@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retnet_export.export.checkpoints.base import Checkpoint
-from retnet_export.export.pipeline import Progress
 from retnet_export.graph.weights import weight_shapes
 from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.errors import MissingExtraError, UserError
 from retnet_export.runtime.generate.tokenizer import Tokenizer
 from retnet_export.runtime.model import Model
 from retnet_export.runtime.numerics import Error, Tolerance, measure, spread, tolerance
+from retnet_export.runtime.progress import Progress, silent
 
 PASSAGE = """\
 If music be the food of love, play on,
@@ -95,7 +95,7 @@ def verify(
     *,
     text: str | None = None,
     tokens: int = 512,
-    progress: Progress = lambda stage, share: None,
+    progress: Progress = silent,
 ) -> Verification:
     """Compare a bundle on its backend with the checkpoint it came from.
 
@@ -132,7 +132,7 @@ def verify_by_layer(
     *,
     text: str | None = None,
     tokens: int = 512,
-    progress: Progress = lambda stage, share: None,
+    progress: Progress = silent,
 ) -> Verification:
     """Like `verify`, with one layer of the checkpoint and one layer of each graph in memory at a time, on ONNX Runtime.
 

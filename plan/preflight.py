@@ -13,6 +13,7 @@ from retnet_export.plan.sizes import Sizes, sizes_of_bundle, sizes_of_model
 from retnet_export.runtime.backends.tensorrt_api import newest_opset
 from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.bundle.manifest import Manifest
+from retnet_export.runtime.device.memory import meminfo
 from retnet_export.runtime.errors import UserError
 
 RUNTIME_BYTES = 600e6
@@ -129,13 +130,7 @@ def build_bytes(manifest: Manifest) -> float:
     return BUILD_BASE + BUILD_COPIES[manifest.precision.weights] * manifest.weights_bytes
 
 
-def available_host_bytes() -> float | None:
-    """Memory that programs can still have, or None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    fields = {name: value for name, _, value in (line.partition(":") for line in lines)}
-    swap = fields.get("SwapFree", "0").split()[0]
-    available = fields.get("MemAvailable")
-    return None if available is None else (int(available.split()[0]) + int(swap)) * 1024.0
+def available_host_bytes() -> int | None:
+    """Memory that programs can still have, swap included, or None where the system does not say."""
+    fields = meminfo()
+    return fields["MemAvailable"] + fields.get("SwapFree", 0) if "MemAvailable" in fields else None

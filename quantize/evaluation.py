@@ -6,7 +6,7 @@ them). Bundles take turns by chunks: each keeps its threads to itself while it r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +20,8 @@ from retnet_export.runtime.bundle.files import read_text
 from retnet_export.runtime.bundle.manifest import POSITION
 from retnet_export.runtime.errors import ArgumentError, UserError
 from retnet_export.runtime.model import Model
+from retnet_export.runtime.progress import Progress, silent
 
-Progress = Callable[[str, float], None]
 GREEDY_PROMPTS = 8
 GREEDY_TOKENS = 128
 
@@ -94,7 +94,7 @@ def evaluate(
     against: Model | None = None,
     tokens: int | None = None,
     steps: bool | None = None,
-    progress: Progress = lambda stage, share: None,
+    progress: Progress = silent,
 ) -> Evaluation:
     """Read a text and say how well the bundle predicts it.
 
@@ -119,7 +119,7 @@ def evaluate_all(
     against: Model | None = None,
     tokens: int | None = None,
     steps: bool | None = None,
-    progress: Progress = lambda stage, share: None,
+    progress: Progress = silent,
 ) -> list[Evaluation]:
     """`evaluate` for several bundles of one vocabulary on one text, which the one they are compared with reads once.
 

@@ -18,6 +18,7 @@ from retnet_export.runtime.bundle.files import new_folder, sha256_of
 from retnet_export.runtime.bundle.manifest import ONNXRUNTIME_CUDA, Manifest, StateSpec
 from retnet_export.runtime.errors import ArgumentError, MissingExtraError, PrecisionWarning, UserError, one_of
 from retnet_export.runtime.numerics import first_not_finite
+from retnet_export.runtime.progress import Progress, silent
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -33,7 +34,6 @@ GROUP_SIZES = (16, 32, 64, 128, 256)
 DEFAULT_INT4_GROUP = 64
 ENOUGH_TOKENS = 4096
 """Of a calibration text: below, gptq lost to rounding to nearest on the bundled model, in perplexity or in KL."""
-Progress = Callable[[str, float], None]
 Judge = Callable[[Bundle], Mapping[str, object]]
 
 
@@ -103,7 +103,7 @@ def quantize_bundle(
     *,
     force: bool = False,
     judge: Judge | None = None,
-    progress: Progress = lambda stage, share: None,
+    progress: Progress = silent,
 ) -> Bundle:
     """Write a quantized copy of a bundle.
 

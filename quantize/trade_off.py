@@ -7,7 +7,7 @@ step is timed as `generate --stats` times it, and the median over all rounds cou
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +17,12 @@ from retnet_export.quantize.evaluation import Evaluation, evaluate, evaluate_all
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.generate.stats import Stats
 from retnet_export.runtime.model import Model, load
+from retnet_export.runtime.progress import Progress, silent
 
 ROUNDS = 5
 TOKENS_A_ROUND = 200
 SETTLE_SECONDS = 0.05
 """Between turns: threads of the model that ran last stop spinning."""
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def trade_offs(
     prompt: str,
     rounds: int = ROUNDS,
     tokens: int = TOKENS_A_ROUND,
-    progress: Progress = lambda stage, share: None,
+    progress: Progress = silent,
 ) -> tuple[TradeOff, ...]:
     """Measure bundles of one model.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -10,6 +11,7 @@ from typing import TypedDict
 
 from retnet_export.runtime.backends import MODULES, registered
 from retnet_export.runtime.device import jetson
+from retnet_export.runtime.device.memory import meminfo
 from retnet_export.runtime.errors import UserError
 
 DISTRIBUTIONS = ("retnet-export", "numpy", "onnxruntime", "onnx", "onnx-ir", "torch", "tokenizers", "safetensors")
@@ -77,25 +79,15 @@ def _version(name: str) -> str:
 
 
 def _processor() -> str:
-    return _field("/proc/cpuinfo", "model name") or platform.processor() or "unknown"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
 
 
 def _memory() -> str:
-    total, available = _field("/proc/meminfo", "MemTotal"), _field("/proc/meminfo", "MemAvailable")
-    if total is None or available is None:
+    fields = meminfo()
+    if not {"MemTotal", "MemAvailable"} <= fields.keys():
         return "unknown"
-    return f"{int(total.split()[0]) / 2**20:.1f} GiB, {int(available.split()[0]) / 2**20:.1f} GiB available"
-
-
-def available_memory() -> int | None:
-    """Bytes that programs may still take, as the system estimates; None where it does not say."""
-    available = _field("/proc/meminfo", "MemAvailable")
-    return None if available is None else int(available.split()[0]) * 1024
-
-
-def _field(path: str, name: str) -> str | None:
-    try:
-        lines = Path(path).read_text().splitlines()
-    except OSError:
-        return None
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), None)
+    return f"{fields['MemTotal'] / 2**30:.1f} GiB, {fields['MemAvailable'] / 2**30:.1f} GiB available"
