@@ -136,8 +136,8 @@ def test_bundles_of_different_tokenizers_are_refused(folder, tmp_path):
 def test_too_few_tokens_are_refused_by_the_option_that_asks_for_them(folder):
     arguments = ["evaluate", folder / "float.retnet", "--text", folder / "text.txt", "--tokens", 1]
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == 1
-    assert "--tokens 1 is less than one chunk of 128; read more of the text" in result.output
+    assert result.exit_code == 2
+    assert "--tokens is 1, less than one chunk of 128; read more of the text" in result.output
 
 
 def test_eight_bits_cost_next_to_nothing_and_four_bits_little(folder):
