@@ -29,7 +29,7 @@ from retnet_export.runtime.backends.base import Stream
 from retnet_export.runtime.bundle.bundle import open_bundle
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.generate.generation import Continuation, Generation, Options
-from retnet_export.runtime.generate.sampling import Logits, Tokens
+from retnet_export.runtime.generate.sampling import LogitsView
 from retnet_export.runtime.generate.session import Session
 from retnet_export.runtime.generate.stats import Stats
 from retnet_export.runtime.generate.tokenizer import Tokenizer
@@ -67,11 +67,8 @@ class Dictated(Continuation):
         super().__init__(options, np.zeros(session.model.bundle.manifest.model.vocab_size, np.int32))
         self._text = iter(text)
 
-    def choose(self, logits: Logits) -> int | None:
-        logits.argmax()
-        return next(self._text)
-
-    def choose_among(self, tokens: Tokens, logits: Logits) -> int | None:
+    def choose(self, view: LogitsView) -> int | None:
+        view.top(1)
         return next(self._text)
 
 

@@ -13,9 +13,8 @@ from typing import Literal, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet_export.runtime.backends.base import top_of
 from retnet_export.runtime.errors import ArgumentError
-from retnet_export.runtime.generate.sampling import Logits, Sampler, Sampling, Tokens, log_softmax
+from retnet_export.runtime.generate.sampling import Allowed, LogitsView, Row, Sampler, Sampling, log_softmax
 from retnet_export.runtime.generate.text import StopStrings
 from retnet_export.runtime.generate.tokenizer import Tokenizer
 
@@ -153,33 +152,24 @@ class Continuation:
         self._given = 0
         self._logprobs: tuple[float | None, tuple[tuple[int, float], ...]] = (None, ())
 
-    @property
-    def needs(self) -> int:
-        """How many of the largest logits `choose_among` wants; 0 if it takes all of them, by `choose`."""
+    def choose(self, view: LogitsView) -> int | None:
+        """The next token; None if that ends the text."""
         if self.options.logprobs is not None:
-            return 0
-        needs, barred = self._sampler.needs, len(self._barred)
-        return needs + barred if needs and needs + barred < self._vocab_size else 0
-
-    def choose(self, logits: Logits) -> int | None:
-        """The next token from all logits (V,); None if that ends the text."""
-        allowed = logits
-        if barred := self._barred:
-            allowed = logits.copy()
-            allowed[list(barred)] = -np.inf
-        token = self._sampler.choose(allowed)
+            view = Row(view.all())
+        barred = self._barred
+        token = self._sampler.choose(Allowed(view, barred, self._vocab_size) if barred else view)
         if (count := self.options.logprobs) is not None:
-            own = log_softmax(logits)
-            tokens, values = top_of(own[None], count) if count else (np.zeros((1, 0), np.int64), np.zeros((1, 0), np.float32))
-            self._logprobs = float(own[token]), tuple(zip(tokens[0].tolist(), values[0].tolist(), strict=True))
-        return self._unless_end(token)
-
-    def choose_among(self, tokens: Tokens, logits: Logits) -> int | None:
-        """The next token from the `needs` largest logits; None if that ends the text."""
-        if barred := self._barred:
-            allowed = np.flatnonzero(~np.isin(tokens, list(barred)))[: self._sampler.needs]
-            tokens, logits = tokens[allowed], logits[allowed]
-        return self._unless_end(self._sampler.choose_among(tokens, logits))
+            own = log_softmax(view.all())
+            tokens, values = Row(own).top(count) if count else (np.zeros(0, np.int64), np.zeros(0, np.float32))
+            self._logprobs = float(own[token]), tuple(zip(tokens.tolist(), values.tolist(), strict=True))
+        if token in self._ends:
+            self.finish = "end of text"
+        elif token in self._stop_tokens:
+            self.finish = "stop"
+        else:
+            return token
+        self.ended_by = token
+        return None
 
     @property
     def _barred(self) -> frozenset[int]:
@@ -233,16 +223,6 @@ class Continuation:
                 return self._made[:count], text[: self._given - end]
             end += len(text)
         return self._made, ""
-
-    def _unless_end(self, token: int) -> int | None:
-        if token in self._ends:
-            self.finish = "end of text"
-        elif token in self._stop_tokens:
-            self.finish = "stop"
-        else:
-            return token
-        self.ended_by = token
-        return None
 
 
 class Generation:

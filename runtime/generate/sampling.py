@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,6 +78,51 @@ class Sampling:
         return 1 if self.temperature == 0.0 else self.top_k
 
 
+class LogitsView(Protocol):
+    """The last logits of one sequence, wherever they are: what is asked of them decides what crosses to the host."""
+
+    def top(self, k: int) -> tuple[Tokens, Logits]:
+        """The k largest, k less than V: tokens (k,) and logits (k,), largest first, equal ones by token."""
+
+    def all(self) -> Logits:
+        """All of them, (V,); not to be written to."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Logits (V,) on the host."""
+
+    logits: Logits
+
+    def top(self, k: int) -> tuple[Tokens, Logits]:
+        (tokens,), (logits,) = top_of(self.logits[None], k)
+        return tokens, logits
+
+    def all(self) -> Logits:
+        return self.logits
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """Logits without those of some tokens, which may not be chosen."""
+
+    view: LogitsView
+    barred: frozenset[int]
+    vocab_size: int
+
+    def top(self, k: int) -> tuple[Tokens, Logits]:
+        if k + len(self.barred) >= self.vocab_size:
+            return Row(self.all()).top(k)
+        tokens, logits = self.view.top(k + len(self.barred))
+        allowed = np.flatnonzero(~np.isin(tokens, list(self.barred)))[:k]
+        return tokens[allowed], logits[allowed]
+
+    def all(self) -> Logits:
+        logits: Logits = self.view.all().copy()
+        logits[list(self.barred)] = -np.inf
+        return logits
+
+
 class Sampler:
     """Draws tokens for one sequence.
 
@@ -95,24 +141,14 @@ class Sampler:
         self._bias = np.fromiter(sampling.logit_bias.values(), np.float32)
         self._generator = np.random.default_rng(sampling.seed)
 
-    @property
-    def needs(self) -> int:
-        """How many of the model's largest logits `choose_among` wants; 0 if it takes all of them, by `choose`."""
-        k = self.sampling.largest
-        return k if k < len(self._read) and not self.sampling.adjusts else 0
-
-    def choose(self, logits: Logits) -> int:
-        """The next token from all logits (V,)."""
+    def choose(self, view: LogitsView) -> int:
+        """The next token."""
         if self.sampling.adjusts:
-            logits = self._adjusted(logits)
+            view = Row(self._adjusted(view.all()))
         k = self.sampling.largest
-        if 0 < k < len(logits):
-            tokens, values = top_of(logits[None], k)
-            return self.choose_among(tokens[0], values[0])
-        return self._draw(None, logits)
-
-    def choose_among(self, tokens: Tokens, logits: Logits) -> int:
-        """The next token from the `needs` largest logits, largest first: (k,), (k,)."""
+        if not 0 < k < len(self._read):
+            return self._draw(None, view.all())
+        tokens, logits = view.top(k)
         if self.sampling.temperature == 0.0:
             return self._chosen(int(tokens[0]))
         by_id = np.argsort(tokens)

@@ -7,15 +7,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet_export.runtime.backends.base import Narrowing, PassCost, Stream, chunk_tokens, initial_state, top_of
+from retnet_export.runtime.backends.base import Narrowing, PassCost, Stream, chunk_tokens, initial_state
 from retnet_export.runtime.errors import ArgumentError, UserError
 from retnet_export.runtime.generate.generation import Continuation, Generation, OptionChanges, Options, Piece
-from retnet_export.runtime.generate.sampling import Logits, Tokens
+from retnet_export.runtime.generate.sampling import Logits, Row, Tokens
 from retnet_export.runtime.generate.speculation import History, Speculation, length_of_drafts
 from retnet_export.runtime.generate.state import Snapshot, first_broken_layer, model_hash
 from retnet_export.runtime.generate.stats import Stats
@@ -27,6 +28,40 @@ if TYPE_CHECKING:
 
 TAIL = 16
 """Tokens a session remembers literally: enough for text to join on to, and of constant size."""
+
+
+@dataclass(frozen=True)
+class _LastLogits:
+    """The view of one sequence's logits; the largest is checked before anything is chosen.
+
+    Attributes:
+        stream: where they are, unless they are `restored`, (B, V).
+        tops: what was asked of the stream since its last step, for all sequences.
+        slot: the sequence's.
+        check_finite: takes the largest logit and the slot.
+    """
+
+    stream: Stream
+    restored: Logits | None
+    tops: dict[int, tuple[Tokens, Logits]]
+    slot: int
+    check_finite: Callable[[np.floating[Any], int], None]
+
+    def top(self, k: int) -> tuple[Tokens, Logits]:
+        if self.restored is not None:
+            tokens, logits = Row(self.restored[self.slot]).top(k)
+        else:
+            if k not in self.tops:
+                self.tops[k] = self.stream.top(k)
+            tokens, logits = (each[self.slot] for each in self.tops[k])
+        self.check_finite(logits[0], self.slot)
+        return tokens, logits
+
+    def all(self) -> Logits:
+        logits: Logits = (self.stream.logits() if self.restored is None else self.restored)[self.slot]
+        # NaN is passed on by max, and so are +inf and a row of nothing but -inf.
+        self.check_finite(logits.max(), self.slot)
+        return logits
 
 
 class Session:
@@ -575,20 +610,7 @@ class Session:
 
     def _choose(self, continuation: Continuation, slot: int) -> int | None:
         self._check_whole()
-        if k := continuation.needs:
-            if self._restored is not None:
-                (tokens,), (logits,) = top_of(self._restored[slot : slot + 1], k)
-            else:
-                if k not in self._tops:
-                    self._tops[k] = self._stream.top(k)
-                tokens, logits = (each[slot] for each in self._tops[k])
-            self._check_finite(logits[0], slot)
-            return continuation.choose_among(tokens, logits)
-        everything = self.logits
-        assert everything is not None
-        # NaN is passed on by max, and so are +inf and a row of nothing but -inf.
-        self._check_finite(everything[slot].max(), slot)
-        return continuation.choose(everything[slot])
+        return continuation.choose(_LastLogits(self._stream, self._restored, self._tops, slot, self._check_finite))
 
     def _check_finite(self, largest: np.floating[Any], slot: int) -> None:
         if np.isfinite(largest):
