@@ -25,6 +25,7 @@ from retnet_export.export.pipeline import export_bundle
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from retnet_export.runtime.bundle.bundle import Bundle
+from retnet_export.runtime.element_types import ELEMENT_TYPES
 from retnet_export.runtime.generate.generation import Options
 from retnet_export.runtime.generate.stats import Stats
 from retnet_export.runtime.model import Model
@@ -51,7 +52,7 @@ def bytes_per_token(bundle: Bundle) -> int:
     """The least a step must move: every matrix once, the state in and out. Of an untied embedding it reads one row."""
     manifest = bundle.manifest
     model = manifest.model
-    element = 1 if manifest.quantization else {"float32": 4, "float16": 2, "bfloat16": 2}[manifest.precision.weights]
+    element = 1 if manifest.quantization else ELEMENT_TYPES[manifest.precision.weights].bits // 8
     table = 0 if model.tied_embeddings else element * model.vocab_size * model.hidden_size
     return manifest.weights_bytes - table + 2 * manifest.state_bytes
 

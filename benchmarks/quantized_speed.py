@@ -23,6 +23,7 @@ from common import CACHE, describe_machine, parameters, random_bundle, read_band
 from decode import bytes_per_token
 
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
+from retnet_export.runtime.backends.base import NUMPY_DTYPES
 from retnet_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from retnet_export.runtime.bundle.bundle import Bundle, open_bundle
 from retnet_export.runtime.errors import UserError
@@ -59,10 +60,9 @@ def profile(bundle: Bundle, variant: str, steps: int, threads: int) -> list[tupl
         options.profile_file_prefix = str(Path(folder) / "profile")
         graph = bundle.manifest.variants[variant].graphs["decode"]
         session = onnxruntime.InferenceSession(str(bundle.file(graph.file)), options, providers=["CPUExecutionProvider"])
-        types = {"float32": np.float32, "float16": np.float16, "int64": np.int64}
         carried = {spec.input for spec in bundle.manifest.state}
         inputs = [spec for spec in graph.inputs if spec.name in carried]
-        feeds = {spec.name: np.zeros((1, *spec.shape[1:]), types[spec.dtype]) for spec in inputs}
+        feeds = {spec.name: np.zeros((1, *spec.shape[1:]), NUMPY_DTYPES[spec.dtype]) for spec in inputs}
         for _ in range(steps):
             session.run(None, {"tokens": np.array([[1]]), **feeds})
         for event in json.loads(Path(session.end_profiling()).read_text()):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from retnet_export.commands.common import Json, bundle_path, print_columns, print_json, print_table, size
+from retnet_export.runtime.element_types import ELEMENT_TYPES
 from retnet_export.runtime.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -76,15 +77,7 @@ def plan(
         _print_all(name, sizes, batch, outlooks)
 
 
-FORMATS = {
-    "fp32": "float32",
-    "fp16": "float16",
-    "bf16": "bfloat16",
-    "int8": "int8",
-    "int4": "int4",
-    "fp8": "float8",
-    "fp4": "float4",
-}
+FORMATS = {each.short: each.name for each in ELEMENT_TYPES.values()}
 
 
 def _model(

@@ -17,8 +17,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from retnet_export.compare.transformer import TransformerConfig
-from retnet_export.graph.blocks import NUMPY_DTYPES, Writer, feed_forward, joined_linear
+from retnet_export.graph.blocks import Writer, feed_forward, joined_linear
 from retnet_export.graph.builder import GraphBuilder, Value
+from retnet_export.graph.element_types import onnx_type
 from retnet_export.graph.retnet import OPSET, embed, logits, residual
 from retnet_export.graph.weights import ReadWeight
 from retnet_export.graph.weights_file import WeightsFile
@@ -119,5 +120,5 @@ def _angles(config: TransformerConfig, capacity: int, compute: str, part: str) -
     pairs = np.arange(config.head_dim // 2, dtype=np.float64)
     theta = np.power(config.rotary_base, -2.0 * pairs / config.head_dim)
     angle = np.arange(capacity, dtype=np.float64)[:, None] * theta
-    table: NDArray[np.generic] = (np.cos(angle) if part == "cos" else np.sin(angle)).astype(NUMPY_DTYPES[compute])
+    table: NDArray[np.generic] = (np.cos(angle) if part == "cos" else np.sin(angle)).astype(onnx_type(compute).numpy())
     return table

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
 from retnet_export.export.checkpoints.base import Checkpoint
 from retnet_export.export.text import read_text_settings
@@ -25,12 +24,11 @@ from retnet_export.runtime.bundle.manifest import (
     Variant,
     state_specs,
 )
+from retnet_export.runtime.element_types import COMPUTED, STORED
 from retnet_export.runtime.errors import ArgumentError, MissingExtraError, PrecisionWarning, one_of
 from retnet_export.runtime.hub import repository_of
 from retnet_export.runtime.progress import Progress, silent
 
-PRECISIONS: Mapping[str, Literal["float32", "float16", "bfloat16"]] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-STATES: Mapping[str, Literal["float32", "float16"]] = {"fp32": "float32", "fp16": "float16"}
 VARIANTS = (ONNXRUNTIME_CUDA,)
 """Those that a bundle has only if asked for."""
 DEFAULT_CHUNK = 128
@@ -58,7 +56,7 @@ class ExportOptions:
     bos: str = "auto"
 
     def __post_init__(self) -> None:
-        given: list[tuple[str, str, Collection[str]]] = [("precision", self.precision, PRECISIONS), ("state", self.state, STATES)]
+        given: list[tuple[str, str, Collection[str]]] = [("precision", self.precision, COMPUTED), ("state", self.state, STORED)]
         given += [("variants", variant, VARIANTS) for variant in self.variants]
         for name, value, choices in given:
             if value not in choices:
@@ -105,9 +103,9 @@ def export_bundle(
             format_version=FORMAT_VERSION,
             name=Path(target).name.removesuffix(".retnet"),
             model=checkpoint.config,
-            precision=Precision(PRECISIONS[options.precision], PRECISIONS[options.precision], STATES[options.state]),
+            precision=Precision(COMPUTED[options.precision], COMPUTED[options.precision], STORED[options.state]),
             variants=written.variants,
-            state=state_specs(checkpoint.config, STATES[options.state], options.batch),
+            state=state_specs(checkpoint.config, STORED[options.state], options.batch),
             files=record_files(folder, written.files),
             tokenizer=tokenizer,
             eos_ids=text.eos_ids,
@@ -146,7 +144,7 @@ def _write_graphs(folder: Path, checkpoint: Checkpoint, options: ExportOptions, 
 
     config = checkpoint.config
     warn_of_slow_heads(config, options.state)
-    stored = STATES[options.state]
+    stored = STORED[options.state]
     total, done = len(weight_shapes(config)), 0
 
     def read(name: str):  # type: ignore[no-untyped-def]
@@ -158,7 +156,7 @@ def _write_graphs(folder: Path, checkpoint: Checkpoint, options: ExportOptions, 
     graphs = {}
     with WeightReader(config, checkpoint.read) as reader, WeightsFile(folder / "weights.bin") as weights:
         for name, build in (("decode", build_decode), ("prefill", build_prefill)):
-            graphs[name] = build(config, read, weights, PRECISIONS[options.precision], stored, options.batch)
+            graphs[name] = build(config, read, weights, COMPUTED[options.precision], stored, options.batch)
         files, checkpoint_sha256 = {weights.name: weights.record()}, reader.sha256()
     variants = write_variants(folder, graphs, {"decode": 1, "prefill": options.chunk}, (*ALWAYS, *options.variants))
     return _Written(variants, files, checkpoint_sha256)

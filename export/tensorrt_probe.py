@@ -16,6 +16,7 @@ from retnet_export.export.tensorrt_network import NetworkGraph, Profile, builder
 from retnet_export.runtime.backends.tensorrt_api import make_logger
 from retnet_export.runtime.bundle.engines import Probe
 from retnet_export.runtime.bundle.manifest import GraphSpec, TensorSpec
+from retnet_export.runtime.element_types import ELEMENT_TYPES
 from retnet_export.runtime.errors import MissingExtraError
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def network_of_two(compute: str) -> ModelProto:
         from onnx import TensorProto, helper, numpy_helper
     except ImportError as error:
         raise MissingExtraError("onnx", "export", "compiling") from error
-    kind = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}[compute]
+    kind = TensorProto.DataType.Value(ELEMENT_TYPES[compute].onnx)
     values = np.random.default_rng(0).integers(-128, 120, (INPUTS, OUTPUTS)).astype(np.int8)
     scale = helper.make_tensor("scale", kind, [OUTPUTS], np.full(OUTPUTS, 2.0**-6, np.float32))
     nodes, inputs, outputs = [], [], []

@@ -10,21 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from retnet_export.graph.builder import GraphBuilder, Value
+from retnet_export.graph.element_types import onnx_type
 from retnet_export.graph.weights import Array, ReadWeight, narrowed, retention_inputs, weight_shapes
 from retnet_export.graph.weights_file import WeightsFile
 from retnet_export.runtime.bundle.config import ModelConfig
 
-NUMPY_DTYPES: dict[str, np.dtype[np.generic]] = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
 PHASE_TURN = 1 << 32
 """One full turn of the rotary phase, which is an integer so that it is exact at any position."""
 
@@ -51,7 +46,7 @@ class Writer:
 
     @property
     def compute_type(self) -> ir.DataType:
-        return ir.DataType.from_numpy(NUMPY_DTYPES[self.compute])
+        return onnx_type(self.compute)
 
     def cast_down(self, x: Value, name: str) -> Value:
         """float32 -> the compute format."""
@@ -80,7 +75,7 @@ class Writer:
         return self.b.initializer(self.file.tensor(name, make))
 
     def _stored(self, name: str) -> NDArray[np.generic]:
-        return narrowed(name, self.read(name), NUMPY_DTYPES[self.compute])
+        return narrowed(name, self.read(name), self.compute_type.numpy())
 
     def product(self, x: Value, weight: Value, name: str, bias: Value | None = None) -> Value:
         """x (…, inputs) float32 times weight (inputs, outputs): float32 (…, outputs)."""

@@ -17,7 +17,8 @@ import onnx_ir as ir
 
 from retnet_export.graph.blocks import Writer, head_norm, join_heads, projections, rotation
 from retnet_export.graph.builder import GraphBuilder, Value
-from retnet_export.graph.retnet import OPSET, STATE_TYPES, embed, layers, logits
+from retnet_export.graph.element_types import onnx_type
+from retnet_export.graph.retnet import OPSET, embed, layers, logits
 from retnet_export.graph.states import allow_steps_in_place
 from retnet_export.graph.weights import ReadWeight
 from retnet_export.graph.weights_file import WeightsFile
@@ -41,7 +42,7 @@ def build_decode(
     b = GraphBuilder("decode", OPSET)
     w = Writer(b, config, read, file, compute, lead=(0,))
     size: int | str = "batch" if batch is None else batch
-    state_type = STATE_TYPES[state_dtype]
+    state_type = onnx_type(state_dtype)
     state_shape = (size, config.num_heads, config.head_key_dim, config.head_value_dim)
     tokens = b.input("tokens", ir.DataType.INT64, (size, 1))
     position = b.input("position", ir.DataType.INT64, (size,))

@@ -30,7 +30,8 @@ import onnx_ir as ir
 
 from retnet_export.graph.blocks import Writer, head_norm, join_heads, projections, rotation
 from retnet_export.graph.builder import GraphBuilder, Value
-from retnet_export.graph.retnet import OPSET, STATE_TYPES, embed, layers, logits
+from retnet_export.graph.element_types import onnx_type
+from retnet_export.graph.retnet import OPSET, embed, layers, logits
 from retnet_export.graph.weights import ReadWeight
 from retnet_export.graph.weights_file import WeightsFile
 from retnet_export.runtime.bundle.config import ModelConfig
@@ -58,7 +59,7 @@ def build_prefill(
     b = GraphBuilder("prefill", OPSET)
     w = Writer(b, config, read, file, compute, lead=(0, 0))
     size: int | str = "batch" if batch is None else batch
-    state_type = STATE_TYPES[state_dtype]
+    state_type = onnx_type(state_dtype)
     state_shape = (size, config.num_heads, config.head_key_dim, config.head_value_dim)
     tokens = b.input("tokens", ir.DataType.INT64, (size, "chunk"))
     position = b.input("position", ir.DataType.INT64, (size,))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Literal
 
 import onnx_ir as ir
 
-from retnet_export.graph.blocks import NUMPY_DTYPES, Writer, feed_forward, norm
+from retnet_export.graph.blocks import Writer, feed_forward, norm
 from retnet_export.graph.builder import Value
+from retnet_export.graph.element_types import name_of_type
 from retnet_export.graph.states import layout_of, steps_in_place
 from retnet_export.graph.weights import narrowed
 from retnet_export.runtime.bundle.config import ModelConfig
@@ -18,8 +18,6 @@ from retnet_export.runtime.errors import PrecisionWarning
 
 OPSET = 20
 """TensorRT 10.3 (JetPack 6.1) parses up to 20; blocked quantization raises it to 21."""
-
-STATE_TYPES: dict[str, ir.DataType] = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
 
 LONGEST_HALF_PRECISION_MEMORY = 1024
 """Tokens that a head may remember, 1/(1 - γ), for a float16 state to hold it within one percent (docs/lab/quantization.md)."""
@@ -42,7 +40,7 @@ def embed(w: Writer, tokens: Value) -> Value:
     """tokens int64 (lead…) -> the residual stream, float32 (lead…, D)."""
     b, config = w.b, w.config
     table = b.initializer(
-        w.file.tensor("embedding.weight", lambda: narrowed("embedding.weight", w.read("embedding.weight"), NUMPY_DTYPES[w.compute]))
+        w.file.tensor("embedding.weight", lambda: narrowed("embedding.weight", w.read("embedding.weight"), w.compute_type.numpy()))
     )
     x = w.cast_up(b.op("Gather", table, tokens, name="embedding", axis=0), "embedding")
     if config.embedding_scale != 1.0:
@@ -100,13 +98,9 @@ def graph_spec(model: ir.Model, file: str, chunk_size: int) -> GraphSpec:
         assert value.name is not None
         assert value.dtype is not None
         assert value.shape is not None
-        names: dict[ir.DataType, Literal["float32", "float16", "bfloat16", "int64"]] = {
-            ir.DataType.FLOAT: "float32",
-            ir.DataType.FLOAT16: "float16",
-            ir.DataType.BFLOAT16: "bfloat16",
-            ir.DataType.INT64: "int64",
-        }
-        return TensorSpec(value.name, names[value.dtype], tuple(size if isinstance(size, int) else -1 for size in value.shape))
+        return TensorSpec(
+            value.name, name_of_type(value.dtype), tuple(size if isinstance(size, int) else -1 for size in value.shape)
+        )
 
     graph = model.graph
     return GraphSpec(

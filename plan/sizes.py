@@ -14,18 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from retnet_export.runtime.bundle.config import ModelConfig
-from retnet_export.runtime.bundle.manifest import Manifest, dtype_bytes
+from retnet_export.runtime.bundle.manifest import Manifest
+from retnet_export.runtime.element_types import ELEMENT_TYPES
 from retnet_export.runtime.errors import UserError
 
-BYTES_PER_WEIGHT: Mapping[str, float] = {
-    "float32": 4.0,
-    "float16": 2.0,
-    "bfloat16": 2.0,
-    "int8": 1.0,
-    "int4": 0.5,
-    "float8": 1.0,
-    "float4": 0.5,
-}
+BYTES_PER_WEIGHT: Mapping[str, float] = {each.name: each.bits / 8 for each in ELEMENT_TYPES.values() if each.name != "int64"}
 
 
 @dataclass(frozen=True)
@@ -129,7 +122,7 @@ def sizes_of_model(
         matrix_bytes=matrix_bytes,
         embedding_bytes=embedding_bytes,
         vector_bytes=4.0 * vectors,
-        state_bytes=config.state_elements * dtype_bytes("float16" if state == "float16" else "float32") + 8,
+        state_bytes=config.state_elements * (2 if state == "float16" else 4) + 8,
         kv_bytes_per_token=2 * 2 * config.num_layers * config.hidden_size,
         config=config,
     )

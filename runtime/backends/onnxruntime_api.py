@@ -8,21 +8,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from retnet_export.runtime.backends.agreement import check_agrees
 from retnet_export.runtime.bundle.manifest import PORTABLE, DType, GraphSpec, Manifest, TensorSpec
+from retnet_export.runtime.element_types import ELEMENT_TYPES
 from retnet_export.runtime.errors import UserError
 
 if TYPE_CHECKING:
     import onnxruntime
 
-TYPES: Mapping[str, DType] = {
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(bfloat16)": "bfloat16",
-    "tensor(int64)": "int64",
-}
+TYPES: Mapping[str, DType] = {f"tensor({each.onnx.lower()})": cast(DType, each.name) for each in ELEMENT_TYPES.values()}
 """Element types by ONNX Runtime's names."""
 WEIGHTS_FOLDER_OPTION = (1, 21)
 """The first that is told where the weights of a graph in memory lie."""

@@ -8,6 +8,7 @@ from typing import Literal
 
 from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.bundle.layout import AXES, Axis, StateLayout
+from retnet_export.runtime.element_types import ELEMENT_TYPES
 
 FORMAT = "retnet-export bundle"
 FORMAT_VERSION = 3
@@ -214,15 +215,10 @@ class Manifest:
             count = 1
             for size in spec.shape[1:]:
                 count *= size
-            total += count * dtype_bytes(spec.dtype)
+            total += count * ELEMENT_TYPES[spec.dtype].bits // 8
         return total
 
     @property
     def weights_bytes(self) -> int:
         """Bytes of the weights file."""
         return self.files["weights.bin"].bytes if "weights.bin" in self.files else 0
-
-
-def dtype_bytes(dtype: DType) -> int:
-    """Bytes of one element."""
-    return {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}[dtype]

@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+from retnet_export.runtime.element_types import ELEMENT_TYPES
 
 
 def advice(document: dict[str, Any], path: Path, version: int) -> str:
@@ -57,7 +57,7 @@ def _quantize(quantization: dict[str, Any], source: str, target: str) -> str:
 
 
 def _precision(document: dict[str, Any]) -> str:
-    return PRECISIONS.get(str(_of(document, "precision", "compute")), "fp32")
+    return ELEMENT_TYPES.get(str(_of(document, "precision", "compute")), ELEMENT_TYPES["float32"]).short
 
 
 def _of(document: dict[str, Any], name: str, field: str) -> object:
