@@ -140,10 +140,9 @@ def test_a_snapshot_file_moves_between_variants(tmp_path):
     assert measure(sessions[1].logits, sessions[0].logits).relative < TOLERANCES["onnxruntime-quantized"].relative
 
 
-def test_activations_and_graphs_for_cuda_do_not_go_together(tmp_path, monkeypatch):
+def test_activations_and_graphs_for_cuda_do_not_go_together(tmp_path):
     source = tiny.bundle(tmp_path, CONFIG, variants=("onnxruntime-cuda",))
     (tmp_path / "text.txt").write_text("words")
-    monkeypatch.setattr("retnet_export.quantize.pipeline.check_installed", lambda: None)
     options = QuantizeOptions("int8", activations="int8", calibration=tmp_path / "text.txt")
     with pytest.raises(UserError, match="it has graphs for onnxruntime-cuda, whose products take activations as floats"):
         quantize_bundle(source, tmp_path / "q.retnet", options)
