@@ -99,7 +99,7 @@ def plot(rows: list[Row], path: Path) -> None:
         axes.set(xscale="log", yscale="log", xlabel="weights file, MB (fp32: 22.6)")
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    wide.set(xlim=(3.2, 13), ylim=(1e-4, 4e-2), ylabel="KL divergence from fp32, nats a token")
+    wide.set(xlim=(3.2, 13), ylim=(1e-4, 4e-2), ylabel="KL divergence from fp32, nats per token")
     wide.set_xticks([4, 5, 6, 8, 10, 12], ["4", "5", "6", "8", "10", "12"])
     close.set(xlim=(3.4, 4.1), ylim=(9e-3, 2.3e-2))
     close.set_xticks([3.4, 3.6, 3.8, 4.0], ["3.4", "3.6", "3.8", "4.0"])

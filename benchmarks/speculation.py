@@ -141,7 +141,7 @@ def main(
     bundle: Annotated[Path | None, typer.Option(help="Measure this bundle.")] = None,
     size: Annotated[str | None, typer.Option(help="Or one of random weights: 148M, 1.5B; else the bundled model.")] = None,
     weights: Annotated[str, typer.Option(help="Of the random bundle: int4, int8, or fp32.")] = "int4",
-    backend: Annotated[str, typer.Option(help="What runs the graph.")] = "auto",
+    backend: Annotated[str, typer.Option(help="Which backend runs the model.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     tokens: Annotated[int, typer.Option(help="Of each text.")] = 400,
     rounds: Annotated[int, typer.Option(help="Turns of each text.")] = 5,

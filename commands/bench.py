@@ -22,18 +22,18 @@ from retnet_export.commands.common import (
 
 def bench(
     bundle: BundlePath,
-    prompt: Annotated[str, typer.Option("-p", "--prompt", metavar="N,N", help="Read prompts of so many tokens: pp512.")] = "512",
-    new: Annotated[str, typer.Option("-n", "--new", metavar="N,N", help="Decode so many tokens: tg128.")] = "128",
-    batches: Annotated[str, typer.Option("-b", "--batches", metavar="N,N", help="So many sequences together.")] = "1",
-    depths: Annotated[str, typer.Option("-d", "--depths", metavar="N,N", help="After so many tokens read before.")] = "0",
-    repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1, help="Times each test counts.")] = 5,
+    prompt: Annotated[str, typer.Option("-p", "--prompt", metavar="N,N", help="Prompt lengths to measure: pp512.")] = "512",
+    new: Annotated[str, typer.Option("-n", "--new", metavar="N,N", help="Numbers of tokens to decode: tg128.")] = "128",
+    batches: Annotated[str, typer.Option("-b", "--batches", metavar="N,N", help="Sequences that decode together.")] = "1",
+    depths: Annotated[str, typer.Option("-d", "--depths", metavar="N,N", help="Tokens read before the measurement.")] = "0",
+    repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1, help="Repetitions of each test.")] = 5,
     backend: BackendName = "auto",
     threads: Threads = None,
     low_memory: LowMemory = None,
     form: Annotated[Literal["table", "md", "csv"], typer.Option("--format", help="How results are printed.")] = "table",
     as_json: Json = False,
 ) -> None:
-    """Measure prompt and decode speed in tokens/s, mean ± deviation, in the manner of llama-bench."""
+    """Measure prompt and decode speed in tokens/s, mean ± deviation, with the tests of llama-bench."""
     from retnet_export.compare.bench import HEAD, cells, comma_separated, line, markdown, run, trials_of
     from retnet_export.compare.machine import cores, description, versions
     from retnet_export.plan.sizes import sizes_of_bundle

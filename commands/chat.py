@@ -1,4 +1,4 @@
-"""`retnet-export chat`: a conversation whose state is a thing to save, fork and rewind."""
+"""`retnet-export chat`: a conversation that you can save, fork and rewind."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ if TYPE_CHECKING:
 
 HELP = """\
 Type a message and press Enter; the model replies. Ctrl-C stops a reply and keeps what was said.
-A message of several lines stands between two lines of \"\"\", or is typed with Alt-Enter. Commands:
+Write a message of several lines between two lines of \"\"\", or press Alt-Enter for a new line. Commands:
   /save FILE    save the conversation; /save! overwrites
-  /load FILE    go on from a saved one
-  /fork         branch off: go on in a copy, the original stays as it is
-  /switch N     go to branch N
-  /rewind [N]   take back the last N messages and their replies (1)
+  /load FILE    continue a saved one
+  /fork         continue in a copy; the original stays unchanged
+  /switch N     continue branch N
+  /rewind [N]   remove the last N messages and their replies (default 1)
   /reset        start again, after the system prompt if there is one
-  /set NAME X   change an option of the replies, as in /set temperature 0.7
-  /show         the options, and where the conversation stands
-  /stats        speed and sizes of the last reply
-  /help         this
+  /set NAME X   change an option, for example /set temperature 0.7
+  /show         show the options and the size of the conversation
+  /stats        show the speed of the last reply
+  /help         show this text
   /quit         leave (or Ctrl-D)
-A message that begins with / is written //.\
+To send a message that begins with /, write //.\
 """
 QUOTES = '"""'
 HISTORY_LINES = 1000
@@ -52,10 +52,10 @@ HISTORY_LINES = 1000
 def chat(
     bundle: BundlePath,
     system: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A text that comes before the conversation; read once.", show_default=False)
+        Path | None, typer.Option(metavar="FILE", help="A text to read before the conversation.", show_default=False)
     ] = None,
     load_state: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Go on from a saved conversation.", show_default=False)
+        Path | None, typer.Option(metavar="FILE", help="Continue a saved conversation.", show_default=False)
     ] = None,
     template: Annotated[
         Path | None,
@@ -63,31 +63,35 @@ def chat(
     ] = None,
     before: Annotated[
         str | None,
-        typer.Option(help=r"Without a template: put before each message, as in 'User: '; \n is a new line.", show_default=False),
+        typer.Option(
+            help=r"Without a template: text before each message, for example 'User: '; \n is a new line.", show_default=False
+        ),
     ] = None,
     after: Annotated[
         str | None,
         typer.Option(
-            help=r"Without a template: put after each message, as in '\nAssistant: '; \n if not given.", show_default=False
+            help=r"Without a template: text after each message, for example '\nAssistant: '; default \n.", show_default=False
         ),
     ] = None,
-    keep: Annotated[int, typer.Option(min=1, help="How many messages /rewind can take back.")] = 16,
+    keep: Annotated[int, typer.Option(min=1, help="How many messages /rewind can remove.")] = 16,
     *,
     options: Options,
     backend: BackendName = "auto",
     threads: Threads = None,
     low_memory: LowMemory = None,
 ) -> None:
-    """Talk to a model: at a terminal, or a line of stdin a message. /help lists what can be done with the conversation."""
+    """Chat with a model in a terminal, or with one message per line of stdin. /help lists the commands."""
     from retnet_export.runtime.bundle.files import read_text
     from retnet_export.runtime.generate.conversation import Conversation
     from retnet_export.runtime.generate.templates import ChatTemplate, PlainTemplate, Template
     from retnet_export.runtime.model import load
 
     if system is not None and load_state is not None:
-        raise ArgumentError("system", "goes without --load-state: a saved conversation has its beginning already")
+        raise ArgumentError("system", "cannot be combined with --load-state: a saved conversation already has its beginning")
     if template is not None and (before is not None or after is not None):
-        raise ArgumentError("template", "goes without --before and --after: it says what stands around a message")
+        raise ArgumentError(
+            "template", "cannot be combined with --before and --after: the template contains the text around a message"
+        )
     text = None if system is None else read_text(system)
     source = None if template is None else read_text(template)
     model = load(bundle, backend, threads=threads, low_memory=low_memory)
@@ -107,7 +111,7 @@ def chat(
 
 
 def _talk(conversation: Conversation) -> None:
-    """Read messages until there are no more. At a terminal a fault is shown and the talk goes on; in a pipe it ends it."""
+    """Read messages until there are no more. In a terminal an error is shown and the chat continues; in a pipe it ends the chat."""
     terminal = sys.stdin.isatty()
     with _line_editing() if terminal else contextlib.nullcontext():
         if terminal:
@@ -126,7 +130,7 @@ def _talk(conversation: Conversation) -> None:
 
 
 def _messages(lines: Iterator[str]) -> Iterator[str]:
-    """Lines, and what stands between two lines that have the quotes as one message."""
+    """Lines; everything between two lines with quotes is one message."""
     for line in lines:
         if not line.startswith(QUOTES):
             yield line
@@ -134,7 +138,7 @@ def _messages(lines: Iterator[str]) -> Iterator[str]:
         parts = [line[len(QUOTES) :]]
         while not parts[-1].rstrip().endswith(QUOTES):
             if (following := next(lines, None)) is None:
-                raise UserError(f"the message that began with {QUOTES} has no end; close it with {QUOTES}")
+                raise UserError(f"the message that begins with {QUOTES} has no end; close it with {QUOTES}")
             parts.append(following)
         parts[-1] = parts[-1].rstrip().removesuffix(QUOTES)
         text = "\n".join(parts).removeprefix("\n").removesuffix("\n")
@@ -143,7 +147,7 @@ def _messages(lines: Iterator[str]) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _line_editing() -> Iterator[None]:
-    """Line editing for `input`, Alt-Enter for a new line in a message, and a history that outlives the talk."""
+    """Line editing for `input`, Alt-Enter for a new line in a message, and a history that is saved."""
     try:
         import readline
     except ImportError:
@@ -157,7 +161,7 @@ def _line_editing() -> Iterator[None]:
     try:
         yield
     finally:
-        # A home that cannot be written has no history: the talk matters more.
+        # If the home folder cannot be written, the chat goes on without a history.
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             readline.write_history_file(folder / "history")
@@ -190,19 +194,19 @@ def _reply(conversation: Conversation, message: str) -> None:
 
 
 def _obey(conversation: Conversation, line: str, terminal: bool) -> bool:
-    """Run a command; false if it ends the talk."""
+    """Run a command; false if it ends the chat."""
     name, _, rest = line.partition(" ")
     argument = rest.strip()
     if name in ("save", "save!", "load"):
         if not argument:
-            raise UserError(f"/{name} needs a file, as in /{name} talk.state")
+            raise UserError(f"/{name} needs a file, for example /{name} talk.state")
         if name == "save" and Path(argument).exists() and not _overwrites(argument, terminal):
             return True
         (conversation.load if name == "load" else conversation.save)(argument)
-        _tell(f"{'going on from' if name == 'load' else 'saved to'} {argument}, {conversation.session.position} tokens")
+        _tell(f"{'continued from' if name == 'load' else 'saved to'} {argument}, {conversation.session.position} tokens")
     elif name == "fork":
         origin = conversation.current
-        _tell(f"branch {conversation.fork() + 1}, a copy; /switch {origin + 1} goes back")
+        _tell(f"branch {conversation.fork() + 1}, a copy; /switch {origin + 1} returns to the original")
     elif name == "switch":
         conversation.switch(_number(name, argument, 0) - 1)
         _tell(f"branch {conversation.current + 1}, {conversation.session.position} tokens")
@@ -226,19 +230,19 @@ def _obey(conversation: Conversation, line: str, terminal: bool) -> bool:
     elif name in ("quit", "exit"):
         return False
     else:
-        raise UserError(f"no command /{name}; /help lists them, and a message that begins with / is written //")
+        raise UserError(f"no command /{name}; /help lists them, and to send a message that begins with /, write //")
     return True
 
 
 def _overwrites(file: str, terminal: bool) -> bool:
-    """Whether a file that is there may be replaced."""
+    """Whether an existing file may be replaced."""
     if not terminal:
-        raise UserError(f"{file}: exists already; /save! {file} overwrites it")
+        raise UserError(f"{file}: already exists; /save! {file} overwrites it")
     return typer.confirm(f"{file} exists. Overwrite it?", err=True)
 
 
 def _show(conversation: Conversation) -> None:
-    where = f"{conversation.session.position} tokens, {len(conversation.messages)} messages, {conversation.kept} to take back"
+    where = f"{conversation.session.position} tokens, {len(conversation.messages)} messages, {conversation.kept} for /rewind"
     rows = [*sampling.shown(conversation.options).items(), ("conversation", where)]
     if conversation.branches > 1:
         rows.append(("branch", f"{conversation.current + 1} of {conversation.branches}"))

@@ -1,4 +1,4 @@
-"""What all commands share: options of one spelling, messages, tables, progress, and errors without tracebacks.
+"""What all commands share: options, messages, tables, progress, and errors without tracebacks.
 
 Rule: stdout carries the result (text, a table, or with --json one JSON document), stderr everything else.
 """
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def bundle_path(given: str) -> Path:
-    """What every command makes of the name of a bundle: a path, or a repository of the Hub, which is then downloaded."""
+    """The folder of a bundle that is named by a path or by a repository of the Hub, which is then downloaded."""
     from retnet_export.runtime.hub import bundle_folder
 
     return bundle_folder(given)
@@ -69,28 +69,32 @@ CheckpointPath = Annotated[
 ]
 Output = Annotated[Path, typer.Option("-o", "--output", metavar="BUNDLE", help="The bundle to write.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
-BackendName = Annotated[Backends, typer.Option("--backend", help="What runs the graph.")]
+Json = Annotated[bool, typer.Option("--json", help="Print only one JSON document on stdout.")]
+BackendName = Annotated[Backends, typer.Option("--backend", help="Which backend runs the model.")]
 Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, help="CPU threads; the backend's choice if not given.", show_default=False)
+    int | None, typer.Option("--threads", min=1, help="CPU threads; default: the backend decides.", show_default=False)
 ]
 WIDE = 1000
-"""Columns of a table that no terminal shows: enough that nothing is folded."""
+"""Width of a table that is not for a terminal: enough to fold nothing."""
 LowMemory = Annotated[
     bool | None,
-    typer.Option("--low-memory/--no-low-memory", help="Prefer memory, or speed; weighed if not given.", show_default=False),
+    typer.Option(
+        "--low-memory/--no-low-memory",
+        help="Use less memory, or be faster; default: depends on the model and the free memory.",
+        show_default=False,
+    ),
 ]
 
 
 class Terminated(KeyboardInterrupt):
-    """The process was asked to end, by SIGTERM: what Ctrl-C cleans up, this cleans up."""
+    """SIGTERM: it cleans up what Ctrl-C cleans up."""
 
 
 class Commands(typer.core.TyperGroup):
     """Turns a fault that the user can fix into one message on stderr and exit code 1, or 2 if a flag is at fault."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """The commands with all that they say of themselves; click cuts it to one line."""
+        """The commands with their whole help; click cuts it to one line."""
         found = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
         with formatter.section("Commands"):
             formatter.write_dl([(name, command.help or "") for name, command in found if command is not None])
@@ -115,27 +119,27 @@ class Commands(typer.core.TyperGroup):
             print_error(str(missing))
             raise typer.Exit(1) from error
         except BrokenPipeError as error:
-            # The reader of our output went away, as in `generate … | head`: nothing to say and nobody to say it to.
+            # The reader of our output has closed it, as in `generate … | head`: exit silently.
             with contextlib.suppress(OSError):
                 sys.stdout = open("/dev/null", "w")  # noqa: SIM115 (lives until exit)
             raise typer.Exit(1) from error
 
     def _flag(self, ctx: Any, name: str) -> str | None:
-        """How the command that ran spells the parameter of that name; None if it has none."""
+        """The option for the parameter of that name in the command that ran; None if there is none."""
         command = self.commands.get(ctx.invoked_subcommand)
         one = name.removesuffix("ies") + "y" if name.endswith("ies") else name.removesuffix("s")
         found = [parameter for parameter in getattr(command, "params", ()) if parameter.name in (name, one)]
         return _spelling(found[0]) if found else None
 
     def _as_typed(self, message: str) -> str:
-        """A message of the library as one types what it names: `state=fp32` is `--state fp32`."""
+        """A message of the library with its arguments as command line options: `state=fp32` is `--state fp32`."""
         flags = {
             parameter.name: _spelling(parameter)
             for command in self.commands.values()
             for parameter in command.params
             if parameter.name is not None and parameter.opts[0].startswith("-")
         }
-        named = re.compile(r"\b([a-z_]+)=(?=[\w'\"./-])|^([a-z_]+) (?=is |has |holds |goes )")
+        named = re.compile(r"\b([a-z_]+)=(?=[\w'\"./-])|^([a-z_]+) (?=is |has |holds |goes |cannot )")
 
         def typed(found: re.Match[str]) -> str:
             flag = flags.get(found[1] or found[2])
@@ -145,14 +149,14 @@ class Commands(typer.core.TyperGroup):
 
 
 def _spelling(parameter: Any) -> str:
-    """How a parameter is typed: its longest flag, or an argument's name in capitals."""
+    """The spelling of a parameter on the command line: its longest flag, or an argument's name in capitals."""
     longest: str = max(parameter.opts, key=len)
     return longest if longest.startswith("-") else longest.upper()
 
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM ends the block by an exception, as SIGINT does, so that everything half-made is removed on the way out."""
+    """SIGTERM raises an exception, as SIGINT does, so that unfinished files are removed."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise Terminated
@@ -169,7 +173,7 @@ def terminable() -> Iterator[None]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C sets a flag that is looked at between tokens, so that it never falls into a step; the second one is the usual."""
+    """Ctrl-C sets a flag that is read between tokens, so that it never interrupts a step; a second Ctrl-C does."""
     interrupted = False
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -212,7 +216,7 @@ def print_json(document: object) -> None:
 
 
 def finite(document: object) -> object:
-    """A JSON document with null for NaN and infinity, as the logarithm of a probability of 0: JSON has no such numbers."""
+    """A JSON document with null for NaN and infinity (the logarithm of a probability of 0): JSON has no such numbers."""
     if isinstance(document, float):
         return document if math.isfinite(document) else None
     if isinstance(document, Mapping):
@@ -223,7 +227,7 @@ def finite(document: object) -> object:
 
 
 def print_table(title: str, rows: Iterable[tuple[str, str]], *, err: bool = False) -> None:
-    """Two columns: what, and its value; on stdout, or stderr with `err`."""
+    """Two columns, name and value; on stdout, or stderr with `err`."""
     from rich.table import Table
 
     table = Table(title=title or None, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -241,7 +245,7 @@ def print_columns(title: str, head: Sequence[str], lines: Iterable[Sequence[str]
     lines = [tuple(line) for line in lines]
     table = Table(title=f"\n{title}", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), header_style="dim")
     for index, name in enumerate(head):
-        # The first column has the names, which are what is typed: they stay whole, whatever the others must do.
+        # The first column has the names that users type: never fold them.
         whole = max(len(line[0]) for line in lines) if index == 0 and lines else None
         table.add_column(name, justify="left" if index == 0 else "right", overflow="fold", no_wrap=index == 0, min_width=whole)
     for line in lines:
@@ -288,15 +292,15 @@ def progress(title: str, *, quiet: bool = False) -> Iterator[Progress]:
 
 
 def numbers(name: str, text: str) -> tuple[int, ...]:
-    """Whole numbers separated by commas; none in an empty text."""
+    """Integers separated by commas; none in an empty text."""
     try:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError as error:
-        raise ArgumentError(name, f"is {text!r}, expected whole numbers separated by commas, as in {name}=0,2048") from error
+        raise ArgumentError(name, f"is {text!r}, expected integers separated by commas, for example {name}=0,2048") from error
 
 
 def size(count: float) -> str:
-    """Bytes for people: 11.3 MB."""
+    """Bytes as text: 11.3 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

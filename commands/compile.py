@@ -18,27 +18,30 @@ def compile_(
     bundle: BundlePath,
     target: Annotated[
         Literal["tensorrt", "tensorrt-rtx"],
-        typer.Option(help="tensorrt is for the GPU of this machine, tensorrt-rtx for RTX GPUs, present or not."),
+        typer.Option(help="tensorrt builds for this machine's GPU, tensorrt-rtx for RTX GPUs, which need not be present."),
     ] = "tensorrt",
     compute_capability: Annotated[
         list[str] | None,
-        typer.Option(help="A GPU to build for, as 8.6 (tensorrt-rtx only); may be repeated.", show_default=False),
+        typer.Option(
+            help="Compute capability of a GPU to build for, for example 8.6 (tensorrt-rtx only); may be repeated.",
+            show_default=False,
+        ),
     ] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="The most sequences that step together.")] = 1,
     candidates: Annotated[int, typer.Option(min=0, help="How many of the largest logits a step picks on the GPU.")] = 64,
     workspace: Annotated[
-        int | None, typer.Option(min=1, metavar="MB", help="Scratch memory for building; TensorRT's choice if not given.")
+        int | None, typer.Option(min=1, metavar="MB", help="Scratch memory for building; default: TensorRT decides.")
     ] = None,
     timing_cache: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Keep what kernels cost here; the next build is quicker.", show_default=False),
+        typer.Option(metavar="FILE", help="File for the times of kernels; makes the next build faster.", show_default=False),
     ] = None,
     separate: Annotated[
-        bool, typer.Option("--separate", help="Decode and prefill as an engine each, and the weights twice.")
+        bool, typer.Option("--separate", help="Build one engine for decode and one for prefill; stores the weights twice.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Build TensorRT engines of a bundle, decode and prefill; they go into its folder engines/."""
+    """Build the TensorRT engines of a bundle. They go into its folder engines/."""
     from retnet_export.export.tensorrt import CompileOptions, compile_bundle
     from retnet_export.runtime.bundle.bundle import open_bundle
     from retnet_export.runtime.bundle.schema import encode
@@ -63,13 +66,13 @@ def compile_(
 
 FORMS = {
     "joined": "decode.onnx and prefill.onnx in one engine, over one copy of the weights",
-    "prefill": "prefill.onnx alone, for one token as well: this TensorRT takes no engine of two graphs",
-    "separate": "decode.onnx and prefill.onnx in an engine each, the weights twice",
+    "prefill": "prefill.onnx alone, also for single tokens: this TensorRT does not accept two graphs in one engine",
+    "separate": "decode.onnx and prefill.onnx in one engine each, with the weights twice",
 }
 INT8 = {
     "planes": "read as two planes of four bits",
-    "fused": "read as they are, in the product's kernel",
-    "floats": "written out as floats at every step: this TensorRT has no better form of them",
+    "fused": "read by the product's kernel as they are",
+    "floats": "converted to floats at every step: this TensorRT has no better form",
 }
 
 
@@ -78,7 +81,7 @@ def print_record(bundle: Bundle, record: EngineRecord) -> None:
     rows += [(name, size(file.bytes)) for name, file in record.files.items()]
     rows.append(("weights", f"{size(record.weights_bytes)} on the device"))
     rows += [
-        (part.role, f"from {part.graph}.onnx, up to {part.max_tokens} tokens a run, {size(part.activation_bytes)} while it runs")
+        (part.role, f"from {part.graph}.onnx, up to {part.max_tokens} tokens per run, {size(part.activation_bytes)} while running")
         for part in record.parts
     ]
     rows.append(("graphs", FORMS[record.form]))
@@ -91,18 +94,18 @@ def print_record(bundle: Bundle, record: EngineRecord) -> None:
 
 
 def print_anatomy(record: EngineRecord) -> None:
-    """What a step and a chunk move through memory, and what of that no engine could do without."""
+    """How many bytes a step and a chunk move, and how many of them every engine must move."""
     for each in record.anatomy:
         what = "a step" if each.role == "decode" else f"a chunk of {each.tokens} tokens"
         parts = f"weights {size(each.weight_bytes)}, state {size(each.state_bytes)}, rest {size(each.other_bytes)}"
         rows = [
             ("kernels", f"{each.kernels}, {each.kernels_per_layer:.1f} a layer"),
             ("moved", f"{size(each.bytes)}: {parts}"),
-            ("floor", f"{size(each.floor_bytes)}; {each.over_floor:.2f} times that is moved"),
+            ("floor", f"{size(each.floor_bytes)}; {each.over_floor:.2f} times as much is moved"),
             ("read from", f"the {each.source}"),
         ]
         if each.role == "decode":
-            rows.insert(2, ("the state", f"passes through memory {each.state_passes:g} times; 2 is the least"))
+            rows.insert(2, ("the state", f"passes through memory {each.state_passes:g} times; at least 2"))
         rows += [("above the floor", f"{size(excess.bytes)} {excess.what}") for excess in each.excess]
         print_table(f"\n{record.stem}: {what}, one sequence", rows)
     if record.anatomy_missing:

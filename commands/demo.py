@@ -25,19 +25,20 @@ def demo(
         "classics.retnet"
     ),
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Another checkpoint than the bundled model.", show_default=False, parser=checkpoint_path)
+        Path | None,
+        typer.Option(help="A checkpoint to use in place of the bundled model.", show_default=False, parser=checkpoint_path),
     ] = None,
     text: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Measure quality on this text; a bundled one if not given.", show_default=False),
+        typer.Option(metavar="FILE", help="Text to measure quality on; default: a bundled text.", show_default=False),
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Quantize to INT4 by gptq, calibrated on this text.", show_default=False),
+        typer.Option(metavar="FILE", help="Quantize to INT4 by gptq with this calibration text.", show_default=False),
     ] = None,
     force: Force = False,
 ) -> None:
-    """The whole path on the bundled model: export, verify, generate, quantize, weigh size, speed and quality, compile, compare."""
+    """Run every stage on the bundled model: export, verify, generate, quantize, evaluate, compile, compare."""
     from retnet_export.quantize.texts import encode
     from retnet_export.runtime.bundle.files import read_text
     from retnet_export.runtime.model import load
@@ -45,11 +46,11 @@ def demo(
     source = checkpoint or EXAMPLE
     if checkpoint is None and not source.is_dir():
         raise UserError(
-            "the bundled model is part of the source tree and not of the installed package: "
-            "run the demo from a clone, or give --checkpoint FOLDER"
+            "the bundled model is in the source tree, not in the installed package: "
+            "run the demo in a clone, or give --checkpoint FOLDER"
         )
     if text is None and not HELD_OUT.is_file():
-        raise UserError("the bundled excerpt is part of the source tree and not of the installed package: give --text FILE")
+        raise UserError("the bundled text is in the source tree, not in the installed package: give --text FILE")
     text = text or HELD_OUT
     texts = {path: read_text(path) for path in (text, calibration) if path is not None}
     again = ["--force"] if force else []
@@ -69,7 +70,7 @@ def demo(
 
 
 def _quantize(bundle: Path, calibration: Path | None, again: Sequence[str]) -> dict[str, Path]:
-    """Quantized copies by name; INT4 by the best method that there is a text for."""
+    """Quantized copies by name; INT4 by the best method that the given texts allow."""
     method = "rtn" if calibration is None else "gptq"
     int8, int4 = (bundle.with_name(f"{bundle.stem}-{weights}.retnet") for weights in ("int8", "int4"))
     _run("quantize", bundle, "-o", int8, "--weights", "int8", *again)
@@ -112,7 +113,7 @@ def _print_trade_offs(bundles: Mapping[str, Path], text: Path) -> None:
 
 
 def _compile(bundle: Path) -> None:
-    """TensorRT-RTX builds for GPUs that are not here; without it the demo says so and goes on."""
+    """TensorRT-RTX builds without a GPU; if it is not installed, the demo says so and continues."""
     from retnet_export.runtime.backends.tensorrt_api import load_module
 
     command = ("compile", bundle, "--target", "tensorrt-rtx", "--compute-capability", "8.6", "--compute-capability", "12.0")
@@ -126,7 +127,7 @@ def _compile(bundle: Path) -> None:
 
 
 def _run(*command: object) -> None:
-    """Run a command as it is printed, in a process of its own: its time and its memory are what a user's would be."""
+    """Run a command as it is printed, in a separate process, so that its time and memory are those that a user would see."""
     _announce(command)
     sys.stdout.flush()
     done = subprocess.run([sys.executable, "-m", "retnet_export", *map(str, command)], check=False)

@@ -9,11 +9,11 @@ import typer
 from retnet_export.commands.common import Json, print_json, print_table
 
 WRITE = ("onnx", "onnx_ir", "ml_dtypes")
-"""What writes graphs."""
+"""Modules that write graphs."""
 NEEDS: Mapping[str, tuple[str, ...]] = {
     "export": WRITE,
     "export (from .pt, .pth, .bin or .ckpt files)": (*WRITE, "torch"),
-    "export (of tokenizers that are no tokenizer.json)": (*WRITE, "transformers", "sentencepiece", "tiktoken"),
+    "export (tokenizers other than tokenizer.json)": (*WRITE, "transformers", "sentencepiece", "tiktoken"),
     "export (from the Hugging Face Hub)": (*WRITE, "huggingface_hub"),
     "verify": (*WRITE, "torch", "onnxruntime"),
     "quantize": WRITE,
@@ -34,11 +34,11 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
     "doctor": (),
     "demo": (*WRITE, "onnxruntime", "torch", "matplotlib"),
 }
-"""The optional modules of each command, and of what it does only when asked; on the CPU. GPUs have rows of their own."""
+"""The optional modules of each command and of its optional features, on the CPU. GPUs have separate rows."""
 
 
 def doctor(ctx: typer.Context, as_json: Json = False) -> None:
-    """Say what works on this machine and, where something does not, the command that would fix it."""
+    """Show what works on this machine, and for everything else the command that fixes it."""
     from retnet_export.runtime.device.doctor import examine
 
     report, commands = examine(), commands_that_work(_registered(ctx))
@@ -50,7 +50,7 @@ def doctor(ctx: typer.Context, as_json: Json = False) -> None:
         if facts:
             print_table(f"\n{title}", list(facts.items()))
     print_table("\npackages", [(name, str(value)) for name, value in report["packages"].items()])
-    for title, rows in (("commands", commands), ("what runs them", report["works"])):
+    for title, rows in (("commands", commands), ("backends", report["works"])):
         print_table(f"\n{title}", [(name, "yes" if fix is None else f"no: {fix}") for name, fix in rows.items()])
 
 
@@ -63,7 +63,7 @@ def _registered(ctx: typer.Context) -> list[str]:
 
 
 def commands_that_work(names: Iterable[str]) -> dict[str, str | None]:
-    """For each command, and for each of its uses that needs more: None, or what to install."""
+    """For each command and optional feature: None if it works, or what to install."""
     from retnet_export.runtime.errors import what_is_missing
 
     names = list(names)

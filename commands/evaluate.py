@@ -21,12 +21,14 @@ def evaluate(
         Path | None,
         typer.Option(metavar="BUNDLE", help="Compare with this bundle, token by token.", show_default=False, parser=bundle_path),
     ] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Read at most so many; all if not given.", show_default=False)] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Read at most this many tokens; default: all.", show_default=False)
+    ] = None,
     steps: Annotated[
         bool | None,
         typer.Option(
             "--steps/--chunks",
-            help="Read token by token, as a device decodes, or in chunks. In chunks if not given, unless the state is float16.",
+            help="Read token by token, as in decoding, or in chunks. Default: in chunks, unless the state is float16.",
             show_default=False,
         ),
     ] = None,
@@ -34,7 +36,7 @@ def evaluate(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Say how well a bundle predicts a text: perplexity, and with --against how far it is from another bundle."""
+    """Measure how well a bundle predicts a text (perplexity), and with --against how much it differs from another bundle."""
     from retnet_export.quantize.evaluation import evaluate as run
     from retnet_export.runtime.model import load
 
@@ -49,7 +51,7 @@ def evaluate(
 
 
 def encode_evaluation(evaluation: Evaluation) -> dict[str, object]:
-    """As JSON and the manifest have it."""
+    """For JSON and the manifest."""
     return asdict(evaluation)
 
 
@@ -57,7 +59,7 @@ def print_evaluation(bundle: Path, evaluation: Evaluation) -> None:
     from retnet_export.quantize.evaluation import GREEDY_TOKENS
 
     rows = [
-        ("perplexity", f"{evaluation.perplexity:.3f} a token"),
+        ("perplexity", f"{evaluation.perplexity:.3f} per token"),
         ("bits per byte", f"{evaluation.bits_per_byte:.4f}"),
     ]
     if (c := evaluation.comparison) is not None:
@@ -65,7 +67,7 @@ def print_evaluation(bundle: Path, evaluation: Evaluation) -> None:
         last = c.state[-1]
         rows += [
             ("against", f"{c.against}: perplexity {c.perplexity:.3f}; this one's is {100 * (c.perplexity_ratio - 1):+.2f} %"),
-            ("divergence", f"KL {c.kl_mean:.2e} nats a token, 99.9 % of tokens below {c.kl_p999:.2e}"),
+            ("divergence", f"KL {c.kl_mean:.2e} nats per token, 99.9 % of tokens below {c.kl_p999:.2e}"),
             ("same best token", f"{100 * c.agreement:.2f} % of positions"),
             (
                 "greedy",

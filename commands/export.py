@@ -26,25 +26,25 @@ def tokenizer_path(given: str) -> Path:
 def export(
     checkpoint: CheckpointPath,
     output: Output,
-    precision: Annotated[Literal["fp32", "fp16", "bf16"], typer.Option(help="Of weights and products.")] = "fp32",
-    state: Annotated[Literal["fp32", "fp16"], typer.Option(help="Of the stored state.")] = "fp32",
-    batch: Annotated[int | None, typer.Option(help="A fixed batch; any if not given.", show_default=False)] = None,
-    chunk: Annotated[int, typer.Option(help="The most tokens that prefill reads at once.")] = 128,
+    precision: Annotated[Literal["fp32", "fp16", "bf16"], typer.Option(help="Number format of weights and products.")] = "fp32",
+    state: Annotated[Literal["fp32", "fp16"], typer.Option(help="Number format of the stored state.")] = "fp32",
+    batch: Annotated[int | None, typer.Option(help="A fixed number of sequences; default: any.", show_default=False)] = None,
+    chunk: Annotated[int, typer.Option(help="Most tokens that prefill reads at once.")] = 128,
     variant: Annotated[
         list[str] | None,
-        typer.Option(help="More graphs to write: onnxruntime-cuda, for its own operators on a GPU.", show_default=False),
+        typer.Option(help="Also write these graphs: onnxruntime-cuda, with ONNX Runtime's GPU operators.", show_default=False),
     ] = None,
     tokenizer: Annotated[
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="Another tokenizer than the checkpoint's: a folder with tokenizer.json, or user/name on the Hub.",
+            help="A tokenizer in place of the checkpoint's: a folder with tokenizer.json, or user/name on the Hub.",
             show_default=False,
             parser=tokenizer_path,
         ),
     ] = None,
     bos: Annotated[
-        str, typer.Option(help="What is read before a text: auto (as the tokenizer does it), none, or a token by its id or text.")
+        str, typer.Option(help="Token before a text: auto (what the tokenizer adds), none, or a token's id or text.")
     ] = "auto",
     force: Force = False,
     as_json: Json = False,
@@ -66,7 +66,7 @@ def export(
 
 
 def summary(bundle: Bundle) -> dict[str, object]:
-    """What `export` and `inspect` say of a bundle."""
+    """What `export` and `inspect` print about a bundle."""
     from retnet_export.graph.card import parameters
 
     manifest = bundle.manifest
@@ -112,18 +112,18 @@ def print_summary(title: str, bundle: Bundle) -> None:
             ),
             *(("graphs", _described(name, variant)) for name, variant in manifest.variants.items()),
             ("weights", size(manifest.weights_bytes)),
-            ("state", f"{size(manifest.state_bytes)} a sequence, at any length"),
-            ("tokenizer", "yes" if manifest.tokenizer else "none: token ids in, token ids out"),
+            ("state", f"{size(manifest.state_bytes)} per sequence, at any length"),
+            ("tokenizer", "yes" if manifest.tokenizer else "none: takes and gives token ids"),
             *_rows_of_text(bundle),
         ],
     )
 
 
 def _described(name: str, variant: Variant) -> str:
-    """portable: decode.onnx, prefill.onnx; any runtime of ONNX opset 20."""
+    """portable: decode.onnx, prefill.onnx; any runtime with ONNX opset 20."""
     files = ", ".join(graph.file for graph in variant.graphs.values())
     if variant.needs is None:
-        return f"{name}: {files}; any runtime of ONNX opset {variant.graphs['decode'].opset}"
+        return f"{name}: {files}; any runtime with ONNX opset {variant.graphs['decode'].opset}"
     place = {"cpu": "a CPU", "cuda": "an NVIDIA GPU"}[variant.needs.provider]
     return f"{name}: {files}; ONNX Runtime {variant.needs.onnxruntime} or later on {place}"
 

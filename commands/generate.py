@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from retnet_export.runtime.generate.stats import Stats
     from retnet_export.runtime.model import Model
 
-NO_RAILS = "not measured: this machine shows no power rails that we know (a Jetson does)"
+NO_RAILS = "not measured: found no power rails (only a Jetson has them)"
 
 
 @sampling.with_sampling()
@@ -45,11 +45,13 @@ def generate(
     bundle: BundlePath,
     prompt: Annotated[
         str | None,
-        typer.Option(help="Text to continue; read from stdin if there is neither this nor a saved state.", show_default=False),
+        typer.Option(help="Text to continue; default: read from stdin, unless a saved state is given.", show_default=False),
     ] = None,
     prompt_ids: Annotated[
         str | None,
-        typer.Option(metavar="IDS", help="Token ids to continue instead of a text, as '1 15043 29892'.", show_default=False),
+        typer.Option(
+            metavar="IDS", help="Token ids to continue in place of a text, for example '1 15043 29892'.", show_default=False
+        ),
     ] = None,
     prompts: Annotated[
         Path | None,
@@ -60,16 +62,16 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="With --prompts: so many at a time.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="With --prompts: how many to generate together.")] = 8,
     load_state: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Go on from a saved state; a prompt is then read after it.", show_default=False),
+        typer.Option(metavar="FILE", help="Continue a saved state; the prompt is read after it.", show_default=False),
     ] = None,
     save_state: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Save the state when done: all that was read and generated. With --max-new-tokens 0, the prompt alone.",
+            help="Save the state at the end. With --max-new-tokens 0 it holds only the prompt.",
             show_default=False,
         ),
     ] = None,
@@ -78,7 +80,7 @@ def generate(
     logprobs: Annotated[
         int | None,
         typer.Option(
-            min=0, help="With --json or --prompts: log-probabilities of the tokens and of the n best.", show_default=False
+            min=0, help="With --json or --prompts: log-probabilities of the tokens and of the N best tokens.", show_default=False
         ),
     ] = None,
     ids: Annotated[bool, typer.Option("--ids", help="Print token ids instead of their text.")] = False,
@@ -86,10 +88,10 @@ def generate(
     threads: Threads = None,
     low_memory: LowMemory = None,
     stats: sampling.ShowStats = False,
-    power: Annotated[bool, typer.Option("--power", help="On a Jetson: read its power rails meanwhile; tokens per joule.")] = False,
+    power: Annotated[bool, typer.Option("--power", help="On a Jetson: measure power and print tokens per joule.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Continue a prompt, streaming the text as it is made; or many prompts at once."""
+    """Continue a prompt, printing the text as it is generated, or many prompts at once."""
     from retnet_export.runtime.device.jetson import PowerMeter
     from retnet_export.runtime.generate.state import Snapshot
     from retnet_export.runtime.generate.stats import Stats
@@ -97,15 +99,15 @@ def generate(
 
     given = [name for name, value in (("prompt", prompt), ("prompt_ids", prompt_ids), ("prompts", prompts)) if value is not None]
     if len(given) > 1:
-        raise ArgumentError(given[1], f"goes without --{given[0].replace('_', '-')}: give one of them")
+        raise ArgumentError(given[1], f"cannot be combined with --{given[0].replace('_', '-')}: give one of them")
     if prompts is not None and save_state is not None:
-        raise ArgumentError("save_state", "goes without --prompts: many prompts end in many states")
+        raise ArgumentError("save_state", "cannot be combined with --prompts: every prompt has its own state")
     if prompts is not None and ids:
-        raise ArgumentError("ids", "goes without --prompts, whose JSON lines have the ids")
+        raise ArgumentError("ids", "cannot be combined with --prompts: its JSON lines already have the ids")
     if logprobs is not None and prompts is None and not as_json:
-        raise ArgumentError("logprobs", "goes with --json or --prompts, which show them")
+        raise ArgumentError("logprobs", "needs --json or --prompts, which print them")
     if save_state is not None and not save_state.absolute().parent.is_dir():
-        raise UserError(f"{save_state}: there is no folder {save_state.parent} to save the state in")
+        raise UserError(f"{save_state}: the folder {save_state.parent} does not exist")
     tokens = None if prompt_ids is None else _ids_from(prompt_ids)
     options = replace(options, logprobs=logprobs)
     before = None if load_state is None else Snapshot.load(load_state)
@@ -133,7 +135,7 @@ def generate(
 
 @dataclass(frozen=True)
 class _Run:
-    """A continuation on its way to the terminal; interrupted, it ends after the token at hand, and what was made is kept."""
+    """A continuation that is being printed; after an interruption it ends with the current token, and the text so far is kept."""
 
     model: Model
     options: Options
@@ -187,7 +189,7 @@ class _Run:
 
 
 def _about(model: Model, stats: Stats) -> dict[str, object]:
-    """On what it ran, and how fast."""
+    """Backend and speed."""
     summary = stats.summary(model.bundle.manifest.state_bytes)
     return {"backend": model.backend.name, "variant": model.backend.variant, "stats": summary}
 
@@ -201,7 +203,7 @@ def _continue_many(
     stats: Stats,
     as_json: bool,
 ) -> bool:
-    """Continue many prompts; false if that was interrupted: what was done by then is printed."""
+    """Continue many prompts; false if interrupted. What was finished by then is printed."""
 
     def record(completion: Completion) -> dict[str, object]:
         about = {"index": completion.index, "prompt": completion.prompt, "seed": completion.seed}
@@ -220,7 +222,7 @@ def _continue_many(
 
 
 def _record(model: Model, pieces: list[Piece], finish: Finish | None, options: Options) -> dict[str, object]:
-    """What --json says of a text."""
+    """What --json prints for a text."""
     made = [piece for piece in pieces if piece.token is not None]
     record: dict[str, object] = {
         "text": "".join(piece.text for piece in pieces),
@@ -242,16 +244,16 @@ def _record(model: Model, pieces: list[Piece], finish: Finish | None, options: O
 
 
 def _ids_from(text: str) -> list[int]:
-    """Token ids from a command line: whole numbers with spaces or commas between, or a JSON list."""
+    """Token ids from a command line: integers separated by spaces or commas, or a JSON list."""
     try:
         return [int(part) for part in text.strip("[] \n").replace(",", " ").split()]
     except ValueError as error:
-        raise ArgumentError("prompt_ids", f"is {text[:40]!r}, expected token ids, as '1 15043 29892'") from error
+        raise ArgumentError("prompt_ids", f"is {text[:40]!r}, expected token ids, for example '1 15043 29892'") from error
 
 
 @dataclass(frozen=True)
 class _Line:
-    """What an object in a .jsonl file may have beside 'prompt': what it does not share with the others."""
+    """The options that an object in a .jsonl file may have in addition to 'prompt'."""
 
     max_new_tokens: int | None = None
     temperature: float | None = None
@@ -267,7 +269,7 @@ class _Line:
 
 
 def _read_prompts(path: Path) -> list[Prompt]:
-    """Prompts line by line, without those that are blank. A line ends with a line feed and nowhere else."""
+    """Prompts line by line, without blank ones. Only a line feed ends a line."""
     from retnet_export.runtime.bundle.files import read_text
 
     text = _from_stdin() if str(path) == "-" else read_text(path)
@@ -278,7 +280,7 @@ def _read_prompts(path: Path) -> list[Prompt]:
             where = f"{path}: line {number}"
             prompts.append(_prompt_from_json(line, where) if path.suffix == ".jsonl" else _prompt(line, {}, where))
     if not prompts:
-        raise UserError(f"{path}: there is no prompt in it, only blank lines")
+        raise UserError(f"{path}: it has no prompt, only blank lines")
     return prompts
 
 

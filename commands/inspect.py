@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def inspect(bundle: BundlePath, as_json: Json = False) -> None:
-    """Check every file of a bundle against its hash and say what the bundle is."""
+    """Compare every file of a bundle with its checksum and describe the bundle."""
     from retnet_export.graph.card import parameters
     from retnet_export.runtime.bundle.bundle import open_bundle
     from retnet_export.runtime.bundle.engines import read_engines
@@ -27,7 +27,7 @@ def inspect(bundle: BundlePath, as_json: Json = False) -> None:
         print_json({**document, **counted})
         return
     manifest = opened.manifest
-    print_summary(f"{bundle}: whole, every file has its hash", opened)
+    print_summary(f"{bundle}: complete; every file matches its checksum", opened)
     print_table("", [("runs here", _variant_here(opened))])
     rows = [(name, f"{size(record.bytes)}  sha256 {record.sha256[:16]}…") for name, record in manifest.files.items()]
     print_table("\nfiles", rows)
@@ -49,7 +49,7 @@ def inspect(bundle: BundlePath, as_json: Json = False) -> None:
     for record in engines:
         print_anatomy(record)
     checked = manifest.verification
-    verdict = "never; run `retnet-export verify`" if checked is None else ("passed" if checked.get("passed") else "FAILED")
+    verdict = "not yet; run `retnet-export verify`" if checked is None else ("passed" if checked.get("passed") else "FAILED")
     print_table("\nrecord", [("verified", verdict), *((name, str(value)) for name, value in manifest.provenance.items())])
 
 

@@ -23,38 +23,38 @@ HEAD = ("device", "fits", "peak", "tokens/s", "range", "Transformer at 8k", "lar
 def plan(
     bundle: Annotated[
         Path | None,
-        typer.Argument(metavar="[BUNDLE]", help="A bundle; or give the model's sizes.", show_default=False, parser=bundle_path),
+        typer.Argument(
+            metavar="[BUNDLE]", help="A bundle. Without one, give the model's sizes.", show_default=False, parser=bundle_path
+        ),
     ] = None,
     device: Annotated[
-        list[str] | None, typer.Option(help="A device, as orin-nano-8gb; may be repeated.", show_default=False)
+        list[str] | None, typer.Option(help="A device, for example orin-nano-8gb; may be repeated.", show_default=False)
     ] = None,
-    devices: Annotated[bool, typer.Option("--devices", help="All devices that the planner knows.")] = False,
+    devices: Annotated[bool, typer.Option("--devices", help="All known devices.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Sequences that step together.")] = 1,
-    layers: Annotated[int | None, typer.Option(min=1, help="Without a bundle: layers.", show_default=False)] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Without a bundle: number of layers.", show_default=False)] = None,
     width: Annotated[int | None, typer.Option(min=2, help="Without a bundle: width of the residual.", show_default=False)] = None,
-    heads: Annotated[
-        int | None, typer.Option(min=1, help="Heads; one for each 256 of the width if not given.", show_default=False)
-    ] = None,
-    ffn: Annotated[int | None, typer.Option(min=1, help="Inner width of the FFN; twice the width if not given.")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Number of heads; default: width / 256.", show_default=False)] = None,
+    ffn: Annotated[int | None, typer.Option(min=1, help="Inner width of the FFN; default: twice the width.")] = None,
     vocabulary: Annotated[
-        int | None, typer.Option(min=1, help="Size of the vocabulary; 32000 if not given.", show_default=False)
+        int | None, typer.Option(min=1, help="Size of the vocabulary; default: 32000.", show_default=False)
     ] = None,
     weights: Annotated[
         Literal["fp32", "fp16", "bf16", "int8", "int4", "fp8", "fp4"] | None,
-        typer.Option(help="Of the weights; fp16 if not given.", show_default=False),
+        typer.Option(help="Number format of the weights; default: fp16.", show_default=False),
     ] = None,
     state: Annotated[
-        Literal["fp32", "fp16"] | None, typer.Option(help="Of the stored state; fp32 if not given.", show_default=False)
+        Literal["fp32", "fp16"] | None, typer.Option(help="Number format of the stored state; default: fp32.", show_default=False)
     ] = None,
     calibrate: Annotated[
         list[Path] | None,
         typer.Option(
-            metavar="REPORT", help="A report of scripts/jetson-check.sh from the one --device; may be repeated.", show_default=False
+            metavar="REPORT", help="A report of scripts/jetson-check.sh from that --device; may be repeated.", show_default=False
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a model needs on a device, and how fast it will be there, without running it."""
+    """Predict what a model needs on a device, and how fast it will be there, without running it."""
     from retnet_export.plan.calibration import read_report
     from retnet_export.plan.devices import DEVICES, find_device
     from retnet_export.plan.outlook import outlook
@@ -65,7 +65,7 @@ def plan(
     if not chosen:
         raise ArgumentError("device", f"is missing: give one or more, or --devices for all of {', '.join(DEVICES)}")
     if calibrate and len(chosen) != 1:
-        raise ArgumentError("calibrate", "goes with exactly one --device, whose reports they are")
+        raise ArgumentError("calibrate", "needs exactly one --device: the one that the reports are from")
     measured = [row for report in calibrate or () for row in read_report(report)]
     outlooks = [(spec, outlook(sizes, spec, batch, chunk, formats, step, measured)) for spec in chosen]
     if as_json:
@@ -107,16 +107,16 @@ def _model(
             "state": state,
         }
         if others := [option for option, value in given.items() if value is not None]:
-            raise ArgumentError(others[0], "goes without a bundle, which says itself what it is; give one of the two")
+            raise ArgumentError(others[0], "cannot be combined with a bundle, which has its own sizes; give one of the two")
         manifest = open_bundle(bundle, check_hashes=False).manifest
         precision = (manifest.precision.weights, manifest.precision.compute)
         return sizes_of_bundle(manifest), manifest.graphs["prefill"].chunk_size, str(bundle), precision
     if layers is None or width is None:
-        raise ArgumentError("bundle", "is missing: give one, or a model's sizes, as in --layers 24 --width 2048")
+        raise ArgumentError("bundle", "is missing: give one, or a model's sizes, for example --layers 24 --width 2048")
     weights, state = weights or "fp16", state or "fp32"
     heads = heads or max(1, width // 256)
     if width % (2 * heads):
-        raise ArgumentError("width", f"is {width}, with {heads} heads: a head's keys must be an even number; give --heads")
+        raise ArgumentError("width", f"is {width}, with {heads} heads: the key size of a head must be even; give --heads")
     config = ModelConfig(
         vocab_size=vocabulary or 32000,
         hidden_size=width,
@@ -133,7 +133,7 @@ def _model(
 
 
 def _counted_step(bundle: Path) -> Anatomy | None:
-    """What a step does in an engine of the bundle: in one for a GPU that was there when it was built, if there are several."""
+    """The anatomy of a step in an engine of the bundle. If there are several, prefer one that was built on its own GPU."""
     from retnet_export.runtime.bundle.bundle import open_bundle
     from retnet_export.runtime.bundle.engines import read_engines, sources_of
 
@@ -169,22 +169,22 @@ def _print_one(name: str, sizes: Sizes, batch: int, spec: DeviceSpec, result: Ou
     )
     rows = [
         ("model", f"{sizes.parameters / 1e6:,.0f} million parameters, weights {size(sizes.weights_bytes)}"),
-        ("state", f"{size(sizes.state_bytes)} a sequence, at any length"),
+        ("state", f"{size(sizes.state_bytes)} per sequence, at any length"),
         (
             "a step reads and writes",
             size(prediction.bytes_per_step)
-            + (", as its sizes say; compile counts it" if prediction.kernels is None else f" in {prediction.kernels} kernels"),
+            + (", by its sizes; `compile` counts exactly" if prediction.kernels is None else f" in {prediction.kernels} kernels"),
         ),
         ("memory", f"{size(result.at_rest)} at rest, {size(result.at_peak)} at peak, of {size(spec.usable_bytes)} usable"),
         ("fits", "yes" if result.fits else f"NO: {result.why_not}"),
         ("largest batch", f"{result.largest_batch:,}"),
         (
             "tokens/s",
-            f"{prediction.tokens_per_second:.0f} at batch {batch}, between {prediction.low:.0f} and {prediction.high:.0f}"
+            f"{prediction.tokens_per_second:.0f} at batch {batch}, range {prediction.low:.0f} to {prediction.high:.0f}"
             if result.fits
             else "none: it does not fit",
         ),
-        ("a Transformer, by context", rates),
+        ("a Transformer's speed, by context", rates),
         ("from", result.basis),
     ]
     print_table(f"{name} on {spec.name}", rows)

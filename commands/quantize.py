@@ -20,44 +20,46 @@ def quantize(
     output: Output,
     weights: Annotated[
         Literal["int8", "int4", "fp8"],
-        typer.Option(help="Of all matrices but embedding and head; fp8 goes with --activations fp8."),
+        typer.Option(help="Format of all matrices except embedding and head; fp8 needs --activations fp8."),
     ] = "int4",
     group_size: Annotated[
         int | None,
         typer.Option(
             metavar="N",
-            help="Inputs that share a scale: 16, 32, 64, 128 or 256; 64 for int4 and all of an output for int8 if not given.",
+            help="Inputs that share a scale: 16, 32, 64, 128 or 256; default: 64 for int4, all inputs of an output for int8.",
             show_default=False,
         ),
     ] = None,
     method: Annotated[
-        Literal["rtn", "gptq", "awq"], typer.Option(help="rtn rounds to nearest; the others need --calibration.")
+        Literal["rtn", "gptq", "awq"], typer.Option(help="rtn rounds to nearest; the other methods need --calibration.")
     ] = "rtn",
-    embedding: Annotated[Literal["int8", "int4", "keep"], typer.Option(help="Of the embedding.")] = "int8",
+    embedding: Annotated[Literal["int8", "int4", "keep"], typer.Option(help="Format of the embedding.")] = "int8",
     head: Annotated[
-        Literal["int8", "int4", "keep", "fp8"], typer.Option(help="Of the output head; fp8 goes with --activations fp8.")
+        Literal["int8", "int4", "keep", "fp8"], typer.Option(help="Format of the output head; fp8 needs --activations fp8.")
     ] = "int8",
     calibration: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE", help="A text of all the kinds that the model is to continue, best 30 kB and more.", show_default=False
-        ),
+        typer.Option(metavar="FILE", help="A text of every kind that the model will continue, 30 kB or more.", show_default=False),
     ] = None,
     state: Annotated[
-        Literal["fp16"] | None, typer.Option(help="Of the stored state; as it is if not given.", show_default=False)
+        Literal["fp16"] | None, typer.Option(help="Number format of the stored state; default: unchanged.", show_default=False)
     ] = None,
     activations: Annotated[
         Literal["int8", "fp8"] | None,
-        typer.Option(help="Of what flows into products with such weights, for TensorRT; needs --calibration.", show_default=False),
+        typer.Option(help="Format of the inputs of products, for TensorRT; needs --calibration.", show_default=False),
     ] = None,
     evaluate: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Then compare with the float bundle on this text; recorded.", show_default=False),
+        typer.Option(
+            metavar="FILE",
+            help="Then compare with the float bundle on this text, and record the result in the bundle.",
+            show_default=False,
+        ),
     ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Make a bundle smaller and faster: integer weights in standard ONNX; says what that costs in quality."""
+    """Make a bundle smaller and faster with integer weights in standard ONNX. --evaluate measures the cost in quality."""
     from retnet_export.commands.evaluate import encode_evaluation, print_evaluation
     from retnet_export.quantize.evaluation import evaluate as run_evaluation
     from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle

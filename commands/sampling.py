@@ -35,28 +35,28 @@ def _many(kind: Any, text: str, *names: str, metavar: str | None = None) -> Any:
 
 
 FLAGS: dict[str, tuple[Any, Any]] = {
-    "max_new_tokens": (_flag(int, "Stop after so many tokens.", min=0), 128),
+    "max_new_tokens": (_flag(int, "Most tokens to generate.", min=0), 128),
     "temperature": (_flag(float, "0 is greedy."), 0.8),
-    "top_k": (_flag(int, "Draw from the k most probable tokens; 0: from all."), 0),
-    "top_p": (_flag(float, "Draw from the most probable tokens that reach this probability."), 0.95),
-    "min_p": (_flag(float, "Draw from tokens at least so probable, relative to the most probable one; 0: from all."), 0.0),
-    "repetition_penalty": (_flag(float, "Divide the logits of tokens in the prompt or the text; 1: none."), 1.0),
-    "presence_penalty": (_flag(float, "Subtract from the logits of tokens already generated."), 0.0),
-    "frequency_penalty": (_flag(float, "Subtract for each time a token was generated."), 0.0),
+    "top_k": (_flag(int, "Draw from the K most probable tokens; 0: from all."), 0),
+    "top_p": (_flag(float, "Draw from the most probable tokens that together have this probability."), 0.95),
+    "min_p": (_flag(float, "Draw from tokens with at least this probability relative to the most probable one; 0: from all."), 0.0),
+    "repetition_penalty": (_flag(float, "Divide the logits of tokens in the prompt or the text by this; 1: off."), 1.0),
+    "presence_penalty": (_flag(float, "Subtract this from the logits of tokens already generated."), 0.0),
+    "frequency_penalty": (_flag(float, "Subtract this from a token's logit for each time it was generated."), 0.0),
     "logit_bias": (_many(list[str], "Add to a token's logit, by id; -inf bans it", metavar="ID=BIAS"), None),
-    "seed": (_flag(int | None, "Same seed, same text; one is drawn if not given.", show_default=False), None),
+    "seed": (_flag(int | None, "The same seed gives the same text; default: a random seed.", show_default=False), None),
     "speculate": (
         _flag(
             str,
-            "Guess tokens ahead from what the text repeats, and check them in one pass: as many as pay, none, or up to N. "
+            "Guess tokens from repetitions in the text and check them in one pass: auto, off, or up to N. "
             "Changes the speed, not the text.",
             metavar="auto|off|N",
         ),
         "auto",
     ),
     "stop": (_many(list[str], r"End before this text, in which \n is a new line"), None),
-    "min_new_tokens": (_flag(int, "Do not end before so many tokens.", min=0), 0),
-    "ignore_ends": (_flag(bool, "Go on where the model would end the text.", "--ignore-ends"), False),
+    "min_new_tokens": (_flag(int, "Least tokens to generate.", min=0), 0),
+    "ignore_ends": (_flag(bool, "Continue when the model would end the text.", "--ignore-ends"), False),
     "stop_tokens": (_many(list[int], "End before this token", "--stop-token", metavar="ID"), None),
 }
 """By field of `Options`: the flag's type and description, and its default."""
@@ -96,7 +96,7 @@ def with_sampling(**defaults: Any) -> Callable[[Command], Command]:
 
 
 def _changes(given: dict[str, Any]) -> dict[str, Any]:
-    """Fields of `Options` from what the flags gave."""
+    """Fields of `Options` from the flags."""
     meant: dict[str, Callable[[Any], Any]] = {
         "logit_bias": biases_from,
         "speculate": speculation_from,
@@ -108,19 +108,19 @@ def _changes(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def field_called(name: str) -> str:
-    """The field of `Options` that a flag or the field itself names.
+    """The field of `Options` for a flag's or a field's name.
 
     Raises:
         UserError: there is no such option.
     """
     field = next((field for field in FLAGS if name.replace("-", "_") in (field, field.removesuffix("s"))), None)
     if field is None:
-        raise UserError(f"no option {name!r}; there are {', '.join(FLAGS)}")
+        raise UserError(f"unknown option {name!r}; expected one of {', '.join(FLAGS)}")
     return field
 
 
 def changed(options: Options, field: str, value: str) -> Options:
-    """The options with one of them as a text says.
+    """The options with one of them changed to a value given as text.
 
     Raises:
         UserError: the value is none for it.
@@ -151,7 +151,7 @@ def shown(options: Options) -> dict[str, str]:
 
 
 def drawn_seed() -> int:
-    """A seed for those who gave none; short enough to be typed again."""
+    """A random seed, short enough to type."""
     import secrets
 
     return secrets.randbelow(1_000_000)
@@ -161,7 +161,7 @@ ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 
 def unescaped(text: str) -> str:
-    r"""What an option's text means: \n, \t, \r and \\ are what they are in most languages, any other \ is itself."""
+    r"""An option's text with its escapes \n, \t, \r and \\ replaced; any other \ stays."""
     return re.sub(r"\\([ntr\\])", lambda found: ESCAPES[found[1]], text)
 
 
@@ -177,7 +177,7 @@ def biases_from(entries: Sequence[str] | None) -> dict[int, float]:
         try:
             biases[int(token)] = float(bias)
         except ValueError as error:
-            raise ArgumentError("logit_bias", f"is {entry!r}, expected ID=BIAS, as in 13=-5 or 13=-inf") from error
+            raise ArgumentError("logit_bias", f"is {entry!r}, expected ID=BIAS, for example 13=-5 or 13=-inf") from error
     return biases
 
 
@@ -190,7 +190,7 @@ def speculation_from(text: str) -> int | None:
     if text in ("auto", "off"):
         return None if text == "auto" else 0
     if not text.isascii() or not text.isdigit():
-        raise ArgumentError("speculate", f"is {text!r}, expected auto, off, or the most tokens to guess at once, as in 8")
+        raise ArgumentError("speculate", f"is {text!r}, expected auto, off, or the most tokens to guess at once, for example 8")
     return int(text)
 
 
@@ -207,7 +207,7 @@ def print_stats(stats: Stats, model: Model, seed: int | None) -> None:
     print_table(
         "",
         [
-            ("first token", shown("time_to_first_token_ms", ".1f", "ms after the prompt was given")),
+            ("first token", shown("time_to_first_token_ms", ".1f", "ms after the prompt")),
             ("prompt", f"{stats.prompt_tokens} tokens, {shown('prompt_tokens_per_second', '.0f', 'tokens/s')}"),
             ("generated", f"{stats.new_tokens} tokens, {shown('tokens_per_second', '.0f', 'tokens/s')}"),
             (

@@ -15,55 +15,60 @@ from retnet_export.runtime.errors import ArgumentError, MissingExtraError, UserE
 
 def serve(
     bundle: BundlePath,
-    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 is everywhere: then use keys.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network: use keys then.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: a free one.")] = 8000,
     api_key: Annotated[
         list[str] | None,
-        typer.Option(help="A key that clients must send; may be repeated. Also from RETNET_API_KEY.", show_default=False),
+        typer.Option(help="A key that clients must send; may be repeated. Also read from RETNET_API_KEY.", show_default=False),
     ] = None,
     api_key_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Keys, one a line; lines with # are not.", show_default=False)
+        Path | None,
+        typer.Option(metavar="FILE", help="A file of keys, one per line; lines with # are comments.", show_default=False),
     ] = None,
     max_batch: Annotated[int, typer.Option(min=1, max=1024, help="Texts that are generated together.")] = 8,
-    max_queue: Annotated[int, typer.Option(min=0, help="Texts that may wait beyond those; then clients get 429.")] = 64,
+    max_queue: Annotated[int, typer.Option(min=0, help="Texts that may wait; further requests get 429.")] = 64,
     cache_mb: Annotated[int, typer.Option(min=0, help="Memory for the prefix cache; 0: none.")] = 512,
     cache_dir: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Keep the prefix cache here over restarts.", show_default=False)
+        Path | None, typer.Option(metavar="FOLDER", help="Folder that keeps the prefix cache over restarts.", show_default=False)
     ] = None,
     states: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Where /slots saves and restores named states.", show_default=False)
     ] = None,
     read_tokens: Annotated[
-        int, typer.Option(min=1, help="Prompt tokens read between two steps of others; fewer are smoother, more are faster.")
+        int,
+        typer.Option(
+            min=1,
+            help="Prompt tokens read between two steps of other texts; fewer: smoother for them, more: faster for the prompt.",
+        ),
     ] = 32,
-    max_prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt, at most.")] = 32_768,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 4_096,
-    max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request, at most.")] = 4_000_000,
+    max_prompt: Annotated[int, typer.Option(min=1, help="Most tokens of a prompt.")] = 32_768,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 4_096,
+    max_body: Annotated[int, typer.Option(min=1, help="Most bytes of a request.")] = 4_000_000,
     alias: Annotated[list[str] | None, typer.Option(help="Another name of the model; may be repeated.", show_default=False)] = None,
     template: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A chat template (Jinja), instead of the bundle's.", show_default=False)
     ] = None,
     before: Annotated[
-        str, typer.Option(help=r"Without a template: put before each message, as in 'User: '; \n is a new line.")
+        str, typer.Option(help=r"Without a template: text before each message, for example 'User: '; \n is a new line.")
     ] = "",
-    after: Annotated[str, typer.Option(help=r"Without a template: put after each message, as in '\nAssistant: '.")] = r"\n",
+    after: Annotated[str, typer.Option(help=r"Without a template: text after each message, for example '\nAssistant: '.")] = r"\n",
     cors: Annotated[
         list[str] | None,
-        typer.Option(metavar="ORIGIN", help="A site whose pages may ask; * is all; may be repeated.", show_default=False),
+        typer.Option(
+            metavar="ORIGIN", help="A site whose pages may send requests; *: all sites; may be repeated.", show_default=False
+        ),
     ] = None,
-    allow_host: Annotated[
-        list[str] | None, typer.Option(help="Another name that clients reach this machine by.", show_default=False)
-    ] = None,
+    allow_host: Annotated[list[str] | None, typer.Option(help="Another host name of this machine.", show_default=False)] = None,
     speculate: Annotated[
         str,
-        typer.Option(metavar="auto|off|N", help="Guess tokens ahead and check them in one pass: as many as pay, none, or up to N."),
+        typer.Option(metavar="auto|off|N", help="Guess tokens and check them in one pass: auto, off, or up to N."),
     ] = "auto",
-    patience: Annotated[float, typer.Option(min=0, help="Seconds that running requests get after SIGTERM.")] = 30.0,
+    patience: Annotated[float, typer.Option(min=0, help="Seconds that running requests may take to finish after SIGTERM.")] = 30.0,
     backend: BackendName = "auto",
     threads: Threads = None,
     low_memory: LowMemory = None,
 ) -> None:
-    """Serve a bundle to OpenAI's clients, with a chat page at /. Ends in good order on SIGTERM or Ctrl-C."""
+    """Serve a bundle to OpenAI's clients, with a chat page at /. SIGTERM or Ctrl-C lets running requests finish."""
     try:
         from retnet_export.serve.server import run
         from retnet_export.serve.service import Limits
@@ -101,7 +106,7 @@ def serve(
 
 
 def _keys(given: list[str] | None, path: Path | None) -> tuple[str, ...]:
-    """Keys from everywhere.
+    """Keys from options, files and the environment.
 
     Raises:
         UserError: the file cannot be read or has none.
@@ -112,7 +117,7 @@ def _keys(given: list[str] | None, path: Path | None) -> tuple[str, ...]:
     if path is not None:
         found = [line.strip() for line in read_text(path).splitlines() if line.strip() and not line.startswith("#")]
         if not found:
-            raise UserError(f"{path}: there is no key in it; expected one a line")
+            raise UserError(f"{path}: it has no key; expected one per line")
         keys += found
     if any(not key.strip() for key in keys):
         raise ArgumentError("api_key", "is empty")

@@ -14,25 +14,27 @@ from retnet_export.runtime.errors import ArgumentError, UserError
 
 def tokenize(
     bundle: BundlePath,
-    text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="The text; stdin if not given.", show_default=False)] = None,
+    text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="The text; default: stdin.", show_default=False)] = None,
     file: Annotated[Path | None, typer.Option(metavar="FILE", help="Read the text from a file.", show_default=False)] = None,
     prefix: Annotated[
-        bool, typer.Option("--prefix/--no-prefix", help="With the tokens that begin a text, as `generate` reads it.")
+        bool, typer.Option("--prefix/--no-prefix", help="Include the tokens that begin a text, as `generate` does.")
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """Show the tokens of a text: their ids, and what the vocabulary calls them."""
+    """Show the tokens of a text: their ids and their names in the vocabulary."""
     from retnet_export.runtime.bundle.bundle import open_bundle
     from retnet_export.runtime.bundle.files import read_text
     from retnet_export.runtime.generate.tokenizer import Tokenizer
 
     if text is not None and file is not None:
-        raise ArgumentError("file", "goes without TEXT: give one of them")
+        raise ArgumentError("file", "cannot be combined with TEXT: give one of them")
     content = read_text(file) if file is not None else sys.stdin.read() if text is None else text
     opened = open_bundle(bundle, check_hashes=False)
     spec = opened.manifest.tokenizer
     if spec is None:
-        raise UserError(f"{bundle}: the bundle has no tokenizer; put tokenizer.json beside the checkpoint and export it again")
+        raise UserError(
+            f"{bundle}: the bundle has no tokenizer; put tokenizer.json into the checkpoint's folder and export it again"
+        )
     tokenizer = Tokenizer(opened.file(spec.file), spec)
     ids = [*(tokenizer.begin() if prefix else ()), *tokenizer.encode(content)]
     if as_json:

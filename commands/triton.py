@@ -13,16 +13,16 @@ from retnet_export.commands.common import BundlePath, Force
 def triton(
     bundle: BundlePath,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The repository to write.", show_default=False)],
-    name: Annotated[str | None, typer.Option(help="Of the model; the bundle's if not given.", show_default=False)] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the model; default: the bundle's.", show_default=False)] = None,
     instances: Annotated[int, typer.Option(min=1, help="Copies of each model (on each GPU).")] = 1,
     max_batch: Annotated[int, typer.Option(min=1, help="Sequences that generate together in an instance.")] = 8,
     gpu: Annotated[
-        list[int] | None, typer.Option(min=0, help="A GPU to run on; may be repeated; none: the CPU.", show_default=False)
+        list[int] | None, typer.Option(min=0, help="A GPU to run on; may be repeated; default: the CPU.", show_default=False)
     ] = None,
-    step: Annotated[Literal["onnxruntime", "tensorrt"], typer.Option(help="What runs the bare step.")] = "onnxruntime",
+    step: Annotated[Literal["onnxruntime", "tensorrt"], typer.Option(help="What runs the single step.")] = "onnxruntime",
     force: Force = False,
 ) -> None:
-    """Write a model repository for Triton Inference Server: a streaming text model, and the bare step with Triton's own state."""
+    """Write a model repository for Triton Inference Server: a model that streams text, and single steps."""
     from retnet_export.runtime.bundle.bundle import open_bundle
     from retnet_export.serve.triton import TritonOptions, write_repository
 

@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 def verify(
     bundle: BundlePath,
     checkpoint: Annotated[
-        Path, typer.Option(help="The checkpoint it was exported from.", show_default=False, parser=checkpoint_path)
+        Path, typer.Option(help="The checkpoint that the bundle was exported from.", show_default=False, parser=checkpoint_path)
     ],
     text: Annotated[
-        Path | None, typer.Option(help="Read this file; a passage of Shakespeare and the Bible if not given.", show_default=False)
+        Path | None, typer.Option(help="Text to read; default: a passage of Shakespeare and the Bible.", show_default=False)
     ] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="Compare at most so many positions.")] = 512,
+    tokens: Annotated[int, typer.Option(min=2, help="Most positions to compare.")] = 512,
     backend: BackendName = "auto",
     by_layer: Annotated[
         bool | None,
@@ -45,7 +45,7 @@ def verify(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare the bundle, stepped token by token, with the checkpoint's parallel form; the result goes into the manifest."""
+    """Compare the bundle, token by token, with the checkpoint's parallel form, and record the result in the manifest."""
     from retnet_export.export.checkpoints import open_checkpoint
     from retnet_export.export.verify import memory_needed, verify_by_layer
     from retnet_export.export.verify import verify as verify_whole
@@ -63,7 +63,7 @@ def verify(
         by_layer = on_cpu and available is not None and needed > available
         if by_layer:
             print_warning(
-                f"the whole graphs would need up to {size(needed)} of memory, {size(available or 0)} are free: they are run a "
+                f"the whole graphs would need up to {size(needed)} of memory, {size(available or 0)} are free: they run a "
                 "layer at a time on onnxruntime; --whole insists"
             )
     passage = None if text is None else read_text(text)

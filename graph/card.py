@@ -95,7 +95,7 @@ def _quality(manifest: Manifest) -> str | None:
     if (pair := record.get("comparison")) is not None:
         rows += [
             (f"perplexity of {pair['against']}", f"{pair['perplexity']:.3f} ({100 * (pair['perplexity_ratio'] - 1):+.2f} %)"),
-            ("KL divergence, nats a token", f"{pair['kl_mean']:.2e}"),
+            ("KL divergence, nats per token", f"{pair['kl_mean']:.2e}"),
             ("same best token", f"{100 * pair['agreement']:.2f} %"),
         ]
     return _table(f"On {record['tokens']:,} tokens of `{record['text']}`:", rows)

@@ -63,7 +63,8 @@ def check_options(options: Choices) -> None:
         raise ArgumentError("head", f"is 'fp8', which needs activations=fp8, not {chosen}; choose head=int8")
     if options.group_size is not None:
         raise ArgumentError(
-            "group_size", f"goes without activations={chosen}: an 8-bit product takes one scale for each output; leave it out"
+            "group_size",
+            f"cannot be combined with activations={chosen}: an 8-bit product takes one scale for each output; leave it out",
         )
     if options.method == "awq":
         raise ArgumentError("method", "is 'awq', which changes the activations that are measured before; choose rtn or gptq")

@@ -81,7 +81,9 @@ class QuantizeOptions:
                 "calibration=FILE",
             )
         if not METHODS[self.method].calibrated and self.calibration is not None and self.activations is None:
-            raise ArgumentError("calibration", f"goes without method={self.method}, which looks at no text; choose gptq or awq")
+            raise ArgumentError(
+                "calibration", f"cannot be combined with method={self.method}, which looks at no text; choose gptq or awq"
+            )
 
     def format_of(self, role: Role, scale: str) -> Format | None:
         """The format of a matrix by what it is for; None: it stays as it is."""

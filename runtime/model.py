@@ -122,8 +122,8 @@ class Model:
         """
         if self._tokenizer is None:
             raise UserError(
-                f"{self.bundle.path}: the bundle has no tokenizer, so it takes and gives token ids only; "
-                "put tokenizer.json beside the checkpoint and export it again"
+                f"{self.bundle.path}: the bundle has no tokenizer, so it takes and gives only token ids; "
+                "put tokenizer.json into the checkpoint's folder and export it again"
             )
         return self._tokenizer
 

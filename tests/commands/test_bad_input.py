@@ -177,11 +177,11 @@ def test_sampling_options_out_of_range(example_bundle):
         (("--prompt", "a", "--stop-token", "-1"), "--stop-token has -1"),
         (("--prompt", "a", "--logit-bias", "4096=1"), "--logit-bias names token 4096"),
         (("--prompt", "a", "--stop", ""), "--stop has an empty text"),
-        (("--prompt", "a", "--logprobs", "2"), "--logprobs goes with --json or --prompts"),
-        (("--prompt", "a", "--prompt-ids", "1"), "--prompt-ids goes without --prompt"),
+        (("--prompt", "a", "--logprobs", "2"), "--logprobs needs --json or --prompts"),
+        (("--prompt", "a", "--prompt-ids", "1"), "--prompt-ids cannot be combined with --prompt"),
         (("--prompt-ids", "1 x"), "--prompt-ids is '1 x', expected token ids"),
-        (("--prompts", "p.txt", "--save-state", "s"), "--save-state goes without --prompts"),
-        (("--prompts", "p.txt", "--ids"), "--ids goes without --prompts"),
+        (("--prompts", "p.txt", "--save-state", "s"), "--save-state cannot be combined with --prompts"),
+        (("--prompts", "p.txt", "--ids"), "--ids cannot be combined with --prompts"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(example_bundle, options, message):

@@ -25,7 +25,7 @@ def invoke(*arguments: object):
 def test_the_table_ends_with_what_it_means_and_where_the_report_lies(bundle, tmp_path):
     result = invoke(bundle, "-o", tmp_path / "report", *QUICK)
     assert result.exit_code == 0, result.output
-    assert "At an empty context the RetNet takes" in result.stdout
+    assert "The RetNet takes" in result.stdout
     assert result.stdout.rstrip().endswith(f"report: {tmp_path / 'report' / 'report.html'}")
     assert {"report.html", "report.json", "prefill.png"} <= {path.name for path in (tmp_path / "report").iterdir()}
 
@@ -39,7 +39,7 @@ def test_json_is_one_document_and_the_same_as_the_file(bundle, tmp_path):
     ("arguments", "message"),
     [
         (("--contexts", "0,-5"), "--contexts holds -5, expected 0 to 1,048,576"),
-        (("--contexts", "long"), "--contexts is 'long', expected whole numbers separated by commas"),
+        (("--contexts", "long"), "--contexts is 'long', expected integers separated by commas"),
         (("--batches", "0"), "--batches holds 0, expected 1 to 1,048,576"),
         (("--memory-budget", "-1"), "--memory-budget is -1, expected gigabytes, more than 0"),
         (("--memory-budget", "0.00001"), "give a larger budget, or quantize the bundle"),

@@ -91,5 +91,5 @@ def test_an_installed_package_without_the_excerpt_asks_for_a_text(tmp_path, monk
     monkeypatch.setattr("retnet_export.commands.demo.HELD_OUT", tmp_path / "absent.txt")
     result = CliRunner().invoke(app, ["demo", "-o", str(tmp_path / "demo.retnet"), "--checkpoint", str(EXAMPLE)])
     assert result.exit_code == 1
-    assert "not of the installed package: give --text FILE" in result.stderr
+    assert "not in the installed package: give --text FILE" in result.stderr
     assert list(tmp_path.iterdir()) == []

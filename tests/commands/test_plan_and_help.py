@@ -65,7 +65,7 @@ def test_a_model_that_does_not_fit_has_no_speed():
 )
 def test_a_size_beside_a_bundle_is_refused(example_bundle, options):
     message = run("plan", example_bundle.path, "--device", "h100", *options, code=2).stderr
-    assert f"{options[0]} goes without a bundle" in message
+    assert f"{options[0]} cannot be combined with a bundle" in message
 
 
 def test_plan_reads_prompts_in_the_chunks_that_export_writes(example_bundle):

@@ -199,7 +199,7 @@ REFUSALS = [
     ({"weights": "int3"}, "weights is 'int3', expected int8, int4 or fp8"),
     ({"group_size": 48}, "group_size is 48, expected 16, 32, 64, 128 or 256"),
     ({"method": "gptq"}, "method is 'gptq', which looks at activations: give it a text of the kind that the model is to continue"),
-    ({"calibration": Path("x.txt")}, "calibration goes without method=rtn, which looks at no text; choose gptq or awq"),
+    ({"calibration": Path("x.txt")}, "calibration cannot be combined with method=rtn, which looks at no text; choose gptq or awq"),
     ({"state": "int8"}, "state is 'int8', expected fp16"),
     ({"embedding": "fp16"}, "embedding is 'fp16', expected int8, int4 or keep"),
 ]
