@@ -286,7 +286,7 @@ def test_options_are_set_and_shown_in_a_chat(bundle, tmp_path):
         assert line in printed
     assert "already exists; /save! " in run("chat", bundle, text=f"/save {state}\n", code=1).stderr
     for wrong, message in (
-        ("/set warmth 1", "no option 'warmth'"),
+        ("/set warmth 1", "unknown option 'warmth'"),
         ("/set top_p x", "expected a number"),
         ("/set top_p 7", "is 7.0, expected more than 0"),
     ):
