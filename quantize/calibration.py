@@ -16,15 +16,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from retnet_export.graph.variants.element_types import InferElementTypes
+from retnet_export.graph.layers import LayerCutter, layer_of, residual_streams
 from retnet_export.quantize.methods import Gram
 from retnet_export.quantize.texts import CHUNK, encode
 from retnet_export.runtime.backends.base import NUMPY_DTYPES
-from retnet_export.runtime.backends.onnxruntime_api import read_weights_from
 from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.bundle.files import read_text
 from retnet_export.runtime.bundle.manifest import state_name
-from retnet_export.runtime.errors import MissingExtraError
 from retnet_export.runtime.model import Model
 
 Array = NDArray[np.generic]
@@ -85,14 +83,13 @@ class LayerRunner:
     """
 
     def __init__(self, source: Bundle, model: ir.Model, tokens: NDArray[np.int64]) -> None:
-        # A copy, since the types of values would go into the quantized bundle otherwise.
-        self._model = InferElementTypes()(ir.from_proto(ir.to_proto(model))).model
-        self._folder = source.file("weights.bin").resolve().parent
+        self._cutter = LayerCutter(model, source.file("weights.bin").resolve().parent, "calibrating")
+        model = self._cutter.model
         shape = next(value.shape for value in model.graph.inputs if value.name == "tokens")
         batch = None if shape is None else shape[0]
         self._tokens = np.resize(tokens, (batch, tokens.shape[1])) if isinstance(batch, int) else tokens
         self._state = {spec.input: spec for spec in source.manifest.state}
-        self._layers = _layers(self._model.graph)
+        self._layers = _layers(model.graph)
         self._x, self._shared = self._run_preamble()
 
     @property
@@ -142,18 +139,18 @@ class LayerRunner:
     def largest_input(self, name: str) -> float:
         """The largest magnitude that flows into a product behind the last layer, to which the stream was carried before."""
         x = self._layers[-1].x_out
-        product = next(node for node in self._model.graph if node.name == name)
+        product = next(node for node in self._cutter.model.graph if node.name == name)
         tap = _name(product.inputs[0])
         if tap == x:
             return max(float(np.abs(values).max()) for values in self._x)
-        session = self._open([x], [tap])
+        session = self._cutter.open([x], [tap])
         return max(float(np.abs(session.run([tap], {x: values})[0]).max()) for values in self._x)
 
     def _run(self, index: int, weights: Mapping[str, Array], taps: Iterable[str]) -> Iterator[Mapping[str, Array]]:
         """Step a layer over the text; yields its residual output and the tapped values, (B, …) each, by name."""
         layer = self._layers[index]
         outputs = list(dict.fromkeys((layer.x_out, layer.state_out, *taps)))
-        session = self._open((layer.x_in, layer.state_in, *layer.shared, *layer.weights), outputs)
+        session = self._cutter.open((layer.x_in, layer.state_in, *layer.shared, *layer.weights), outputs)
         spec = self._state[layer.state_in]
         state: Array = np.zeros((len(self._tokens), *spec.shape[1:]), NUMPY_DTYPES[spec.dtype])
         for x, shared in zip(self._x, self._shared, strict=True):
@@ -167,43 +164,22 @@ class LayerRunner:
         """Everything before the first layer: for each step its input, (B, D), and what layers share."""
         first = self._layers[0].x_in
         outputs = [first, *dict.fromkeys(name for layer in self._layers for name in layer.shared)]
-        inputs = [value.name for value in self._model.graph.inputs if value.name in ("tokens", "position")]
-        session = self._open([name for name in inputs if name], outputs)
+        inputs = [value.name for value in self._cutter.model.graph.inputs if value.name in ("tokens", "position")]
+        session = self._cutter.open([name for name in inputs if name], outputs)
         steps = []
         for step in range(self._tokens.shape[1]):
             feeds = {"tokens": self._tokens[:, step : step + 1], "position": np.full(len(self._tokens), step, np.int64)}
             steps.append(dict(zip(outputs, session.run(outputs, feeds), strict=True)))
         return [values.pop(first) for values in steps], steps
 
-    def _open(self, inputs: Sequence[str], outputs: Sequence[str]):  # type: ignore[no-untyped-def]
-        """A session over the part of the graph between these values; other weights come from the file."""
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise MissingExtraError("onnxruntime", "cpu", "calibrating") from error
-        graph = ir.convenience.extract(self._model.graph, inputs, outputs)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        # Steps of one layer are short: threads that spin between them would only take the cores from each other.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        read_weights_from(self._folder, options, "calibration")
-        part = ir.to_proto(ir.Model(graph, ir_version=self._model.ir_version))
-        return onnxruntime.InferenceSession(
-            part.SerializeToString(),
-            options,
-            providers=["CPUExecutionProvider"],
-            # ONNX Runtime 1.32 fuses a layer norm in float32 with the cast to float16 before it, and then refuses what it made.
-            disabled_optimizers=["LayerNormFusion", "LayerNormFusionL1", "LayerNormFusionL2"],
-        )
-
 
 def _layers(graph: ir.Graph) -> list[_Layer]:
-    """Cut a decode graph at the residual stream, by the names of its nodes: `layers.3.…`."""
+    """Cut a decode graph at the residual stream."""
     nodes: dict[int, list[ir.Node]] = {}
     for node in graph:
-        parts = _name(node).split(".")
-        if parts[0] == "layers":
-            nodes.setdefault(int(parts[1]), []).append(node)
+        if (layer := layer_of(node)) is not None:
+            nodes.setdefault(layer, []).append(node)
+    streams = residual_streams(graph, len(nodes))
     found: list[_Layer] = []
     for index in range(len(nodes)):
         inside = set(nodes[index])
@@ -216,7 +192,7 @@ def _layers(graph: ir.Graph) -> list[_Layer]:
         found.append(
             _Layer(
                 x_in=x_in,
-                x_out=_stream_output(nodes[index], inside),
+                x_out=_name(streams[index]),
                 state_in=state_in,
                 state_out=f"{state_in}_out",
                 shared=tuple(name for name in flowing if name not in (x_in, state_in)),
@@ -239,15 +215,6 @@ def _stream_input(nodes: Sequence[ir.Node], flowing: Sequence[str]) -> str:
         producer = value.producer()
         value = None if producer is None else producer.inputs[0]
     return _name(value)
-
-
-def _stream_output(nodes: Sequence[ir.Node], inside: set[ir.Node]) -> str:
-    return next(
-        _name(value)
-        for node in nodes
-        for value in node.outputs
-        if not value.is_graph_output() and any(user not in inside for user in value.consumers())
-    )
 
 
 def _name(named: ir.Node | ir.Value | None) -> str:

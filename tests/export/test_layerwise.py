@@ -91,5 +91,5 @@ def test_the_command_runs_by_layer_when_asked_and_says_so(tmp_path):
 def test_by_layer_on_another_backend_is_refused(tmp_path):
     command = ["verify", str(tmp_path), "--checkpoint", str(tmp_path), "--by-layer", "--backend", "tensorrt"]
     result = CliRunner().invoke(app, command)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "--by-layer runs on onnxruntime, not on tensorrt" in result.output
