@@ -92,4 +92,4 @@ def test_by_layer_on_another_backend_is_refused(tmp_path):
     command = ["verify", str(tmp_path), "--checkpoint", str(tmp_path), "--by-layer", "--backend", "tensorrt"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 2
-    assert "--by-layer runs on onnxruntime, not on tensorrt" in result.output
+    assert "--by-layer runs on onnxruntime, not on --backend tensorrt" in result.output
