@@ -64,7 +64,7 @@ class Dictated(Continuation):
     """Chooses what it is told, and looks at the largest logit as greedy generation does."""
 
     def __init__(self, options: Options, session: Session, text: Sequence[int]) -> None:
-        super().__init__(options, np.zeros(session.model.bundle.manifest.model.vocab_size, np.int32))
+        super().__init__(options, np.zeros(session.manifest.model.vocab_size, np.int32))
         self._text = iter(text)
 
     def choose(self, view: LogitsView) -> int | None:

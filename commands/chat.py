@@ -224,7 +224,7 @@ def _obey(conversation: Conversation, line: str, terminal: bool) -> bool:
     elif name == "show":
         _show(conversation)
     elif name == "stats":
-        sampling.print_stats(conversation.stats, conversation.session.model, conversation.options.seed)
+        sampling.print_stats(conversation.stats, conversation.model, conversation.options.seed)
     elif name == "help":
         _tell(HELP)
     elif name in ("quit", "exit"):

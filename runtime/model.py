@@ -18,20 +18,19 @@ from retnet_export.runtime.backends.base import Backend
 from retnet_export.runtime.bundle.bundle import Bundle, open_bundle
 from retnet_export.runtime.bundle.files import read_text
 from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.generate.batching import Completion, Prompt, generate_many
 from retnet_export.runtime.generate.generation import OptionChanges, Options
 from retnet_export.runtime.generate.session import Session
 from retnet_export.runtime.generate.state import Snapshot
 from retnet_export.runtime.generate.stats import Stats
 from retnet_export.runtime.generate.templates import ChatTemplate
-from retnet_export.runtime.generate.tokenizer import Tokenizer
+from retnet_export.runtime.generate.tokenizer import Tokenizer, required
 from retnet_export.runtime.hub import bundle_folder
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from typing_extensions import Self, Unpack
-
-    from retnet_export.runtime.generate.batching import Completion, Prompt
 
 
 def load(
@@ -120,12 +119,7 @@ class Model:
         Raises:
             UserError: it has none.
         """
-        if self._tokenizer is None:
-            raise UserError(
-                f"{self.bundle.path}: the bundle has no tokenizer, so it takes and gives only token ids; "
-                "put tokenizer.json into the checkpoint's folder and export it again"
-            )
-        return self._tokenizer
+        return required(self._tokenizer, self.bundle.path)
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -139,7 +133,7 @@ class Model:
             batch: sequences that step together; text goes in and comes out only if it is 1.
             keep: the last so many snapshots are kept for `rewind`, one before each text that is fed.
         """
-        return Session(self, batch, keep=keep)
+        return Session(self.backend, self.bundle.manifest, self._tokenizer, batch, keep=keep)
 
     def generate(
         self, prompt: str | Sequence[int], options: Options | None = None, **changes: Unpack[OptionChanges]
@@ -160,6 +154,4 @@ class Model:
         **changes: Unpack[OptionChanges],
     ) -> Iterator[Completion]:
         """Continue many prompts, up to `batch` at a time; see `batching.generate_many`."""
-        from retnet_export.runtime.generate.batching import generate_many
-
-        return generate_many(self, prompts, options, batch=batch, after=after, stats=stats, **changes)
+        return generate_many(self.session, prompts, options, batch=batch, after=after, stats=stats, **changes)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from retnet_export.runtime.errors import UserError
-from retnet_export.runtime.generate.engine import READ_TOKENS, Cache, Ended, Engine, Event, Failed, Job, Made, Read, check
+from retnet_export.runtime.generate.engine import READ_TOKENS, Cache, Ended, Engine, Event, Failed, Job, Made, Read
 
 if TYPE_CHECKING:
     from retnet_export.runtime.model import Model
@@ -110,8 +110,8 @@ class Scheduler:
         cache: Cache | None = None,
         observer: Observer | None = None,
     ) -> None:
-        self.model, self.most = model, slots + queue
-        self._engine = Engine(model, slots, read_tokens=read_tokens, cache=cache)
+        self.most = slots + queue
+        self._engine = Engine(model.session, slots, read_tokens=read_tokens, cache=cache)
         self._observer = observer
         self._tickets: dict[Job, Ticket] = {}
         self._inbox: deque[Job] = deque()
@@ -141,7 +141,7 @@ class Scheduler:
             ClosedError: no more jobs are taken.
         """
         for job in jobs:
-            check(self.model, job)
+            self._engine.check(job)
         claims = sum(len(job.options) for job in jobs)
         if claims > self.most:
             raise UserError(f"{claims} texts in one request, this server takes at most {self.most}")

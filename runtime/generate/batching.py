@@ -12,15 +12,13 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from retnet_export.runtime.errors import ArgumentError, UserError
-from retnet_export.runtime.generate.engine import Ended, Engine, Failed, Job, Made
+from retnet_export.runtime.generate.engine import Ended, Engine, Failed, Job, Made, OpenSession
 from retnet_export.runtime.generate.generation import Finish, OptionChanges, Options, Piece
 from retnet_export.runtime.generate.state import Snapshot
 from retnet_export.runtime.generate.stats import Stats
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from retnet_export.runtime.model import Model
 
 
 class Prompt:
@@ -74,7 +72,7 @@ class Completion:
 
 
 def generate_many(
-    model: Model,
+    open_session: OpenSession,
     prompts: Iterable[str | Sequence[int] | Prompt],
     options: Options | None = None,
     *,
@@ -86,7 +84,7 @@ def generate_many(
     """Continue many prompts.
 
     Args:
-        model: the model.
+        open_session: of the model.
         prompts: taken one by one as slots free, so there may be any number; a prompt may bring options of its own.
         options: how tokens are chosen and when to stop; `changes` are its fields by name. Prompt i has the seed `seed + i`, unless
             it brings one.
@@ -105,7 +103,7 @@ def generate_many(
         raise ArgumentError("prompts", "is a single text, expected several: generate_many([text])")
     if batch < 1:
         raise ArgumentError("batch", f"is {batch}, expected at least 1")
-    return _in_order(_run(model, enumerate(prompts), chosen, batch, after, stats or Stats()))
+    return _in_order(_run(open_session, enumerate(prompts), chosen, batch, after, stats or Stats()))
 
 
 def _in_order(completions: Iterator[Completion]) -> Iterator[Completion]:
@@ -119,7 +117,7 @@ def _in_order(completions: Iterator[Completion]) -> Iterator[Completion]:
 
 
 def _run(
-    model: Model,
+    open_session: OpenSession,
     prompts: Iterator[tuple[int, str | Sequence[int] | Prompt]],
     options: Options,
     batch: int,
@@ -131,7 +129,7 @@ def _run(
     if not first:
         return
     waiting = chain(first, prompts)
-    engine, beginning = Engine(model, len(first), stats=stats), model.session()
+    engine, beginning = Engine(open_session, len(first), stats=stats), open_session(1)
     if after is not None:
         beginning.restore(after)
     running: dict[Job, Completion] = {}
@@ -144,7 +142,7 @@ def _run(
                 if isinstance(text, (bytes, bytearray)):
                     raise ArgumentError("the prompt", "is bytes, expected a str or token ids; decode it first")
                 tokens = beginning.encode(text) if isinstance(text, str) else text
-                job = Job(tokens, [own], after, with_text=model.bundle.manifest.tokenizer is not None)
+                job = Job(tokens, [own], after, with_text=beginning.manifest.tokenizer is not None)
                 engine.add(job)
             except UserError as error:
                 raise UserError(f"prompt {index}: {error}") from error

@@ -106,7 +106,7 @@ class Conversation:
         after: str = "\n",
         keep: int = 16,
     ) -> None:
-        self._model, self.options = model, options
+        self.model, self.options = model, options
         self.template: Template = template or model.chat_template or PlainTemplate(before, after)
         self._keep = max(keep, 1)
         self._start: _Moment | None = None
@@ -147,7 +147,7 @@ class Conversation:
         Raises:
             UserError: it is empty or cannot be encoded.
         """
-        session, messages = self._model.session(), ({"role": "system", "content": text},)
+        session, messages = self.model.session(), ({"role": "system", "content": text},)
         read = ""
         if isinstance(self.template, PlainTemplate):
             read = text
@@ -201,7 +201,7 @@ class Conversation:
                 if stopped():
                     return
             branch.now = self._after(generation, messages, text, reply)
-            if self._model.tokenizer.decode(tokens) != self._model.tokenizer.decode(tokens, special=True):
+            if self.model.tokenizer.decode(tokens) != self.model.tokenizer.decode(tokens, special=True):
                 branch.now = replace(branch.now, text=None)
             if generation.finish == "end of text" and isinstance(self.template, PlainTemplate):
                 # The model saw it there in training; a template has it in its text.
@@ -307,5 +307,5 @@ class Conversation:
         if not isinstance(self.template, PlainTemplate) or not snapshot.position:
             return _Moment()
         # A text without messages: all that matters of it is how it ends.
-        end = self._model.tokenizer.decode(snapshot.tail)
+        end = self.model.tokenizer.decode(snapshot.tail)
         return _Moment(({"role": "system", "content": end},), end)

@@ -16,13 +16,13 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 
-from retnet_export.runtime.backends.base import chunk_tokens, top_of
+from retnet_export.runtime.backends.base import top_of
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.generate.generation import Continuation, Finish, Options, Piece
 from retnet_export.runtime.generate.sampling import Logits, log_softmax
@@ -31,8 +31,8 @@ from retnet_export.runtime.generate.speculation import Speculation
 from retnet_export.runtime.generate.state import Snapshot
 from retnet_export.runtime.generate.stats import Stats
 
-if TYPE_CHECKING:
-    from retnet_export.runtime.model import Model
+OpenSession = Callable[[int], Session]
+"""Opens a session of so many sequences: `Model.session`."""
 
 logger = logging.getLogger(__name__)
 
@@ -166,10 +166,10 @@ _Row = TypeVar("_Row", _Reading, _Sequence)
 
 
 class Engine:
-    """Runs jobs on one model.
+    """Runs jobs in sessions of one model.
 
     Args:
-        model: the model.
+        open_session: of the model.
         slots: sequences that may generate together.
         read_tokens: prompt tokens between two steps; while nothing generates a chunk of the bundle, if that is more.
         cache: remembers prompts and replies.
@@ -178,17 +178,15 @@ class Engine:
 
     def __init__(
         self,
-        model: Model,
+        open_session: OpenSession,
         slots: int = 8,
         *,
         read_tokens: int = READ_TOKENS,
         cache: Cache | None = None,
         stats: Stats | None = None,
     ) -> None:
-        chunk = chunk_tokens(model.backend, model.bundle.manifest.graphs["prefill"].chunk_size)
-        self.model, self.slots, self.cache, self.stats = model, slots, cache, stats or Stats()
-        self._chunk, self.read_tokens = chunk, read_tokens
-        self._generator, self._reader = model.session(slots), model.session(min(slots, READERS))
+        self.slots, self.cache, self.stats, self.read_tokens = slots, cache, stats or Stats(), read_tokens
+        self._open_session, self._generator, self._reader = open_session, open_session(slots), open_session(min(slots, READERS))
         self._start = self._reader.snapshot()
         self._scorer: Session | None = None
         self._waiting: deque[Job] = deque()
@@ -229,8 +227,24 @@ class Engine:
         Raises:
             UserError: its prompt is empty or not of this vocabulary, or an option does not fit the model.
         """
-        check(self.model, job)
+        self.check(job)
         self._waiting.append(job)
+
+    def check(self, job: Job) -> None:
+        """Refuse a job that cannot be done; from any thread.
+
+        Raises:
+            UserError: its prompt is empty or not of this vocabulary, or an option does not fit the model.
+        """
+        manifest = self._reader.manifest
+        vocabulary = manifest.model.vocab_size
+        if not len(job.tokens):
+            raise UserError("the prompt is empty: give at least one character")
+        if (outside := next((token for token in job.tokens if not 0 <= token < vocabulary), None)) is not None:
+            raise UserError(f"token {outside} is not in the vocabulary of {vocabulary}")
+        tokenizer = self._reader.tokenizer if job.with_text else None
+        for options in job.options:
+            Continuation(options, np.zeros(vocabulary, np.int32), manifest.eos_ids, tokenizer)
 
     def turn(self) -> list[Event]:
         """A step for all, a share of the prompts, and a token each; what became of the jobs, in order."""
@@ -328,7 +342,7 @@ class Engine:
         if not self._readings:
             return
         count = len(self._readings)
-        width = min(max(1, self._budget // count), self._chunk, max(reading.ahead for reading in self._readings))
+        width = min(max(1, self._budget // count), self._reader.chunk, max(reading.ahead for reading in self._readings))
         lengths = np.array([min(width, reading.ahead) for reading in self._readings], np.int64)
         tokens = np.zeros((count, width), np.int64)
         for row, (reading, length) in enumerate(zip(self._readings, lengths, strict=True)):
@@ -364,12 +378,12 @@ class Engine:
         if not self._scoring:
             return
         if self._scorer is None:
-            self._scorer = self.model.session()
+            self._scorer = self._open_session(1)
         reading, session = self._scoring[0], self._scorer
         job, began = reading.job, time.perf_counter()
         if reading.done == 0:
             session.restore(job.after or self._start)
-        part = job.tokens[reading.done : reading.done + min(self._budget, self._chunk)]
+        part = job.tokens[reading.done : reading.done + min(self._budget, self._reader.chunk)]
         try:
             before = session.logits
             rows = [None if before is None else before[0].copy(), *session.score(np.array([part], np.int64))[0]]
@@ -388,7 +402,7 @@ class Engine:
     @property
     def _budget(self) -> int:
         """Prompt tokens to read at once."""
-        return self.read_tokens if self._sequences else max(self.read_tokens, self._chunk)
+        return self.read_tokens if self._sequences else max(self.read_tokens, self._reader.chunk)
 
     def _finish_reading(self, reading: _Reading, snapshot: Snapshot, events: list[Event]) -> None:
         job = reading.job
@@ -441,21 +455,6 @@ class Engine:
 
     def _cache_of(self, job: Job) -> Cache | None:
         return self.cache if job.cached and job.after is None else None
-
-
-def check(model: Model, job: Job) -> None:
-    """Refuse a job that cannot be done.
-
-    Raises:
-        UserError: its prompt is empty or not of this vocabulary, or an option does not fit the model.
-    """
-    vocabulary = model.bundle.manifest.model.vocab_size
-    if not len(job.tokens):
-        raise UserError("the prompt is empty: give at least one character")
-    if (outside := next((token for token in job.tokens if not 0 <= token < vocabulary), None)) is not None:
-        raise UserError(f"token {outside} is not in the vocabulary of {vocabulary}")
-    for options in job.options:
-        Continuation(options, np.zeros(vocabulary, np.int32), model.ends, model.tokenizer if job.with_text else None)
 
 
 def score(token: int, logits: Logits | None, count: int) -> Piece:

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet_export.runtime.backends.base import Narrowing, PassCost, Stream, chunk_tokens, initial_state
+from retnet_export.runtime.backends.base import Backend, Narrowing, PassCost, Stream, chunk_tokens, initial_state
+from retnet_export.runtime.bundle.manifest import Manifest
 from retnet_export.runtime.errors import ArgumentError, UserError
 from retnet_export.runtime.generate.generation import Continuation, Generation, OptionChanges, Options, Piece
 from retnet_export.runtime.generate.sampling import Logits, Row, Tokens
 from retnet_export.runtime.generate.speculation import History, Speculation, length_of_drafts
 from retnet_export.runtime.generate.state import Snapshot, first_broken_layer, model_hash
 from retnet_export.runtime.generate.stats import Stats
+from retnet_export.runtime.generate.tokenizer import Tokenizer, required
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from retnet_export.runtime.model import Model
 
 TAIL = 16
 """Tokens a session remembers literally: enough for text to join on to, and of constant size."""
@@ -71,25 +71,29 @@ class Session:
     texts in one state would help nobody.
 
     Args:
-        model: the model.
+        backend: what runs the bundle.
+        manifest: the bundle's.
+        tokenizer: the bundle's; without one, tokens go in and come out.
         batch: sequences that step together; text goes in and comes out only if it is 1.
         keep: the last so many snapshots are kept for `rewind`, one before each text that is fed.
+
+    Attributes:
+        chunk: the most tokens of a sequence that are read at once.
     """
 
-    def __init__(self, model: Model, batch: int = 1, *, keep: int = 0) -> None:
+    def __init__(self, backend: Backend, manifest: Manifest, tokenizer: Tokenizer | None, batch: int = 1, *, keep: int = 0) -> None:
         if batch < 1 or keep < 0:
             raise UserError(f"session: batch is {batch}, expected at least 1; keep is {keep}, expected 0 or more")
-        manifest = model.bundle.manifest
-        self.model, self.batch, self._backend = model, batch, model.backend
+        self.manifest, self.batch, self._backend, self._tokenizer = manifest, batch, backend, tokenizer
         try:
             self._stream: Stream = self._backend.open_stream(batch)
         except MemoryError as error:
             raise UserError(
-                f"{model.bundle.path}: not enough memory for the state of {batch} sequences, "
+                f"{manifest.name}: not enough memory for the state of {batch} sequences, "
                 f"{manifest.state_bytes / 1e6:.1f} MB each; use a smaller batch"
             ) from error
         self._vocab_size = manifest.model.vocab_size
-        self._chunk = chunk_tokens(model.backend, manifest.graphs["prefill"].chunk_size)
+        self.chunk = chunk_tokens(backend, manifest.graphs["prefill"].chunk_size)
         self._guard = threading.Lock()
         self._kept: deque[Snapshot] = deque(maxlen=keep)
         self._changes = 0
@@ -114,7 +118,16 @@ class Session:
         where = (
             f"at token {self.position}" if self.batch == 1 else f"of {self.batch} sequences at tokens {self._positions.tolist()}"
         )
-        return f"<Session {where} of {self.model.bundle.manifest.name}>"
+        return f"<Session {where} of {self.manifest.name}>"
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The bundle's tokenizer.
+
+        Raises:
+            UserError: it has none.
+        """
+        return required(self._tokenizer, self.manifest.name)
 
     @property
     def position(self) -> int:
@@ -136,7 +149,7 @@ class Session:
     def reset(self) -> None:
         """Back to the start of a sequence; kept snapshots are forgotten. Mends a session that failed."""
         with self._alone():
-            start = initial_state(self.model.bundle.manifest.state)
+            start = initial_state(self.manifest.state)
             for slot in range(self.batch):
                 self._stream.write_state(slot, start)
             self._kept.clear()
@@ -182,11 +195,11 @@ class Session:
         if (
             tokens.ndim != 2
             or not 1 <= len(tokens) <= self.batch
-            or not 1 <= tokens.shape[1] <= self._chunk
+            or not 1 <= tokens.shape[1] <= self.chunk
             or lengths.shape != (len(tokens),)
         ):
             raise UserError(
-                f"expected up to {self._chunk} tokens for each of {self.batch} sequences and as many lengths, "
+                f"expected up to {self.chunk} tokens for each of {self.batch} sequences and as many lengths, "
                 f"found tokens {tokens.shape} and lengths {lengths.shape}"
             )
         if lengths.min() < 0 or lengths.max() > tokens.shape[1]:
@@ -198,8 +211,8 @@ class Session:
 
     def score(self, tokens: Tokens) -> NDArray[np.float32]:
         """Read up to a chunk of tokens (B, C) and give the logits after every one of them, (B, C, V)."""
-        if tokens.ndim != 2 or not 1 <= len(tokens) <= self.batch or not 1 <= tokens.shape[1] <= self._chunk:
-            raise UserError(f"expected up to {self._chunk} tokens for each of {self.batch} sequences, found {tokens.shape}")
+        if tokens.ndim != 2 or not 1 <= len(tokens) <= self.batch or not 1 <= tokens.shape[1] <= self.chunk:
+            raise UserError(f"expected up to {self.chunk} tokens for each of {self.batch} sequences, found {tokens.shape}")
         count, width = self._checked(tokens).shape
         with self._alone():
             self._check_whole()
@@ -241,7 +254,7 @@ class Session:
         if self.batch != 1:
             raise UserError(f"feed reads one sequence, this session has {self.batch}; use step")
         tokens = self._checked(self.encode(text, prefix=prefix) if isinstance(text, str) else text)
-        unread = self.model.tokenizer.dropped_end(self._unread[0] + text) if isinstance(text, str) else ""
+        unread = self.tokenizer.dropped_end(self._unread[0] + text) if isinstance(text, str) else ""
         if not len(tokens) and not (text and unread and self.position):
             raise UserError("the prompt is empty: give at least one character")
         began = time.perf_counter()
@@ -256,15 +269,15 @@ class Session:
     def _read_all(self, tokens: Tokens, progress: Callable[[int, int], None] | None = None) -> None:
         """Read tokens (T,) chunk by chunk."""
         with self._alone():
-            for first in range(0, len(tokens), self._chunk):
-                part = tokens[None, first : first + self._chunk]
+            for first in range(0, len(tokens), self.chunk):
+                part = tokens[None, first : first + self.chunk]
                 self._advance(part, np.array([part.shape[1]]))
                 if progress is not None:
                     progress(first + part.shape[1], len(tokens))
 
     def encode(self, text: str, *, prefix: bool = True) -> list[int]:
         """The tokens that `feed` would read: the text goes on where the last one ended, so that several are one text."""
-        tokenizer, tail = self.model.tokenizer, self.tail
+        tokenizer, tail = self.tokenizer, self.tail
         if self.position == 0:
             return [*(tokenizer.begin() if prefix else ()), *tokenizer.encode(text)]
         return tokenizer.encode_after(tail, self._unread[0] + text, whole=len(tail) == self.position)
@@ -379,7 +392,7 @@ class Session:
         for slot, token in enumerate(tokens):
             self._note(slot, np.array([token]))
             self._histories[slot].note(token)
-        longest = self._chunk - max(map(len, taken))
+        longest = self.chunk - max(map(len, taken))
         histories = self._histories[: len(tokens)]
         own = list(zip(speculations, histories, left, strict=True))
         chances = [each.chances(history, min(longest, most - 1)) for each, history, most in own]
@@ -455,7 +468,7 @@ class Session:
             self._settle()
             logits = self.logits
             return Snapshot(
-                model=model_hash(self.model.bundle.manifest),
+                model=model_hash(self.manifest),
                 state=self._stream.read_state(slot),
                 logits=None if logits is None or not self._positions[slot] else logits[slot].copy(),
                 read=self._read[slot].copy(),
@@ -470,7 +483,7 @@ class Session:
         Raises:
             UserError: it belongs to another model or to a bundle with another state type.
         """
-        snapshot.check(self.model.bundle.manifest)
+        snapshot.check(self.manifest)
         with self._alone():
             if self.batch > 1:
                 self._check_whole()
@@ -494,7 +507,7 @@ class Session:
 
     def fork(self) -> Session:
         """Another session at the same place; the two know nothing of each other. Costs a copy of the state."""
-        twin = Session(self.model, self.batch, keep=self._kept.maxlen or 0)
+        twin = Session(self._backend, self.manifest, self._tokenizer, self.batch, keep=self._kept.maxlen or 0)
         for slot in range(self.batch):
             twin.restore(self.snapshot(slot), slot)
         twin._kept.extend(self._kept)
@@ -596,8 +609,8 @@ class Session:
 
     def continuation(self, options: Options, with_text: bool, slot: int = 0) -> Continuation:
         """What chooses for one sequence, from here on."""
-        tokenizer = self.model.tokenizer if with_text else None
-        return Continuation(options, self._read[slot], self.model.ends, tokenizer, tuple(self._tails[slot]))
+        tokenizer = self.tokenizer if with_text else None
+        return Continuation(options, self._read[slot], self.manifest.eos_ids, tokenizer, tuple(self._tails[slot]))
 
     def choose(self, continuation: Continuation, slot: int) -> int | None:
         """Let a continuation choose a sequence's next token; None if that ends its text.
@@ -615,7 +628,7 @@ class Session:
     def _check_finite(self, largest: np.floating[Any], slot: int) -> None:
         if np.isfinite(largest):
             return
-        where = first_broken_layer(self.model.bundle.manifest.state, self._stream.read_state(slot))
+        where = first_broken_layer(self.manifest.state, self._stream.read_state(slot))
         raise UserError(
             f"the logits after step {self._positions[slot]} are not finite ({largest}), so nothing was sampled: {where}. "
             "Reset the session, or restore it to before; if the bundle is fp16, export it with --precision fp32 or --state fp32"

@@ -252,3 +252,17 @@ def _unknown_id(model: dict[str, Any], tokenizer: _Tokenizer) -> int | None:
         return found if isinstance(found, int) else None
     name = model.get("unk_token")
     return tokenizer.token_to_id(name) if isinstance(name, str) else None
+
+
+def required(tokenizer: Tokenizer | None, bundle: object) -> Tokenizer:
+    """The tokenizer of a bundle that must have one.
+
+    Raises:
+        UserError: it has none; `bundle` says which.
+    """
+    if tokenizer is None:
+        raise UserError(
+            f"{bundle}: the bundle has no tokenizer, so it takes and gives only token ids; "
+            "put tokenizer.json into the checkpoint's folder and export it again"
+        )
+    return tokenizer

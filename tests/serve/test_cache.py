@@ -73,7 +73,7 @@ def run(engine, prompt, seed=0, **about):
 
 def test_a_hit_gives_the_same_text_as_none_and_reads_only_what_is_new(model):
     generator = np.random.default_rng(5)
-    cached, plain = Engine(model, 2, cache=PrefixCache(10**8)), Engine(model, 2)
+    cached, plain = Engine(model.session, 2, cache=PrefixCache(10**8)), Engine(model.session, 2)
     talk, known_before = generator.integers(0, 50, 40).tolist(), 0
     for turn in range(6):
         expected, _, _ = run(plain, talk, seed=turn)
@@ -86,7 +86,7 @@ def test_a_hit_gives_the_same_text_as_none_and_reads_only_what_is_new(model):
 
 
 def test_the_same_prompt_again_is_not_read_at_all(model):
-    engine, prompt = Engine(model, 2, cache=PrefixCache(10**8)), list(range(30))
+    engine, prompt = Engine(model.session, 2, cache=PrefixCache(10**8)), list(range(30))
     first = run(engine, prompt, seed=1)
     assert run(engine, prompt, seed=1) == (first[0], 30, 0)
     assert run(engine, prompt, seed=1, cached=False) == (first[0], 0, 30)
@@ -94,9 +94,9 @@ def test_the_same_prompt_again_is_not_read_at_all(model):
 
 def test_the_beginning_of_all_prompts_is_read_twice_at_most_or_once_where_it_is_marked(model):
     shared = list(range(40))
-    engine = Engine(model, 2, cache=PrefixCache(10**8))
+    engine = Engine(model.session, 2, cache=PrefixCache(10**8))
     assert [run(engine, [*shared, 40 + each, 3])[1] for each in range(4)] == [0, 0, 40, 40]
-    engine = Engine(model, 2, cache=PrefixCache(10**8))
+    engine = Engine(model.session, 2, cache=PrefixCache(10**8))
     assert [run(engine, [*shared, 40 + each, 3], marks=[40])[1] for each in range(4)] == [0, 40, 40, 40]
 
 

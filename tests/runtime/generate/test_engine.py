@@ -41,7 +41,7 @@ def test_jobs_that_come_and_go_give_what_each_gives_alone(model):
         )
         for seed in range(40)
     ]
-    engine, events = Engine(model, 5, read_tokens=6), []
+    engine, events = Engine(model.session, 5, read_tokens=6), []
     for each in jobs:
         engine.add(each)
         for _ in range(int(generator.integers(0, 4))):
@@ -53,7 +53,7 @@ def test_jobs_that_come_and_go_give_what_each_gives_alone(model):
 
 
 def test_while_a_long_prompt_is_read_the_others_tokens_keep_coming(model):
-    engine = Engine(model, 3, read_tokens=4)
+    engine = Engine(model.session, 3, read_tokens=4)
     first, long, short = (job([1] * count, Options(temperature=0.0, max_new_tokens=40, speculate=0)) for count in (3, 100, 3))
     engine.add(first)
     engine.turn()
@@ -70,7 +70,7 @@ def test_while_a_long_prompt_is_read_the_others_tokens_keep_coming(model):
 
 
 def test_several_continuations_read_their_prompt_once(model):
-    engine = Engine(model, 2)
+    engine = Engine(model.session, 2)
     options = [Options(temperature=1.5, seed=seed, max_new_tokens=6) for seed in range(5)]
     several = job([4, 8, 15, 16, 23, 42], *options)
     engine.add(several)
@@ -81,7 +81,7 @@ def test_several_continuations_read_their_prompt_once(model):
 
 
 def test_a_cancelled_job_is_gone_at_the_next_turn_and_the_others_stay_as_they_are(model):
-    engine = Engine(model, 3, read_tokens=8)
+    engine = Engine(model.session, 3, read_tokens=8)
     options = Options(temperature=0.0, max_new_tokens=20)
     jobs = [job([seed, seed + 1], options) for seed in range(3)]
     waiting, reading = job([9], options), job([7] * 30_000, options)
@@ -103,7 +103,7 @@ def test_a_cancelled_job_is_gone_at_the_next_turn_and_the_others_stay_as_they_ar
 
 def test_a_job_at_fault_fails_alone(model):
     banned = Options(temperature=0.0, logit_bias=dict.fromkeys(range(50), -np.inf), max_new_tokens=5)
-    engine, options = Engine(model, 3), Options(temperature=0.0, max_new_tokens=5)
+    engine, options = Engine(model.session, 3), Options(temperature=0.0, max_new_tokens=5)
     good, bad, also_good = job([1], options), job([2], options, banned), job([3], options)
     for each in (good, bad, also_good):
         engine.add(each)
@@ -117,7 +117,7 @@ def test_a_job_at_fault_fails_alone(model):
 
 @pytest.mark.parametrize("at", ["step", "prefill"])
 def test_a_backend_that_fails_costs_those_it_failed_for_and_the_engine_goes_on(model, monkeypatch, at):
-    engine, options = Engine(model, 2), Options(temperature=0.0, max_new_tokens=5)
+    engine, options = Engine(model.session, 2), Options(temperature=0.0, max_new_tokens=5)
     engine.add(lost := job([1], options))
     session = engine._generator if at == "step" else engine._reader
 
@@ -134,7 +134,7 @@ def test_a_backend_that_fails_costs_those_it_failed_for_and_the_engine_goes_on(m
 
 
 def test_what_cannot_be_done_is_refused_before_it_waits(model):
-    engine = Engine(model, 1)
+    engine = Engine(model.session, 1)
     for bad, message in [
         (job([], Options()), "the prompt is empty"),
         (job([0, 50], Options()), "token 50 is not in the vocabulary of 50"),
@@ -147,7 +147,7 @@ def test_what_cannot_be_done_is_refused_before_it_waits(model):
 
 
 def test_a_prompt_is_scored_as_single_steps_score_it(model):
-    prompt, session, engine = np.random.default_rng(2).integers(0, 50, 21).tolist(), model.session(), Engine(model, 2)
+    prompt, session, engine = np.random.default_rng(2).integers(0, 50, 21).tolist(), model.session(), Engine(model.session, 2)
     engine.add(asked := job(prompt, Options(temperature=0.0, max_new_tokens=3), scores=2))
     events = run(engine)
     scores = next(event for event in events if isinstance(event, Read)).scores
@@ -165,7 +165,7 @@ def test_a_prompt_is_scored_as_single_steps_score_it(model):
 def test_an_end_is_not_chosen_before_its_time(model, monkeypatch, changes, how):
     usual = Options(**({"seed": 1, "max_new_tokens": 12} | how))
     free = alone(model, [3], usual)
-    monkeypatch.setattr(type(model), "ends", (free[1],))
+    monkeypatch.setitem(vars(model.bundle.manifest), "eos_ids", (free[1],))
     assert alone(model, [3], usual) == free[: free.index(free[1])]
     held = alone(model, [3], Options(**(vars(usual) | changes)))
     early = 4 if "min_new_tokens" in changes else 12
