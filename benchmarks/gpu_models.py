@@ -16,10 +16,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from retnet_export.graph.decode import build_decode
+from retnet_export.graph.inserter import Inserter
 from retnet_export.graph.prefill import build_prefill
 from retnet_export.graph.retnet import graph_spec
 from retnet_export.graph.variants import rewrite
-from retnet_export.graph.variants.pattern import MICROSOFT, Writer, substitute
+from retnet_export.graph.variants.pattern import MICROSOFT, substitute
 from retnet_export.graph.weights import retention_inputs, weight_shapes
 from retnet_export.graph.weights_file import ALIGNMENT, WeightsFile
 from retnet_export.runtime.bundle.bundle import Bundle
@@ -155,7 +156,7 @@ class QuantizeAtRandom(ir.passes.InPlacePass):
                 _initializer(graph, self._file.random(f"{weight.name}.packed", ir.DataType.UINT8, packed, 0.0)),
                 _initializer(graph, self._file.random(f"{weight.name}.scales", ir.DataType.FLOAT16, (outputs, blocks), scale)),
             ]
-            w = Writer(graph, node, str(weight.name).removesuffix(".weight"))
+            w = Inserter(graph, node, str(weight.name).removesuffix(".weight"))
             attributes = {"K": inputs, "N": outputs, "bits": 4, "block_size": INT4_BLOCK}
             product = w.op(
                 "MatMulNBits",

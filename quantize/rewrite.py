@@ -30,6 +30,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from retnet_export.graph.inserter import Inserter
 from retnet_export.graph.states import states
 from retnet_export.quantize.formats import Format, stored_scales
 from retnet_export.runtime.errors import UserError
@@ -125,14 +126,14 @@ class _Rewriter:
         """Let what flows into a product pass through the format of its matrix: one scale, since rows come one at a time."""
         form, x = self._stored[name].format, node.inputs[0]
         scale = stored_scales(np.array(largest / form.magnitude), form).astype(form.scale_dtype)
+        w = Inserter(self._graph, node, _name(node))
         # Aloud, because the default is uint8.
-        tensors = [
-            ir.Tensor(scale, name=f"{node.name}.input_scale"),
-            ir.Tensor(np.zeros((), form.dtype), name=f"{node.name}.input_zero_point"),
+        grid = [
+            w.initializer(scale, f"{node.name}.input_scale"),
+            w.initializer(np.zeros((), form.dtype), f"{node.name}.input_zero_point"),
         ]
-        grid = [self._initializer(tensor) for tensor in tensors]
-        rounded = self._insert(node, "QuantizeLinear", [x, *grid], f"{node.name}.input_{form.name}")
-        node.replace_input_with(0, self._insert(node, "DequantizeLinear", [rounded, *grid], f"{node.name}.input"))
+        rounded = w.op("QuantizeLinear", x, *grid, name=f"input_{form.name}")
+        node.replace_input_with(0, w.op("DequantizeLinear", rounded, *grid, name="input"))
 
     def _keep_apart(self, product: ir.Node) -> None:
         """Let Sum, not Add, add to a product: ONNX Runtime would make a Gemm of both, whose quantized weights it does not fuse."""
@@ -146,10 +147,11 @@ class _Rewriter:
             stored = self._stored[name]
             assert stored.values is not None
             assert stored.scales is not None
-            inputs = [self._initializer(stored.values), self._initializer(stored.scales)]
+            w = Inserter(self._graph, before, name)
+            inputs = [w.tensor(stored.values), w.tensor(stored.scales)]
             # A scale for each row or column lies along the other axis than the blocks, which follow the inputs.
             attributes = {"axis": 1} if len(stored.scales.shape) == 1 else {"axis": 0, "block_size": stored.format.group_size}
-            self._dequantized[name] = self._insert(before, "DequantizeLinear", inputs, f"{name}.dequantized", **attributes)
+            self._dequantized[name] = w.op("DequantizeLinear", *inputs, name="dequantized", **attributes)
         return self._dequantized[name]
 
     def _replace_gemm(self, node: ir.Node, name: str) -> None:
@@ -157,11 +159,11 @@ class _Rewriter:
         stored = self._stored[name]
         assert stored.values is not None
         assert stored.scales is not None
+        w = Inserter(self._graph, node, name)
         # Zeros said aloud: before 1.28 ONNX Runtime carries the quantization over the Transpose, and guesses uint8 without them.
-        zeros = self._initializer(ir.Tensor(np.zeros(stored.scales.shape.numpy(), np.int8), name=f"{name}.zero_point"))
-        inputs = [self._initializer(stored.values), self._initializer(stored.scales), zeros]
-        rows = self._insert(node, "DequantizeLinear", inputs, f"{name}.dequantized", axis=0)
-        columns = self._insert(node, "Transpose", [rows], f"{name}.transposed", perm=[1, 0])
+        zeros = w.initializer(np.zeros(stored.scales.shape.numpy(), np.int8), f"{name}.zero_point")
+        rows = w.op("DequantizeLinear", w.tensor(stored.values), w.tensor(stored.scales), zeros, name="dequantized", axis=0)
+        columns = w.op("Transpose", rows, name="transposed", perm=[1, 0])
         self._take_over(node, "MatMul", [node.inputs[0], columns])
 
     def _replace_gather(self, node: ir.Node, name: str) -> None:
@@ -182,33 +184,24 @@ class _Rewriter:
         width = stored.words.shape.numpy()[1] * lanes
         group = stored.format.group(width)
 
-        def insert(op_type: str, role: str, *inputs: ir.Value, **attributes: object) -> ir.Value:
-            return self._insert(node, op_type, inputs, f"{node.name}.{role}", **attributes)
+        w = Inserter(self._graph, node, _name(node))
 
         def constant(array: NDArray[np.generic], role: str) -> ir.Value:
-            return self._initializer(ir.Tensor(array, name=f"{node.name}.{role}"))
+            return w.initializer(array, f"{node.name}.{role}")
 
-        words = insert("Gather", "words", self._initializer(stored.words), tokens, axis=0)
-        wide = insert("Cast", "words_int64", words, to=ir.DataType.INT64)
-        low = insert("Mod", "low_bits", wide, constant(1 << (bits * (lane + 1)), "above_lane"))
-        digit = insert("Div", "digits", low, constant(1 << (bits * lane), "lane"))
-        value = insert("Gather", "digit_values", constant(values, "value_of_digit"), digit, axis=0)
+        words = w.op("Gather", w.tensor(stored.words), tokens, name="words", axis=0)
+        wide = w.op("Cast", words, name="words_int64", to=ir.DataType.INT64)
+        low = w.op("Mod", wide, constant(1 << (bits * (lane + 1)), "above_lane"), name="low_bits")
+        digit = w.op("Div", low, constant(1 << (bits * lane), "lane"), name="digits")
+        value = w.op("Gather", constant(values, "value_of_digit"), digit, name="digit_values", axis=0)
         blocks = [*lead, width // group, group] if group < width else [*lead, width]
-        row = insert("Reshape", "row", value, constant(np.array(blocks), "row_blocks"))
-        scale = insert("Gather", "row_scale", self._initializer(stored.row_scales), tokens, axis=0)
+        row = w.op("Reshape", value, constant(np.array(blocks), "row_blocks"), name="row")
+        scale = w.op("Gather", w.tensor(stored.row_scales), tokens, name="row_scale", axis=0)
         if group == width:
             self._take_over(node, "Mul", [row, scale])
             return
-        scaled = insert("Mul", "row_scaled", row, scale)
+        scaled = w.op("Mul", row, scale, name="row_scaled")
         self._take_over(node, "Reshape", [scaled, constant(np.array([*lead, width]), "row_shape")])
-
-    def _insert(
-        self, before: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], name: str, **attributes: object
-    ) -> ir.Value:
-        node = ir.node(op_type, inputs=list(inputs), attributes=attributes, name=name)  # type: ignore[arg-type]
-        node.outputs[0].name = name
-        self._graph.insert_before(before, node)
-        return node.outputs[0]
 
     def _take_over(self, old: ir.Node, op_type: str, inputs: Sequence[ir.Value | None]) -> None:
         """Replace `old` by a node of another type with the same name and output."""
@@ -218,13 +211,6 @@ class _Rewriter:
         self._graph.insert_before(old, node)
         output.replace_all_uses_with(node.outputs[0], replace_graph_outputs=True)
         self._graph.remove(old, safe=True)
-
-    def _initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
-        assert tensor.name is not None
-        if tensor.name not in self._graph.initializers:
-            value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)  # type: ignore[arg-type]
-            self._graph.register_initializer(value)
-        return self._graph.initializers[tensor.name]
 
 
 def _name(node: ir.Node) -> str:

@@ -20,6 +20,7 @@ import onnx_ir as ir
 import onnxruntime
 from numpy.typing import NDArray
 
+from retnet_export.graph.inserter import Inserter
 from retnet_export.runtime.backends.base import State, top_of
 from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.bundle.manifest import state_name
@@ -119,10 +120,10 @@ class Codec:
     def _scale(self, g: Inserter, state: ir.Value, axis: int, largest: float) -> ir.Value:
         name = f"axis_{axis}"
         peak = g.op(
-            "ReduceMax", g.op("Abs", state, name=f"{name}.size"), g.constant(np.array([axis])), name=f"{name}.peak", keepdims=1
+            "ReduceMax", g.op("Abs", state, name=f"{name}.size"), constant(g, np.array([axis])), name=f"{name}.peak", keepdims=1
         )
-        peak = g.op("Max", peak, g.constant(np.array(1e-30, np.float32)), name=f"{name}.peak_or_tiny")
-        return g.op("Mul", peak, g.constant(np.array(1 / largest, np.float32)), name=f"{name}.scales")
+        peak = g.op("Max", peak, constant(g, np.array(1e-30, np.float32)), name=f"{name}.peak_or_tiny")
+        return g.op("Mul", peak, constant(g, np.array(1 / largest, np.float32)), name=f"{name}.scales")
 
     def _rounded(self, g: Inserter, steps: ir.Value, dither: ir.Value | None) -> ir.Value:
         if self.rounding == "nearest":
@@ -168,31 +169,9 @@ def state_bytes(config: ModelConfig, form: Format) -> int:
     return config.num_layers * size
 
 
-class Inserter:
-    """Writes nodes before one node of a graph, or at its end, under a prefix."""
-
-    def __init__(self, graph: ir.Graph, before: ir.Node | None, prefix: str) -> None:
-        self._graph, self._before, self._prefix = graph, before, prefix
-
-    def op(self, op_type: str, *inputs: ir.Value, name: str, **attributes: Any) -> ir.Value:
-        return self.op_n(op_type, *inputs, names=[name], **attributes)[0]
-
-    def op_n(self, op_type: str, *inputs: ir.Value, names: Sequence[str], **attributes: Any) -> Sequence[ir.Value]:
-        full = [f"{self._prefix}.{name}" for name in names]
-        node = ir.node(op_type, list(inputs), attributes=attributes, num_outputs=len(names), name=full[0])
-        for value, name in zip(node.outputs, full, strict=True):
-            value.name = name
-        if self._before is None:
-            self._graph.append(node)
-        else:
-            self._graph.insert_before(self._before, node)
-        return node.outputs
-
-    def constant(self, array: NDArray[np.generic]) -> ir.Value:
-        tensor = ir.Tensor(array, name=f"{self._prefix}.constant_{len(self._graph.initializers)}")
-        value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
-        self._graph.register_initializer(value)
-        return value
+def constant(g: Inserter, array: NDArray[np.generic]) -> ir.Value:
+    """A constant of the graph, numbered."""
+    return g.initializer(array, f"{g.scope}.constant_{len(g.graph.initializers)}")
 
 
 def store_state(model: ir.Model, config: ModelConfig, form: Format) -> None:
@@ -238,7 +217,7 @@ def _store_layer(
         reads = []
         for part, q, k, v in zip(form, *parts, strict=True):
             p = Inserter(graph, read, f"{place}.{part.suffix}")
-            kept = p.op("Mul", part.codec.decode(p, inputs[part]), p.constant(gamma[part.first : part.last]), name="decayed")
+            kept = p.op("Mul", part.codec.decode(p, inputs[part]), constant(p, gamma[part.first : part.last]), name="decayed")
             new = p.op("Add", kept, p.op("Mul", k, v, name="key_value"), name="state_after")
             reads.append(p.op("MatMul", q, new, name="read"))
             encode(p, part, new)
@@ -259,8 +238,8 @@ def _split(g: Inserter, value: ir.Value | None, form: Format, name: str) -> Sequ
     assert value is not None
     if len(form) == 1:
         return [value]
-    sizes = g.constant(np.array([part.last - part.first for part in form]))
-    return g.op_n("Split", value, sizes, names=[f"{name}.{part.suffix}" for part in form], axis=1)
+    sizes = constant(g, np.array([part.last - part.first for part in form]))
+    return g.op_n("Split", value, sizes, names=[f"{name}.{part.suffix}" for part in form], dtypes=[None] * len(form), axis=1)
 
 
 def _declare(graph: ir.Graph, config: ModelConfig, part: Part, layer: int) -> dict[str, ir.Value]:
@@ -286,18 +265,18 @@ def _dither(graph: ir.Graph, config: ModelConfig) -> ir.Value:
     """A number in [0, 1) for each place of a state, (B, 1, Dk, Dv): a fixed pattern plus golden ratio times position."""
     position = next(value for value in graph.inputs if value.name == "position")
     g = Inserter(graph, graph.node(0), "dither")
-    turn = g.constant(np.array(1 << 32))
+    turn = constant(g, np.array(1 << 32))
     reduced = g.op("Mod", position, turn, name="position")
-    phase = g.op("Mod", g.op("Mul", reduced, g.constant(np.array(round(GOLDEN * 2**32))), name="advance"), turn, name="phase")
+    phase = g.op("Mod", g.op("Mul", reduced, constant(g, np.array(round(GOLDEN * 2**32))), name="advance"), turn, name="phase")
     share = g.op(
         "Mul",
         g.op("Cast", phase, name="phase_float", to=ir.DataType.FLOAT),
-        g.constant(np.array(2.0**-32, np.float32)),
+        constant(g, np.array(2.0**-32, np.float32)),
         name="share",
     )
-    share = g.op("Unsqueeze", share, g.constant(np.array([1, 2, 3])), name="share_of_sequence")
+    share = g.op("Unsqueeze", share, constant(g, np.array([1, 2, 3])), name="share_of_sequence")
     pattern = np.random.default_rng(0).random((config.head_key_dim, config.head_value_dim), np.float32)
-    moved = g.op("Add", share, g.constant(pattern), name="moved")
+    moved = g.op("Add", share, constant(g, pattern), name="moved")
     return g.op("Sub", moved, g.op("Floor", moved, name="turns"), name="pattern")
 
 

@@ -26,7 +26,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from retnet_export.graph.variants.pattern import Writer, constant, made_by, narrowed, only_user, scope_of, substitute
+from retnet_export.graph.inserter import Inserter
+from retnet_export.graph.variants.pattern import constant, made_by, narrowed, only_user, scope_of, substitute
 from retnet_export.graph.weights_file import WeightsFile
 
 BLOCKS = (128, 64)
@@ -63,7 +64,7 @@ class Int8AsPlanesPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified)
 
     def _replace(self, graph: ir.Graph, node: ir.Node, found: _Int8Product) -> None:
-        w = Writer(graph, node, scope_of(node))
+        w = Inserter(graph, node, scope_of(node))
         name = (node.name or "product").rpartition(".")[2]
         planes = self._initializer(graph, found.name, ".planes", found.planes)
         scales = self._initializer(graph, found.name, ".plane_scales", found.plane_scales)

@@ -15,7 +15,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from retnet_export.graph.variants.pattern import Writer, constant, inputs_of, only_user, scope_of, substitute
+from retnet_export.graph.inserter import Inserter
+from retnet_export.graph.variants.pattern import constant, inputs_of, only_user, scope_of, substitute
 
 
 class ReadOutAsSumPass(ir.passes.InPlacePass):
@@ -28,7 +29,7 @@ class ReadOutAsSumPass(ir.passes.InPlacePass):
             if q is None or squeeze is None:
                 continue
             state = node.inputs[1]
-            w = Writer(graph, squeeze, scope_of(node))
+            w = Inserter(graph, squeeze, scope_of(node))
             three, two = (w.initializer(np.array([axis], np.int64), f"axis_{axis}") for axis in (3, 2))
             column = w.op("Unsqueeze", q, three, name="q_column", dtype=ir.DataType.FLOAT)  # (B, H, Dk, 1)
             product = w.op("Mul", column, state, name="read_rows", dtype=ir.DataType.FLOAT)  # (B, H, Dk, Dv)

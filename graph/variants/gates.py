@@ -9,11 +9,11 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from retnet_export.graph.inserter import Inserter
 from retnet_export.graph.states import layout_of, states
 from retnet_export.graph.variants.norms import in_type, match_rms_norm
 from retnet_export.graph.variants.pattern import (
     MICROSOFT,
-    Writer,
     inputs_of,
     narrowed,
     number,
@@ -54,7 +54,7 @@ class GatedNormPass(ir.passes.InPlacePass):
             if casts[0] is not None and casts[1] is not None and casts[0][1] == casts[1][1]:
                 o, dtype = casts[0]
                 gate = casts[1][0]
-            w = Writer(graph, product, scope_of(product))
+            w = Inserter(graph, product, scope_of(product))
             weight = norm.weight or w.initializer(np.ones(_value_dim(model), np.float32), "ones_of_head")
             if weight.shape is None or len(weight.shape) != 1:  # a scale per head
                 continue
@@ -89,7 +89,7 @@ class SwishPass(ir.passes.InPlacePass):
             gate, up = (None, None) if factors is None or wide is None else (narrowed(wide), narrowed(factors[1]))
             if gate is None or up is None or not gate[1] == up[1] == node.outputs[0].dtype:
                 continue
-            w = Writer(graph, node, scope_of(node))
+            w = Inserter(graph, node, scope_of(node))
             act = w.op("QuickGelu", gate[0], name="act_narrow", dtype=gate[1], domain=MICROSOFT, alpha=1.0)
             substitute(node.outputs[0], w.op("Mul", act, up[0], name="gated_narrow", dtype=gate[1]))
             modified = True

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from retnet_export.graph.variants.pattern import Writer, made_by, scope_of, substitute
+from retnet_export.graph.inserter import Inserter
+from retnet_export.graph.variants.pattern import made_by, scope_of, substitute
 
 LARGEST = 127
 ZERO_POINT = 128
@@ -48,12 +49,12 @@ class IntegerProductsPass(ir.passes.InPlacePass):
             # Activations that are rounded already are for TensorRT, and must not be rounded twice.
             if (weight.dtype, scale.dtype) != (ir.DataType.INT8, ir.DataType.FLOAT) or made_by(x, "DequantizeLinear") is not None:
                 continue
-            substitute(node.outputs[0], _product(Writer(graph, node, scope_of(node)), node, x, weight, scale, turned is not None))
+            substitute(node.outputs[0], _product(Inserter(graph, node, scope_of(node)), node, x, weight, scale, turned is not None))
             modified = True
         return ir.passes.PassResult(model, modified)
 
 
-def _product(w: Writer, node: ir.Node, x: ir.Value, weight: ir.Value, scale: ir.Value, turned: bool) -> ir.Value:
+def _product(w: Inserter, node: ir.Node, x: ir.Value, weight: ir.Value, scale: ir.Value, turned: bool) -> ir.Value:
     leaf = (node.name or "product").rpartition(".")[2]
 
     def op(op_type: str, *inputs: ir.Value | None, role: str, dtype: ir.DataType = ir.DataType.FLOAT, **more: Any) -> ir.Value:

@@ -22,8 +22,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from retnet_export.graph.inserter import Inserter
 from retnet_export.graph.states import declare_layout, states
-from retnet_export.graph.variants.pattern import MICROSOFT, Writer, made_by, scope_of, size_of, substitute
+from retnet_export.graph.variants.pattern import MICROSOFT, made_by, scope_of, size_of, substitute
 from retnet_export.graph.variants.retention import Retention, log_decay, match_retention
 from retnet_export.runtime.bundle.layout import StateLayout
 
@@ -52,7 +53,7 @@ class StatePiecesPass(ir.passes.InPlacePass):
             in_pieces = ir.Shape([batch, heads * count, key_dim // count, value_dim])
             last = after.producer()
             assert last is not None
-            w = Writer(graph, graph[0], str(state.name))
+            w = Inserter(graph, graph[0], str(state.name))
             whole = w.reshape(state, "of_heads", 0, heads, key_dim, value_dim)
             reshape = whole.producer()
             assert reshape is not None
@@ -80,7 +81,7 @@ class LinearAttentionPass(ir.passes.InPlacePass):
 
 
 def _replace(graph: ir.Graph, found: Retention) -> None:
-    w = Writer(graph, found.node, scope_of(found.node))
+    w = Inserter(graph, found.node, scope_of(found.node))
     reshaped = made_by(found.v, "Reshape")
     v = found.v if reshaped is None or reshaped.inputs[0] is None else reshaped.inputs[0]
     o, state_after = attend(w, found.q, found.k, v, found.state, found.gamma)
@@ -89,7 +90,7 @@ def _replace(graph: ir.Graph, found: Retention) -> None:
 
 
 def attend(
-    w: Writer, q: ir.Value, k: ir.Value, v: ir.Value, state: ir.Value, gamma: NDArray[np.generic]
+    w: Inserter, q: ir.Value, k: ir.Value, v: ir.Value, state: ir.Value, gamma: NDArray[np.generic]
 ) -> tuple[ir.Value, ir.Value]:
     """One token's retention over a state in pieces.
 
@@ -139,4 +140,4 @@ def _decay(graph: ir.Graph, gamma: NDArray[np.generic]) -> ir.Value:
     if made is not None:
         return made
     rows = log_decay(graph, gamma)
-    return Writer(graph, graph[0], "decay").reshape(rows, name, -1, 1, len(gamma))  # nodes are put in order at the end
+    return Inserter(graph, graph[0], "decay").reshape(rows, name, -1, 1, len(gamma))  # nodes are put in order at the end

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from retnet_export.graph.inserter import Inserter
 from retnet_export.graph.variants.pattern import (
     MICROSOFT,
-    Writer,
     constant,
     inputs_of,
     narrowed,
@@ -79,7 +79,7 @@ class ResidualNormPass(ir.passes.InPlacePass):
             if len(types) != 1 or len(casts) != len(norm.result.consumers()) or norm.result.is_graph_output():
                 continue
             (dtype,) = types
-            w = Writer(graph, node, scope_of(node))
+            w = Inserter(graph, node, scope_of(node))
             weight = in_type(w, norm.weight, dtype)
             normed, total = _write(w, norm, weight, dtype, narrow)
             if total is not None:
@@ -99,7 +99,7 @@ class ResidualNormPass(ir.passes.InPlacePass):
 
 
 def _write(
-    w: Writer, norm: RmsNorm, weight: ir.Value, dtype: ir.DataType, narrow: dict[ir.Value, ir.Value]
+    w: Inserter, norm: RmsNorm, weight: ir.Value, dtype: ir.DataType, narrow: dict[ir.Value, ir.Value]
 ) -> tuple[ir.Value, ir.Value | None]:
     """The new nodes: the normalised value and, after a residual sum, the sum."""
 
@@ -127,7 +127,7 @@ def _write(
     return normed, total
 
 
-def in_type(w: Writer, weight: ir.Value, dtype: ir.DataType) -> ir.Value:
+def in_type(w: Inserter, weight: ir.Value, dtype: ir.DataType) -> ir.Value:
     """A norm's weight in another format, kept inside the ONNX file."""
     array = constant(weight)
     if weight.dtype == dtype or array is None:

@@ -21,7 +21,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from retnet_export.graph.variants.pattern import MICROSOFT, Writer, constant, made_by, only_user, scope_of, substitute
+from retnet_export.graph.inserter import Inserter
+from retnet_export.graph.variants.pattern import MICROSOFT, constant, made_by, only_user, scope_of, substitute
 
 BITS = {ir.DataType.INT4: 4, ir.DataType.INT8: 8}
 BLOCK_OF_OUTPUT = 32
@@ -80,7 +81,7 @@ class MatMulNBitsPass(ir.passes.InPlacePass):
             shape = (outputs, blocks, found.block * found.bits // 8)
             packed = _lazy(graph, f"{found.values.name}.packed", ir.DataType.UINT8, shape, found.values, found.packed)
             scales = _lazy(graph, f"{found.scale.name}.by_output", dtype, (outputs, blocks), found.scale, found.scales)
-            product = Writer(graph, node, scope_of(node)).op(
+            product = Inserter(graph, node, scope_of(node)).op(
                 "MatMulNBits",
                 node.inputs[0],
                 packed,

@@ -21,10 +21,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from retnet_export.graph.inserter import Inserter
 from retnet_export.graph.states import declare_layout, states
 from retnet_export.graph.variants.pattern import (
     MICROSOFT,
-    Writer,
     constant,
     inputs_of,
     made_by,
@@ -87,7 +87,7 @@ class RotaryEmbeddingPass(ir.passes.InPlacePass):
             if found is None:
                 continue
             first, second, cos, sin, lead, heads, half = found
-            w = Writer(graph, node, scope_of(node))
+            w = Inserter(graph, node, scope_of(node))
             narrow = [narrowed(each) for each in (first, second)]
             dtype = narrow[0][1] if narrow[0] is not None and narrow[1] is not None else ir.DataType.FLOAT
             parts = [each[0] for each in narrow if each is not None] if dtype != ir.DataType.FLOAT else [first, second]
@@ -114,7 +114,7 @@ def _rows_of_table(graph: ir.Graph) -> ir.Value:
     made = next((node.outputs[0] for node in graph if node.outputs[0].name == name), None)
     if made is not None:
         return made
-    w = Writer(graph, graph[0], "rotation")  # nodes are put in order at the end
+    w = Inserter(graph, graph[0], "rotation")  # nodes are put in order at the end
     tokens = next(value for value in graph.inputs if value.name == "tokens")
     shape = w.op("Shape", tokens, name="tokens_shape", dtype=ir.DataType.INT64)
     count = w.reshape(w.op("Size", tokens, name="tokens_size", dtype=ir.DataType.INT64), "tokens_count")
@@ -185,7 +185,7 @@ def match_retention(node: ir.Node, turn: str) -> Retention | None:
 
 
 def _replace(graph: ir.Graph, found: Retention) -> None:
-    w = Writer(graph, found.node, scope_of(found.node))
+    w = Inserter(graph, found.node, scope_of(found.node))
     narrow = [narrowed(each) for each in (found.q, found.k, found.v)]
     if any(each is None for each in narrow):
         dtype, inputs = ir.DataType.FLOAT, [found.q, found.k, found.v]
@@ -222,7 +222,7 @@ def log_decay(graph: ir.Graph, gamma: NDArray[np.generic]) -> ir.Value:
     if made is not None:
         return made
     position = next(value for value in graph.inputs if value.name == "position")
-    w = Writer(graph, graph[0], "decay")
+    w = Inserter(graph, graph[0], "decay")
     zero = w.initializer(np.array(0, np.int64), "int_zero")
     nothing = w.cast(w.op("Mul", position, zero, name="zero_int", dtype=ir.DataType.INT64), ir.DataType.FLOAT, "zero")
     column = w.reshape(nothing, "zero_column", -1, 1)
@@ -258,7 +258,7 @@ def _table(graph: ir.Graph, angle: ir.Value, name: str, half: int, dtype: ir.Dat
         return made
     producer = angle.producer()
     assert producer is not None
-    w = Writer(graph, producer, "rotation")  # nodes are put in order at the end
+    w = Inserter(graph, producer, "rotation")  # nodes are put in order at the end
     if dtype != ir.DataType.FLOAT:
         angle = w.cast(angle, dtype, f"{name}_narrow")
     return w.reshape(angle, f"{name}_table", -1, half)

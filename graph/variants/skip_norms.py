@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from retnet_export.graph.inserter import Inserter
 from retnet_export.graph.variants.norms import match_rms_norm
-from retnet_export.graph.variants.pattern import MICROSOFT, Writer, scope_of, substitute
+from retnet_export.graph.variants.pattern import MICROSOFT, scope_of, substitute
 
 
 class SkipNormPass(ir.passes.InPlacePass):
@@ -35,7 +36,7 @@ class SkipNormPass(ir.passes.InPlacePass):
             # A bias is no residual, and of another shape.
             if x is None or y is None or x.const_value is not None or y.const_value is not None:
                 continue
-            normed, _, _, stream = Writer(graph, node, scope_of(node)).op_n(
+            normed, _, _, stream = Inserter(graph, node, scope_of(node)).op_n(
                 "SkipSimplifiedLayerNormalization",
                 x,
                 y,

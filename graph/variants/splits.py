@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from retnet_export.graph.variants.pattern import Writer, constant, made_by, only_user, scope_of, substitute
+from retnet_export.graph.inserter import Inserter
+from retnet_export.graph.variants.pattern import constant, made_by, only_user, scope_of, substitute
 
 
 class SplitRowsPass(ir.passes.InPlacePass):
@@ -35,7 +36,7 @@ class SplitRowsPass(ir.passes.InPlacePass):
             given = constant(node.inputs[1]) if len(node.inputs) > 1 else None
             count = len(node.outputs)
             sizes = [width // count] * count if given is None else [int(size) for size in given]
-            w = Writer(graph, node, scope_of(node))
+            w = Inserter(graph, node, scope_of(node))
             if len(set(sizes)) == 1:
                 parts = _split_equally(w, x, sizes[0], [f"{_leaf(value)}_part" for value in node.outputs])
                 for old, part in zip(node.outputs, parts, strict=True):
@@ -46,7 +47,7 @@ class SplitRowsPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified)
 
 
-def _join_first_two(w: Writer, x: ir.Value, node: ir.Node, sizes: list[int]) -> bool:
+def _join_first_two(w: Inserter, x: ir.Value, node: ir.Node, sizes: list[int]) -> bool:
     reshapes = [only_user(part, "Reshape") for part in node.outputs[:2]]
     joins = [None if each is None else only_user(each.outputs[0], "Concat") for each in reshapes]
     shape = None if reshapes[0] is None else constant(reshapes[0].inputs[1])
@@ -63,7 +64,7 @@ def _join_first_two(w: Writer, x: ir.Value, node: ir.Node, sizes: list[int]) -> 
     return True
 
 
-def _split_equally(w: Writer, x: ir.Value, size: int, names: list[str]) -> tuple[ir.Value, ...]:
+def _split_equally(w: Inserter, x: ir.Value, size: int, names: list[str]) -> tuple[ir.Value, ...]:
     assert x.dtype is not None
     rows = w.reshape(x, f"{_leaf(x)}_rows", 0, len(names), size)
     return w.op_n("Split", rows, names=names, dtypes=[x.dtype] * len(names), axis=1, num_outputs=len(names))

@@ -22,9 +22,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from retnet_export.graph.inserter import Inserter
 from retnet_export.graph.states import allow_steps_in_place, states
 from retnet_export.graph.variants.linear_attention import attend
-from retnet_export.graph.variants.pattern import Writer, constant, inputs_of, only_user, scope_of, size_of, substitute
+from retnet_export.graph.variants.pattern import constant, inputs_of, only_user, scope_of, size_of, substitute
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def _second(values: Sequence[ir.Value] | None) -> ir.Value | None:
 
 def _one_each(graph: ir.Graph, length: ir.Value) -> ir.Value:
     """Whether every sequence reads one token, and there is no more: bool, of rank 0."""
-    w = Writer(graph, graph[0], "step")  # nodes are put in order at the end
+    w = Inserter(graph, graph[0], "step")  # nodes are put in order at the end
     tokens = next(value for value in graph.inputs if value.name == "tokens")
     shape = w.op("Shape", tokens, name="chunk_list", dtype=ir.DataType.INT64, start=1, end=2)
     least = w.op("ReduceMin", length, name="least", dtype=ir.DataType.INT64, keepdims=0)
@@ -139,7 +140,7 @@ def _branch(graph: ir.Graph, chunk: _Chunk, condition: ir.Value) -> None:
     graph.insert_before(nodes[0], branch)
     graph.remove(nodes)
     before = set(graph)
-    w = Writer(graph, branch, f"{scope}.one")
+    w = Inserter(graph, branch, f"{scope}.one")
     read, state_after = attend(w, chunk.q, chunk.k, chunk.v, chunk.state, chunk.gamma)
     read = w.reshape(read, "o", 0, 1, len(chunk.gamma), size_of(chunk.state, 3))
     # What all layers share stays outside.

@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from retnet_export.graph.variants.pattern import Writer
+from retnet_export.graph.inserter import Inserter
 
 TOP = 64
 """How many; a vocabulary smaller than this gives all of it."""
@@ -30,7 +30,7 @@ class TopLogitsPass(ir.passes.InPlacePass):
         assert logits.shape is not None
         *lead, vocab_size = logits.shape
         count = min(TOP, int(vocab_size))  # type: ignore[arg-type]
-        w = Writer(graph, producer, "top")
+        w = Inserter(graph, producer, "top")
         k = w.initializer(np.array([count], np.int64), "top_count")
         # Nodes are put in order at the end.
         names, dtypes = ["largest_logits", "tokens"], [ir.DataType.FLOAT, ir.DataType.INT64]
