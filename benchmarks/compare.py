@@ -17,7 +17,7 @@ import typer
 from common import ROOT, random_bundle
 
 from retnet_export.commands.compare import print_comparison
-from retnet_export.compare.comparison import Options, compare
+from retnet_export.compare.comparison import CompareOptions, compare
 from retnet_export.compare.report import write_report
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.runtime.bundle.bundle import Bundle
@@ -47,7 +47,7 @@ def main(
     """Measure, print, and write the report."""
     target = output or ROOT / "docs" / "lab" / "comparison" / form
     with tempfile.TemporaryDirectory() as folder:
-        options = Options(seconds=seconds, peers=tuple(peer or ()), cache=cache)
+        options = CompareOptions(seconds=seconds, peers=tuple(peer or ()), cache=cache)
         comparison = compare(bundle_in(form, size, Path(folder)), options, progress=told)
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)

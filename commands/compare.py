@@ -70,7 +70,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Measure the bundle against a KV-cache Transformer of the same size: memory, latency, throughput."""
-    from retnet_export.compare.comparison import Options
+    from retnet_export.compare.comparison import CompareOptions
     from retnet_export.compare.comparison import compare as run
     from retnet_export.compare.plots import require_matplotlib
     from retnet_export.compare.report import JSON_NAME, document, write_report
@@ -80,7 +80,7 @@ def compare(
     require_matplotlib()
     if memory_budget is not None and not 0 < memory_budget < 1e6:
         raise ArgumentError("memory_budget", f"is {memory_budget:g}, expected gigabytes, more than 0")
-    options = Options(
+    options = CompareOptions(
         contexts=numbers("contexts", contexts),
         prompts=numbers("prompts", prompts),
         batches=numbers("batches", batches),

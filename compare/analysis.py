@@ -36,7 +36,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Fit:
+class Capacity:
     """What fits in the memory budget.
 
     Attributes:
@@ -106,7 +106,7 @@ def smaller_from(comparison: Comparison) -> int:
     return comparison.retnet.bytes_per_sequence // comparison.transformer.bytes_per_token + 1
 
 
-def fit(comparison: Comparison) -> Fit | None:
+def fit(comparison: Comparison) -> Capacity | None:
     """What fits in the budget, from the measured memory of one sequence and the size of each further one."""
     context = int(str(comparison.settings["batch_context"]))
     room = {}
@@ -121,7 +121,7 @@ def fit(comparison: Comparison) -> Fit | None:
         fixed = least.steady_bytes - least.cell.batch * model.buffers * model.sequence_bytes(least.cell.context)
         room[name] = comparison.memory_budget - fixed
     retnet, transformer = comparison.retnet, comparison.transformer
-    return Fit(
+    return Capacity(
         context=context,
         retnet_batch=max(0, room[RETNET] // (retnet.buffers * retnet.sequence_bytes(context))),
         transformer_batch=max(0, room[TRANSFORMER] // max(1, transformer.sequence_bytes(context))),

@@ -12,7 +12,7 @@ from retnet_export.compare.baseline import Baseline, baseline_for, write
 from retnet_export.compare.engines import RetNetEngine, TransformerEngine
 from retnet_export.compare.measure import Contender, measure, most_runs
 from retnet_export.compare.peers import genai, llama_cpp
-from retnet_export.compare.results import GENAI, LLAMA_CPP, REPORT_FORMAT, RETNET, TRANSFORMER, Cell, Comparison, Model
+from retnet_export.compare.results import GENAI, LLAMA_CPP, REPORT_FORMAT, RETNET, TRANSFORMER, Cell, Comparison, Side
 from retnet_export.compare.transformer import count_parameters
 from retnet_export.graph.weights import weight_shapes
 from retnet_export.runtime.bundle.bundle import Bundle
@@ -28,7 +28,7 @@ LONGEST = 1 << 20
 
 
 @dataclass(frozen=True)
-class Options:
+class CompareOptions:
     """What a comparison measures.
 
     Attributes:
@@ -89,7 +89,7 @@ class Options:
         return max(max(cell.context, cell.tokens) + most_runs(cell) for cell in self.cells) + 8
 
 
-def compare(bundle: Bundle, options: Options | None = None, *, progress: Progress = silent) -> Comparison:
+def compare(bundle: Bundle, options: CompareOptions | None = None, *, progress: Progress = silent) -> Comparison:
     """Measure a bundle against its baseline.
 
     Args:
@@ -100,7 +100,7 @@ def compare(bundle: Bundle, options: Options | None = None, *, progress: Progres
     Raises:
         UserError: there is no fair baseline, the budget does not hold the weights, or a peer that was asked for is missing.
     """
-    options = options or Options()
+    options = options or CompareOptions()
     for peer in options.peers:
         if (missing := PEERS[peer]()) is not None:
             raise UserError(f"peer {peer}: {missing}")
@@ -140,7 +140,7 @@ def _check_budget(bundle: Bundle, budget: int) -> None:
         )
 
 
-def _contenders(bundle: Bundle, baseline: Baseline, options: Options, threads: int) -> list[Contender]:
+def _contenders(bundle: Bundle, baseline: Baseline, options: CompareOptions, threads: int) -> list[Contender]:
     retnet, transformer = retnet_model(bundle), transformer_model(baseline)
     contenders = [
         Contender(RETNET, partial(RetNetEngine, bundle.path, options.backend, threads), partial(needed_bytes, retnet)),
@@ -158,17 +158,17 @@ def _contenders(bundle: Bundle, baseline: Baseline, options: Options, threads: i
     return contenders
 
 
-def needed_bytes(model: Model, cell: Cell) -> int:
+def needed_bytes(model: Side, cell: Cell) -> int:
     """An estimate of what a cell takes, to refuse what cannot fit: weights as stored and as packed, states or caches, logits."""
     longest = max(cell.context, cell.tokens) + most_runs(cell)
     per_sequence = model.buffers * model.sequence_bytes(longest) + 8 * model.shape["vocabulary"]
     return 2 * model.weights_bytes + cell.batch * per_sequence
 
 
-def retnet_model(bundle: Bundle) -> Model:
+def retnet_model(bundle: Bundle) -> Side:
     """The bundle's side."""
     manifest, config = bundle.manifest, bundle.manifest.model
-    return Model(
+    return Side(
         name=manifest.name,
         parameters=count_parameters(weight_shapes(config)),
         weights=manifest.precision.weights,
@@ -188,10 +188,10 @@ def retnet_model(bundle: Bundle) -> Model:
     )
 
 
-def transformer_model(baseline: Baseline) -> Model:
+def transformer_model(baseline: Baseline) -> Side:
     """The baseline's side."""
     config = baseline.config
-    return Model(
+    return Side(
         name="KV-cache Transformer",
         parameters=config.parameters,
         weights=baseline.weights,

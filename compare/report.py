@@ -12,7 +12,7 @@ from pathlib import Path
 
 from retnet_export.compare.analysis import Row, batch_rows, caveats, decode_rows, parameter_difference, rows, summary
 from retnet_export.compare.plots import plots, png, svg
-from retnet_export.compare.results import GENAI, LLAMA_CPP, RETNET, TRANSFORMER, Comparison, Measurement, Model
+from retnet_export.compare.results import GENAI, LLAMA_CPP, RETNET, TRANSFORMER, Comparison, Measurement, Side
 from retnet_export.runtime.bundle.schema import decode, encode
 from retnet_export.runtime.errors import UserError
 
@@ -197,7 +197,7 @@ def _resident(measurement: Measurement | None) -> str:
     return "–" if measurement is None or measurement.steady_bytes is None else f"{measurement.steady_bytes / 1e6:,.0f} MB"
 
 
-def _sequence(side: Model) -> str:
+def _sequence(side: Side) -> str:
     if side.bytes_per_token:
         return f"{side.bytes_per_token / 1e3:,.1f} kB a token"
     return f"{side.bytes_per_sequence / 1e6:,.1f} MB at any length"
@@ -207,7 +207,7 @@ def _setting(value: object) -> str:
     return " ".join(str(entry) for entry in value) if isinstance(value, (tuple, list)) else str(value)
 
 
-def _million(side: Model) -> str:
+def _million(side: Side) -> str:
     return f"{side.parameters / 1e6:,.0f} million"
 
 

@@ -83,7 +83,7 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Model:
+class Side:
     """One side of the comparison.
 
     Attributes:
@@ -134,8 +134,8 @@ class Comparison:
     machine: Mapping[str, str]
     versions: Mapping[str, str]
     settings: Mapping[str, object]
-    retnet: Model
-    transformer: Model
+    retnet: Side
+    transformer: Side
     measurements: tuple[Measurement, ...]
     memory_budget: int
     perplexity: float | None = None

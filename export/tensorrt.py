@@ -38,8 +38,8 @@ from retnet_export.runtime.bundle.engines import (
     EnginePart,
     EngineRecord,
     Form,
+    GraphRole,
     Probe,
-    Role,
     engine_stem,
     sources_of,
     write_engines,
@@ -52,7 +52,7 @@ from retnet_export.runtime.progress import Progress, silent
 if TYPE_CHECKING:
     import tensorrt as trt
 
-ROLES: tuple[Role, ...] = ("decode", "prefill")
+ROLES: tuple[GraphRole, ...] = ("decode", "prefill")
 MAX_CANDIDATES = 3840
 """The largest k of TensorRT's TopK."""
 

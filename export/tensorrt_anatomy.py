@@ -26,7 +26,7 @@ from retnet_export.plan.sizes import sizes_of_bundle
 from retnet_export.runtime.backends.tensorrt_api import make_logger
 from retnet_export.runtime.bundle.anatomy import Anatomy, Excess
 from retnet_export.runtime.bundle.bundle import Bundle
-from retnet_export.runtime.bundle.engines import EnginePart, Role, open_shape
+from retnet_export.runtime.bundle.engines import EnginePart, GraphRole, open_shape
 
 Source = Literal["builder's log", "engine inspector"]
 SHOWN = 5
@@ -120,7 +120,7 @@ def inspect(module: Any, bundle: Bundle, part: EnginePart, content: memoryview, 
 def anatomy(
     layers: Sequence[Layer],
     bundle: Bundle,
-    role: Role,
+    role: GraphRole,
     *,
     profile: int,
     tokens: int,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retnet_export.runtime.bundle.engines import TOP_LOGITS, TOP_TOKENS, Role, open_shape
+from retnet_export.runtime.bundle.engines import TOP_LOGITS, TOP_TOKENS, GraphRole, open_shape
 from retnet_export.runtime.bundle.manifest import GraphSpec
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Profile:
     """One optimization profile: the role it plays and how many tokens per sequence it takes."""
 
-    role: Role
+    role: GraphRole
     min_tokens: int
     typical_tokens: int
     max_tokens: int
@@ -34,7 +34,7 @@ class NetworkGraph:
         prefix: stands before the names of its tensors.
     """
 
-    role: Role | None
+    role: GraphRole | None
     spec: GraphSpec
     prefix: str = ""
 

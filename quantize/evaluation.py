@@ -40,7 +40,7 @@ class StateError:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Divergence:
     """One bundle against another on the same text.
 
     Attributes:
@@ -84,7 +84,7 @@ class Evaluation:
     bytes: int
     perplexity: float
     bits_per_byte: float
-    comparison: Comparison | None
+    comparison: Divergence | None
 
 
 def evaluate(
@@ -163,7 +163,7 @@ def evaluate_all(
                 reading.state.append(_state_error(start + len(part), reading.stream.read_state(0), theirs))
     predicted = len(ids) - 1
     size = len(models[0].tokenizer.decode(ids[1:].tolist()).encode())
-    comparisons: Sequence[Comparison | None] = [None] * len(models)
+    comparisons: Sequence[Divergence | None] = [None] * len(models)
     if reference is not None:
         greedy = _greedy_lengths(models, reference.model, ids, progress)
         comparisons = [reading.comparison(reference, lengths) for reading, lengths in zip(readings, greedy, strict=True)]
@@ -224,9 +224,9 @@ class _Reading:
         """Nats a token."""
         return float(np.concatenate(self._losses).mean())
 
-    def comparison(self, reference: _Reading, greedy: tuple[int, ...]) -> Comparison:
+    def comparison(self, reference: _Reading, greedy: tuple[int, ...]) -> Divergence:
         divergences = np.concatenate(self._divergences)
-        return Comparison(
+        return Divergence(
             against=reference.model.bundle.manifest.name,
             perplexity=float(np.exp(reference.loss)),
             perplexity_ratio=float(np.exp(self.loss - reference.loss)),

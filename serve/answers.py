@@ -192,7 +192,7 @@ class CompletionForm:
         }
 
 
-class Writer:
+class AnswerWriter:
     """Writes one request's answers.
 
     Args:

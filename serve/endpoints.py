@@ -18,7 +18,7 @@ from starlette.routing import Route
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.generate.engine import Job, Read
 from retnet_export.serve import page
-from retnet_export.serve.answers import ChatForm, CompletionForm, Form, TokenTexts, Writer
+from retnet_export.serve.answers import AnswerWriter, ChatForm, CompletionForm, Form, TokenTexts
 from retnet_export.serve.bodies import (
     Body,
     ChatBody,
@@ -111,7 +111,7 @@ class Endpoints:
         self, request: Request, body: Generating, form: Form, jobs: Sequence[Job], ignored: Sequence[str]
     ) -> Response:
         service, headers = self._ready, _warn(ignored)
-        writer = Writer(form, service, [len(job.options) for job in jobs], sum(len(job.tokens) for job in jobs))
+        writer = AnswerWriter(form, service, [len(job.options) for job in jobs], sum(len(job.tokens) for job in jobs))
         run = Run(service, jobs)
         if not body.stream:
             with run:

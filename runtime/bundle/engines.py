@@ -30,7 +30,7 @@ from retnet_export.runtime.errors import UserError
 FOLDER = "engines"
 FORMAT_VERSION = 3
 """3: the record has a hash of itself."""
-Role = Literal["decode", "prefill"]
+GraphRole = Literal["decode", "prefill"]
 Form = Literal["joined", "prefill", "separate"]
 """How decode and prefill share engines: both graphs in one network; the prefill graph alone, for one token as well; one each."""
 TOP_LOGITS, TOP_TOKENS = "top_logits", "top_tokens"
@@ -51,7 +51,7 @@ class EnginePart:
         activation_bytes: device memory it needs while it runs, beside weights, state and logits.
     """
 
-    role: Role
+    role: GraphRole
     graph: str
     prefix: str
     file: str
@@ -121,12 +121,12 @@ class EngineRecord:
         """The record's name without its ending."""
         return engine_stem(self.target, self.version, self.compute_capabilities)
 
-    def part(self, role: Role, tokens: int = 1) -> EnginePart:
+    def part(self, role: GraphRole, tokens: int = 1) -> EnginePart:
         """What runs so many tokens per sequence: of the parts that can, the one that takes the fewest other numbers."""
         fitting = [part for part in self.parts if part.role == role and part.min_tokens <= tokens <= part.max_tokens]
         return min(fitting, key=lambda part: part.max_tokens - part.min_tokens)
 
-    def anatomy_of(self, role: Role) -> Anatomy | None:
+    def anatomy_of(self, role: GraphRole) -> Anatomy | None:
         return next((each for each in self.anatomy if each.role == role), None)
 
 

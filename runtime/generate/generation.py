@@ -145,7 +145,7 @@ class Continuation:
         self.ended_by: int | None = None
         self._sampler, self._vocab_size = Sampler(options, read), len(read)
         self._ends, self._stop_tokens = frozenset(ends), frozenset(options.stop_tokens)
-        self._stream = None if tokenizer is None else tokenizer.stream(context)
+        self._decoder = None if tokenizer is None else tokenizer.decoder(context)
         self._stops = StopStrings(options.stops)
         self._made: list[int] = []
         self._texts: list[str] = []
@@ -181,7 +181,7 @@ class Continuation:
     def accept(self, token: int) -> Piece:
         """The text that the chosen token gives; sets `finish` if it was the last."""
         self._made.append(token)
-        self._texts.append("" if self._stream is None else self._stream.push(token))
+        self._texts.append("" if self._decoder is None else self._decoder.push(token))
         text = self._stops.push(self._texts[-1])
         self._given += len(text)
         if self._stops.hit:
@@ -192,9 +192,9 @@ class Continuation:
 
     def flush(self) -> str:
         """Text held back, once it has ended."""
-        if self._stream is None or self._stops.hit:
+        if self._decoder is None or self._stops.hit:
             return ""
-        self._texts.append(self._stream.flush())
+        self._texts.append(self._decoder.flush())
         text = self._stops.end(self._texts[-1])
         self._given += len(text)
         self.finish = "stop" if self._stops.hit else self.finish
@@ -213,7 +213,7 @@ class Continuation:
     @property
     def holds_text(self) -> bool:
         """Whether tokens were made whose text was not given yet: half a character, or what may begin a stop string."""
-        return sum(map(len, self._texts)) > self._given or (self._stream is not None and self._stream.waits)
+        return sum(map(len, self._texts)) > self._given or (self._decoder is not None and self._decoder.waits)
 
     def before_stop(self) -> tuple[list[int], str]:
         """What was given, without the stop string: whole tokens, and the beginning of the next one's text."""

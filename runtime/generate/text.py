@@ -1,4 +1,4 @@
-"""Tokens into text as they come: a stream of whole characters, and stop strings that may span tokens."""
+"""Tokens into text as they come: whole characters, and stop strings that may span tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LONGEST_WAIT = 16
 """Tokens that may wait for a character to be whole before they are taken for broken: four are enough for honest text."""
 
 
-class TextStream:
+class TextDecoder:
     """Turns tokens into text as they come, never half a character.
 
     Rule: the pieces, joined, are what the tokenizer makes of all tokens at once. A decoder may look at a token's neighbours

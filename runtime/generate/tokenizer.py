@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from retnet_export.runtime.bundle.manifest import TokenizerSpec
 from retnet_export.runtime.errors import UserError
-from retnet_export.runtime.generate.text import TextStream
+from retnet_export.runtime.generate.text import TextDecoder
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -113,9 +113,9 @@ class Tokenizer:
         """What the vocabulary calls a token; empty if it has no such id."""
         return self._tokenizer.id_to_token(token) or ""
 
-    def stream(self, context: Sequence[int] = ()) -> TextStream:
+    def decoder(self, context: Sequence[int] = ()) -> TextDecoder:
         """A decoder of tokens that come one at a time, after the tokens `context`, whose text it does not repeat."""
-        return TextStream(self, context)
+        return TextDecoder(self, context)
 
     def _leads(self, context: list[int], whole: bool) -> Iterator[tuple[str, list[int]]]:
         """Texts that may stand before a piece, the most of the context first, with the tokens they should become."""

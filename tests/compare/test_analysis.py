@@ -9,10 +9,10 @@ import pytest
 from retnet_export.compare import analysis
 from retnet_export.compare.measure import timing
 from retnet_export.compare.report import model_table
-from retnet_export.compare.results import GENAI, REPORT_FORMAT, RETNET, TRANSFORMER, Cell, Comparison, Measurement, Model
+from retnet_export.compare.results import GENAI, REPORT_FORMAT, RETNET, TRANSFORMER, Cell, Comparison, Measurement, Side
 
 
-def model(**changes: object) -> Model:
+def model(**changes: object) -> Side:
     sizes = {
         "name": "m",
         "parameters": 1_000_000,
@@ -23,7 +23,7 @@ def model(**changes: object) -> Model:
         "bytes_per_token": 0,
         "shape": {"vocabulary": 100},
     }
-    return Model(**(sizes | changes))
+    return Side(**(sizes | changes))
 
 
 def comparison(retnet_ms: dict[int, float], transformer_ms: dict[int, float], **genai_ms: float) -> Comparison:

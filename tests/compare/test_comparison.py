@@ -7,12 +7,12 @@ import re
 import pytest
 import tiny
 
-from retnet_export.compare.comparison import Options, compare
+from retnet_export.compare.comparison import CompareOptions, compare
 from retnet_export.compare.report import read_report, write_report
 from retnet_export.compare.results import GENAI, RETNET, TRANSFORMER, Cell
 from retnet_export.runtime.errors import UserError
 
-QUICK = Options(contexts=(0, 16), prompts=(8,), batches=(1, 2), batch_context=16, seconds=0.05, threads=1)
+QUICK = CompareOptions(contexts=(0, 16), prompts=(8,), batches=(1, 2), batch_context=16, seconds=0.05, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_the_report_says_what_it_was_measured_on(comparison):
 
 def test_the_baseline_leaves_nothing_behind(bundle, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    compare(bundle, Options(contexts=(0,), prompts=(), batches=(), seconds=0.05, threads=1))
+    compare(bundle, CompareOptions(contexts=(0,), prompts=(), batches=(), seconds=0.05, threads=1))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -77,7 +77,7 @@ def test_every_figure_is_a_png_file_too(comparison, tmp_path):
 
 
 def test_a_cell_that_would_not_fit_is_reported_and_not_attempted(bundle):
-    options = Options(contexts=(0, 1 << 20), prompts=(), batches=(), seconds=0.05, threads=1, memory_budget=100_000_000)
+    options = CompareOptions(contexts=(0, 1 << 20), prompts=(), batches=(), seconds=0.05, threads=1, memory_budget=100_000_000)
     result = compare(bundle, options)
     refused = result.find(TRANSFORMER, Cell("decode", 1 << 20, 1))
     assert refused.timing is None
@@ -89,12 +89,12 @@ def test_a_budget_smaller_than_the_weights_is_refused(bundle):
     with pytest.raises(
         UserError, match=r"the memory budget is 0 MB, but the weights of .*tiny\.retnet alone are 0 MB; give a larger"
     ):
-        compare(bundle, Options(memory_budget=1000))
+        compare(bundle, CompareOptions(memory_budget=1000))
 
 
 def test_onnxruntime_genai_takes_turns_with_the_others(bundle):
     pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
-    result = compare(bundle, Options(contexts=(0, 8), prompts=(4,), batches=(), seconds=0.05, threads=1, peers=(GENAI,)))
+    result = compare(bundle, CompareOptions(contexts=(0, 8), prompts=(4,), batches=(), seconds=0.05, threads=1, peers=(GENAI,)))
     assert all(m.timing is not None for m in result.measurements if m.engine == GENAI)
     assert result.engines == (RETNET, TRANSFORMER, GENAI)
 
@@ -114,10 +114,10 @@ def test_onnxruntime_genai_takes_turns_with_the_others(bundle):
 )
 def test_options_that_make_no_sense_are_refused(options, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        Options(**options)
+        CompareOptions(**options)
 
 
 def test_a_peer_that_is_not_here_is_refused_before_anything_is_measured(bundle, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match=r"peer llama\.cpp: llama-bench is not on the PATH: install llama\.cpp"):
-        compare(bundle, Options(peers=("llama.cpp",)))
+        compare(bundle, CompareOptions(peers=("llama.cpp",)))

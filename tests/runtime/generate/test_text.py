@@ -25,8 +25,8 @@ BYTES = {TOKENIZER._tokenizer.token_to_id(f"<0x{byte:02X}>"): byte for byte in r
 
 
 def streamed(tokens, context=()) -> list[str]:
-    stream = TOKENIZER.stream(context)
-    return [*(stream.push(token) for token in tokens), stream.flush()]
+    decoder = TOKENIZER.decoder(context)
+    return [*(decoder.push(token) for token in tokens), decoder.flush()]
 
 
 @given(st.text(max_size=60).filter(lambda text: "▁" not in text and "\ufffd" not in text))
