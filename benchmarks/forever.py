@@ -1,4 +1,4 @@
-"""For ever: a million tokens through the bundled model's first layers, against the float64 reference.
+"""A million tokens through the bundled model's first layers, against the float64 reference.
 
     python benchmarks/forever.py [--tokens 1000000] [--layers 2] [--every 50000]
 

@@ -6,7 +6,7 @@
 2. What is the floor? Every multiplication of the graph at the rate of a large product of matrices on this machine, or every
    weight read once a chunk at its read bandwidth, whichever takes longer.
 3. What is resident once a prompt was read and tokens were generated, for each way of holding the weights (`--low-memory`,
-   neither, `--no-low-memory`), each in a process of its own; and what does each way cost in speed?
+   neither, `--no-low-memory`), each in a separate process; and what does each way cost in speed?
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def footprint(path: Path, low_memory: bool | None, tokens: int, threads: int) ->
 
 
 def memory(bundle: Bundle, tokens: int, threads: int) -> None:
-    """Question 3, each way in a process of its own."""
+    """Question 3, each way in a separate process."""
     manifest = bundle.manifest
     needed = manifest.weights_bytes + manifest.state_bytes
     print(f"\nweights and state {needed / 1e6:.0f} MB; after reading {tokens} tokens twice and {STEPS} steps")

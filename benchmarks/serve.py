@@ -1,4 +1,4 @@
-"""The server under load, over the loopback: `retnet-export serve` in a process of its own, clients in this one.
+"""The server under load, over the loopback: `retnet-export serve` in a separate process, clients in this one.
 
     python benchmarks/serve.py BUNDLE [--parts clients,prompts,chat,memory,gone] [--clients 1,4,16,64] [--seconds 20] [-o FILE.json]
 

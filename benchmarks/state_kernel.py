@@ -32,7 +32,7 @@ REPEATS = 20
 
 
 def compile_kernel(folder: Path) -> Any:
-    """The kernel's launcher, compiled for the GPU at hand."""
+    """The kernel's launcher, compiled for this machine's GPU."""
     major, minor = cuda.device().compute_capability
     library = folder / "retention_step.so"
     command = ["nvcc", "-O3", f"-arch=sm_{major}{minor}", "-shared", "-Xcompiler", "-fPIC", "-o", str(library), str(SOURCE)]

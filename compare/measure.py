@@ -34,7 +34,7 @@ class Contender:
 
     Attributes:
         name: in the report.
-        make: makes it, in a process of its own.
+        make: makes it, in a separate process.
         needed_bytes: an estimate of the memory that a cell takes.
         refusal: why it cannot do a cell, or None.
     """

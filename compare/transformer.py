@@ -120,7 +120,7 @@ def transformer_like(config: ModelConfig, kv_heads: int | None = None, group: in
         return with_ffn(group * max(1, round(exact / group)))
     raise UserError(
         f"no Transformer of width {config.hidden_size} and {config.num_layers} layers has the RetNet's {wanted:,} parameters: "
-        "its attention alone has more. There is nothing fair to compare with"
+        "its attention alone has more. A fair comparison is not possible"
     )
 
 

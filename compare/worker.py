@@ -1,4 +1,4 @@
-"""An engine in a process of its own, so that its memory is its own and a crash ends only its cell.
+"""An engine in a separate process, so that its memory is its own and a crash ends only its cell.
 
 Rule: a fresh process for every engine and cell, pinned to the same cores; while one runs, the others sleep in a read. Not
 multiprocessing: its children run the caller's main module again, which not every program guards against.
@@ -135,4 +135,4 @@ def _send(pipe: IO[bytes], message: object) -> None:
 
 
 def _ending(code: int) -> str:
-    return "was killed, most likely for want of memory" if code == -9 else f"ended with code {code}"
+    return "was killed, probably because memory ran out" if code == -9 else f"ended with code {code}"

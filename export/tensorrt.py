@@ -2,7 +2,7 @@
 
 Decode and prefill share one engine, because two engines cannot share any weights. Both graphs stand in one network, each with
 inputs of its own, and in the optimization profiles of one the other is empty: so a step runs the decode graph's kernels alone. A
-small build asks first whether the TensorRT at hand takes that; if not, both roles are played by the prefill graph. Measured:
+small build asks first whether the installed TensorRT takes that; if not, both roles are played by the prefill graph. Measured:
 docs/lab/tensorrt.md.
 
 What a step needs on the host are a few candidates, not the vocabulary: a TopK over the logits is added to the network.
@@ -91,7 +91,7 @@ class CompileOptions:
         if self.timing_cache is not None and known is not None:
             raise ArgumentError(
                 "timing_cache",
-                f"is of no use: {self.target} times no kernels when it builds; leave it out",
+                f"has no effect: {self.target} does not measure kernels when it builds; omit it",
             )
         for capability in self.compute_capabilities:
             if known is None:
@@ -330,5 +330,5 @@ def _load_timing_cache(config: trt.IBuilderConfig, path: Path | None) -> trt.ITi
         raise UserError(f"{path}: the timing cache cannot be read: {error.strerror}") from error
     cache = config.create_timing_cache(content)
     if cache is None or not config.set_timing_cache(cache, False):
-        raise UserError(f"{path}: not a timing cache of this TensorRT on this GPU; delete it, and it is made anew")
+        raise UserError(f"{path}: not a timing cache of this TensorRT on this GPU; delete it, and it is made again")
     return cache

@@ -48,10 +48,10 @@ def parser_message(path: Path, parser: trt.OnnxParser, target: str, version: str
     more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
     operators = {fault.node_operator() for fault in faults}
     if "DequantizeLinear" in operators or "QuantizeLinear" in operators:
-        mend = "quantize again with symmetric weights and a group size of 64 or 128"
+        remedy = "quantize again with symmetric weights and a group size of 64 or 128"
     else:
-        mend = "export the checkpoint again with this version of retnet-export, or install a newer TensorRT"
-    return f"{path}: {target} {version} does not take the graph: {'; '.join(shown)}{more}. What to do: {mend}"
+        remedy = "export the checkpoint again with this version of retnet-export, or install a newer TensorRT"
+    return f"{path}: {target} {version} does not take the graph: {'; '.join(shown)}{more}. What to do: {remedy}"
 
 
 def builder_config(module: Any, builder: trt.Builder, capabilities: Sequence[str], compute: str) -> trt.IBuilderConfig:

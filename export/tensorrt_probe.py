@@ -1,4 +1,4 @@
-"""What the TensorRT at hand does with two things that not every release does, asked by building a network of a few megabytes.
+"""What the installed TensorRT does with two things that not every release does, asked by building a network of a few megabytes.
 
 Rule: no table of versions. Whether a network of two graphs builds when one of them is empty in each profile, and whether a product
 with INT8 weights is one kernel or writes the weights out as floats, is seen in the build itself, which takes less than a second.

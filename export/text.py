@@ -116,13 +116,13 @@ def _check_vocabulary(tokenizer: Tokenizer, path: Path, vocab_size: int) -> None
     if own := sorted(set(beyond) - added, key=beyond.__getitem__):
         raise UserError(
             f"{path}: {len(own):,} of its tokens, as {own[-1]!r} with the id {beyond[own[-1]]}, are beyond the model's vocabulary "
-            f"of {vocab_size:,}: it is another model's tokenizer; put the right one there, or none, for token ids in and out"
+            f"of {vocab_size:,}: it belongs to another model; put the right tokenizer there, or none to work with token ids"
         )
     if beyond:
         names = sorted(beyond, key=beyond.__getitem__)
         warnings.warn(
             f"{path}: the model's vocabulary of {vocab_size:,} has no room for {', '.join(map(repr, names[:4]))}"
-            f"{f' and {len(names) - 4} more' if len(names) > 4 else ''}, which were added; a text that holds one is refused",
+            f"{f' and {len(names) - 4} more' if len(names) > 4 else ''}, which were added; a text with one of them is refused",
             CheckpointWarning,
             stacklevel=2,
         )
@@ -152,7 +152,7 @@ def _ends(vocab_size: int, ids: Iterator[tuple[str, object]]) -> tuple[int, ...]
             ends[token] = None
         elif token is not None:
             warnings.warn(
-                f"{where}: the token {token!r}, which is said to end a text, is not in the vocabulary of {vocab_size:,}; left out",
+                f"{where}: the end-of-text token {token!r} is not in the vocabulary of {vocab_size:,}; left out",
                 CheckpointWarning,
                 stacklevel=2,
             )
@@ -166,7 +166,7 @@ def _prefix(tokenizer: Tokenizer, bos: str, vocab_size: int) -> tuple[int, ...]:
     if bos != "auto":
         token = int(bos) if bos.isdecimal() else tokenizer.token_to_id(bos)
         if token is None or token >= vocab_size:
-            raise UserError(f"bos: {bos!r} is no token of this model; expected auto, none, or a token by its id or text")
+            raise UserError(f"bos: {bos!r} is not a token of this model; expected auto, none, or a token by its id or text")
         return (token,)
     text = next((text for text in ("a", "0", ".") if tokenizer.encode(text, add_special_tokens=False).ids), "")
     bare, full = tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.encode(text).ids
@@ -175,7 +175,7 @@ def _prefix(tokenizer: Tokenizer, bos: str, vocab_size: int) -> tuple[int, ...]:
     if suffix:
         names = ", ".join(repr(tokenizer.id_to_token(token)) for token in suffix)
         warnings.warn(
-            f"{TOKENIZER}: it puts {names} after a text, which would end it; prompts are read without",
+            f"{TOKENIZER}: it puts {names} after a text, which would end it; prompts are read without it it it",
             CheckpointWarning,
             stacklevel=2,
         )

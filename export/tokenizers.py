@@ -109,7 +109,7 @@ def _from_tiktoken(model: Path, config: Mapping[str, Any]) -> Tokenizer:
     if not isinstance(pattern, str):
         pattern = GPT4_PATTERN
         warnings.warn(
-            f"{model}: it does not say how a text is cut before BPE; it is cut as cl100k and Llama 3 do. If that is wrong, put "
+            f"{model}: it does not say how a text is split before BPE; it is split as in cl100k and Llama 3. If that is wrong, put "
             f"the right pattern into {TOKENIZER_CONFIG} as pat_str",
             CheckpointWarning,
             stacklevel=2,
@@ -133,13 +133,13 @@ def _from_byte_level(vocabulary: Mapping[str, Any], merges: Path, config: Mappin
 
     if "Ġ" not in "".join(vocabulary):
         raise UserError(
-            f"{merges.parent}: its vocabulary is not of the byte-level kind of GPT-2, the only one that is known by vocab.json and "
-            "merges.txt alone; save it with transformers as tokenizer.json"
+            f"{merges.parent}: its vocabulary is not byte-level as GPT-2's, the only kind that can be read from vocab.json and "
+            "merges.txt; save it with transformers as tokenizer.json"
         )
     try:
         tokenizer = Tokenizer(models.BPE(dict(vocabulary), _merges(merges)))
     except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{merges}: it does not belong to the vocabulary beside it: {error}") from error
+        raise UserError(f"{merges}: it does not belong to the vocabulary in the same folder: {error}") from error
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(config.get("add_prefix_space", False)))
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
@@ -150,7 +150,7 @@ def _merges(path: Path) -> list[tuple[str, str]]:
     lines = read_text(path).split("\n")
     pairs = [line.split(" ") for line in (lines[1:] if lines[0].startswith("#version") else lines) if line.strip()]
     if wrong := next((pair for pair in pairs if len(pair) not in (2, 3)), None):
-        raise UserError(f"{path}: {' '.join(wrong)!r} is no merge; expected two pieces a line")
+        raise UserError(f"{path}: {' '.join(wrong)!r} is not a merge; expected two pieces per line")
     return [(pair[0], pair[1]) for pair in pairs]
 
 
@@ -163,7 +163,7 @@ def _from_fairseq(folder: Path, dictionary: Path, model: Path | None, byte_level
         encoder = read_json(folder / byte_level[0])
         if missing := [piece for piece, number in encoder.items() if str(number) not in ids]:
             raise UserError(
-                f"{dictionary}: it lacks {len(missing)} pieces of {byte_level[0]}, as {missing[0]!r}; not its dictionary"
+                f"{dictionary}: it lacks {len(missing)} pieces of {byte_level[0]}, as {missing[0]!r}; this is not its dictionary"
             )
         vocabulary = {token: ids[token] for token in FAIRSEQ_SPECIAL} | {piece: ids[str(rank)] for piece, rank in encoder.items()}
         tokenizer = _from_byte_level(vocabulary, folder / byte_level[1], {})
@@ -171,7 +171,7 @@ def _from_fairseq(folder: Path, dictionary: Path, model: Path | None, byte_level
         tokenizer = _from_codes(codes, ids)
     else:
         raise UserError(
-            f"{dictionary}: a dictionary without its BPE; put beside it {SENTENCEPIECE[0]}, or encoder.json and vocab.bpe, or "
+            f"{dictionary}: a dictionary without its BPE; add {SENTENCEPIECE[0]}, or encoder.json and vocab.bpe, or "
             f"{FAIRSEQ_CODES[0]}"
         )
     _add_fairseq_special(tokenizer)
@@ -218,7 +218,9 @@ def _renumbered(tokenizer: Tokenizer, ids: Mapping[str, int], dictionary: Path) 
     model, order = document["model"], dict(ids)
     pieces = dict(model["vocab"]) if model["type"] == "Unigram" else dict.fromkeys(model["vocab"], 0.0)
     if len(ids.keys() & pieces.keys()) < len(FAIRSEQ_SPECIAL) + 1:
-        raise UserError(f"{dictionary}: it names none of the pieces of the SentencePiece model beside it; not its dictionary")
+        raise UserError(
+            f"{dictionary}: it has none of the pieces of the SentencePiece model in its folder; this is not its dictionary"
+        )
     for piece in pieces:
         order.setdefault(piece, len(order))
     if model["type"] == "Unigram":
@@ -279,7 +281,7 @@ def _check(tokenizer: Tokenizer, original: Callable[[str], Sequence[int]], file:
         if found != expected:
             raise UserError(
                 f"{file}: converted by transformers it reads {text[:40]!r} as {len(found)} tokens, not as the original's "
-                f"{len(expected)}; put a tokenizer.json of your own beside it"
+                f"{len(expected)}; put a tokenizer.json into its folder"
             )
 
 

@@ -177,7 +177,7 @@ def _references(
     from retnet_export.export.model import parallel_by_layer
 
     if checkpoint.config != bundle.manifest.model:
-        raise UserError(f"{bundle.path} was not made from {checkpoint.path}: their model configurations differ")
+        raise UserError(f"{bundle.path} was not exported from {checkpoint.path}: their model configurations differ")
     results = parallel_by_layer(
         checkpoint.config,
         checkpoint.read,

@@ -118,6 +118,6 @@ class GraphBuilder:
     def _unique(self, name: str) -> str:
         full = self.qualify(name)
         if full in self._taken:
-            raise ValueError(f"two nodes are called {full!r}: give each a name of its own within its scope")
+            raise ValueError(f"two nodes are called {full!r}: give each its own name within its scope")
         self._taken.add(full)
         return full

@@ -32,7 +32,7 @@ def card(manifest: Manifest) -> str:
     """The card: YAML for the Hub between two lines of dashes, then Markdown."""
     parts = [_front_matter(manifest), f"# {manifest.name}", _introduction(manifest), _table("", _facts(manifest))]
     if (quality := _quality(manifest)) is not None:
-        parts += ["## What quantizing cost", quality]
+        parts += ["## What quantization costs", quality]
     parts += ["## Run it", _usage(manifest)]
     return "\n\n".join(parts) + "\n"
 
@@ -63,7 +63,7 @@ def _introduction(manifest: Manifest) -> str:
     how = "" if manifest.quantization is None else f", its weights rounded to {manifest.precision.weights}"
     return (
         f"A RetNet as recurrent ONNX graphs with explicit state, made from {made_from}{how} by retnet-export. "
-        "It runs without PyTorch; its state is as large after a million tokens as after one."
+        "It runs without PyTorch; its state has the same size after one token and after a million."
     )
 
 

@@ -40,7 +40,7 @@ def residual_streams(graph: ir.Graph, layers: int) -> list[ir.Value]:
             if value is not None and value.name is not None and layer is not None and layer != layer_of(node):
                 leaving[layer][value.name] = value
     if any(len(values) != 1 for values in leaving):
-        raise UserError(f"{graph.name}: its layers cannot be told apart by the names of its nodes; it cannot be run by layer")
+        raise UserError(f"{graph.name}: the names of its nodes do not show its layers, so it cannot run layer by layer")
     return [value for values in leaving for value in values.values()]
 
 

@@ -59,7 +59,7 @@ def read_report(path: Path) -> list[Observation]:
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: the report cannot be read: {error}") from error
+        raise UserError(f"{path}: cannot read the report: {error}") from error
     for line in reversed(lines):
         if not line.startswith("{"):
             continue
@@ -71,7 +71,7 @@ def read_report(path: Path) -> list[Observation]:
                 return [found for bench in document["bench"] if bench for found in _observations(bench)]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: its line of JSON is damaged ({error!r}); run scripts/jetson-check.sh again") from error
-    raise UserError(f"{path}: it has no line of JSON; a report is what scripts/jetson-check.sh writes")
+    raise UserError(f"{path}: it has no line of JSON; give a report that scripts/jetson-check.sh wrote")
 
 
 def _observations(bench: Mapping[str, Any]) -> Iterable[Observation]:

@@ -107,5 +107,5 @@ def parse_capability(text: str) -> tuple[int, int]:
     """
     major, dot, minor = text.partition(".")
     if not (dot and major.isdigit() and minor.isdigit()):
-        raise UserError(f"compute capability {text!r}: expected two numbers and a point, as in 8.7")
+        raise UserError(f"compute capability {text!r}: expected two numbers and a point, for example 8.7")
     return int(major), int(minor)

@@ -49,7 +49,7 @@ def check_options(options: Choices) -> None:
     if chosen is None:
         for name, value in (("weights", options.weights), ("head", options.head)):
             if value == "fp8":
-                raise ArgumentError(name, "is 'fp8', which needs activations=fp8; alone, int8 is as small and more exact")
+                raise ArgumentError(name, "is 'fp8', which needs activations=fp8; without it int8 is as small and more exact")
         return
     if chosen not in ACTIVATIONS:
         raise ArgumentError("activations", f"is {chosen!r}, expected {' or '.join(ACTIVATIONS)}")
@@ -64,7 +64,7 @@ def check_options(options: Choices) -> None:
     if options.group_size is not None:
         raise ArgumentError(
             "group_size",
-            f"cannot be combined with activations={chosen}: an 8-bit product takes one scale for each output; leave it out",
+            f"cannot be combined with activations={chosen}: an 8-bit product takes one scale for each output; omit it",
         )
     if options.method == "awq":
         raise ArgumentError("method", "is 'awq', which changes the activations that are measured before; choose rtn or gptq")

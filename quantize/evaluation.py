@@ -251,8 +251,8 @@ def _check_tokens(model: Model, other: Model, text: str, ids: NDArray[np.int64])
     """Tokens of one must be tokens of the other; one that brings no tokenizer is taken at its word."""
     if other.bundle.manifest.tokenizer is not None and other.tokenizer.encode(text) != ids.tolist():
         raise UserError(
-            f"{model.bundle.path} and {other.bundle.path} cut the text into different tokens: their tokenizers differ, so that a "
-            "token of one means nothing to the other; compare bundles of one checkpoint"
+            f"{model.bundle.path} and {other.bundle.path} cut the text into different tokens: their tokenizers differ, so their "
+            "predictions cannot be compared; compare bundles of one checkpoint"
         )
 
 

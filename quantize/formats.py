@@ -165,7 +165,7 @@ def least_squares_scales(block: Matrix, form: Format, importance: NDArray[np.flo
     """
     extreme = np.abs(block).max(axis=1)
     extreme[extreme == 0] = 1.0
-    # Clipping pays where few steps are to be had: eight bits lose more by it than they win below 0.9.
+    # Clipping pays where few steps are available: eight bits lose more by it than they win below 0.9.
     shares = np.linspace(0.6, 1.0, 17) if form.bits == 4 else np.linspace(0.9, 1.0, 5)
     best = stored_scales(extreme / form.largest, form)
     error = _error(block, best, form, importance)

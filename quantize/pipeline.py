@@ -77,7 +77,7 @@ class QuantizeOptions:
         if METHODS[self.method].calibrated and self.calibration is None:
             raise ArgumentError(
                 "method",
-                f"is {self.method!r}, which looks at activations: give it a text of the kind that the model is to continue, "
+                f"is {self.method!r}, which looks at activations: give a text of the kind that the model will continue, "
                 "calibration=FILE",
             )
         if not METHODS[self.method].calibrated and self.calibration is not None and self.activations is None:
@@ -142,7 +142,7 @@ def quantize_bundle(
         warnings.warn(
             f"calibrated on {tokens.size:,} tokens of {calibration['file']}, which are few: {options.method} may be worse than "  # type: ignore[index]
             f"rounding to nearest, as it was measured to be below {ENOUGH_TOKENS:,} (docs/lab/quantization.md); "
-            "give more text, of the kinds that the model is to continue, and compare with --evaluate",
+            "give more text, of the kinds that the model will continue, and compare with --evaluate",
             PrecisionWarning,
             stacklevel=2,
         )
@@ -202,8 +202,8 @@ def _check_source(source: Bundle, target: str | Path, options: QuantizeOptions) 
     manifest = source.manifest
     if manifest.quantization is not None:
         raise UserError(
-            f"{source.path}: quantized already ({manifest.precision.weights}); rounding twice only loses, "
-            "so give the bundle that `export` wrote"
+            f"{source.path}: already quantized ({manifest.precision.weights}); quantizing twice only loses "
+            "quality; give the bundle that `export` wrote"
         )
     if options.activations is not None and ONNXRUNTIME_CUDA in manifest.variants:
         raise UserError(
@@ -219,22 +219,22 @@ def _check_source(source: Bundle, target: str | Path, options: QuantizeOptions) 
             "cannot differ; give both options the same value"
         )
     if config.tied_embeddings and options.embedding == "int4":
-        raise UserError(
-            f"{source.path}: the head is the embedding, and no form of a four-bit matrix is fast for both; choose int8 or keep"
-        )
+        raise UserError(f"{source.path}: the head is the embedding, and no four-bit form is fast for both; choose int8 or keep")
     if options.embedding != "keep" and config.hidden_size % (32 // WEIGHTS[options.embedding]):
         raise UserError(
             f"{source.path}: width {config.hidden_size} is not a multiple of {32 // WEIGHTS[options.embedding]}, as "
             f"embedding={options.embedding} needs; choose embedding=keep"
         )
     if options.method == "awq" and config.post_norm:
-        raise UserError(f"{source.path}: in a post-norm model no norm stands before a matrix alone, as awq needs; choose gptq")
+        raise UserError(
+            f"{source.path}: awq needs a norm directly before each matrix, which a post-norm model does not have; choose gptq"
+        )
     if options.calibration is not None and manifest.precision.compute == "bfloat16":
         raise UserError(
             f"{source.path}: calibration runs the graph, which needs float32 or float16; export it so, or use no --calibration"
         )
     if options.state is not None and manifest.precision.state != "float32":
-        raise UserError(f"{source.path}: its state is {manifest.precision.state} already")
+        raise UserError(f"{source.path}: its state is already {manifest.precision.state}")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@
 
 ONNX Runtime fuses the first two into MatMulNBits; TensorRT keeps the integers. For the embedding no other form suits both:
 TensorRT takes no integer constant but before DequantizeLinear, and ONNX Runtime would dequantize all V rows for one token.
-So Gather reads 32-bit words, which are the very bytes of the int8 rows: a tied embedding stays one copy in the file.
+So Gather reads 32-bit words, which are the same bytes as the int8 rows: a tied embedding stays one copy in the file.
 
 Quantized activations are a pair of nodes before the product, which TensorRT makes one 8-bit product of:
 
@@ -127,7 +127,7 @@ class _Rewriter:
         form, x = self._stored[name].format, node.inputs[0]
         scale = stored_scales(np.array(largest / form.magnitude), form).astype(form.scale_dtype)
         w = Inserter(self._graph, node, _name(node))
-        # Aloud, because the default is uint8.
+        # Explicit, because the default is uint8.
         grid = [
             w.initializer(scale, f"{node.name}.input_scale"),
             w.initializer(np.zeros((), form.dtype), f"{node.name}.input_zero_point"),
@@ -160,7 +160,7 @@ class _Rewriter:
         assert stored.values is not None
         assert stored.scales is not None
         w = Inserter(self._graph, node, name)
-        # Zeros said aloud: before 1.28 ONNX Runtime carries the quantization over the Transpose, and guesses uint8 without them.
+        # Explicit zeros: before 1.28 ONNX Runtime carries the quantization over the Transpose, and guesses uint8 without them.
         zeros = w.initializer(np.zeros(stored.scales.shape.numpy(), np.int8), f"{name}.zero_point")
         rows = w.op("DequantizeLinear", w.tensor(stored.values), w.tensor(stored.scales), zeros, name="dequantized", axis=0)
         columns = w.op("Transpose", rows, name="transposed", perm=[1, 0])

@@ -24,7 +24,7 @@ def encode(model: Model, text: str, path: Path, part: slice = slice(None)) -> ND
     passage, start = text[part], part.indices(len(text))[0]
     if not passage.strip():
         what = "empty" if not text else "blank" if passage == text else f"blank from line {_line(text, start)} on"
-        raise UserError(f"{path}: {what}; give a text of the kind that the model is to continue")
+        raise UserError(f"{path}: {what}; give a text of the kind that the model will continue")
     try:
         tokens = np.asarray(model.tokenizer.encode(passage), np.int64)
     except UnknownCharacterError as error:

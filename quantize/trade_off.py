@@ -110,5 +110,5 @@ def _generate(model: Model, prompt: str, tokens: int) -> Stats:
         if stats.new_tokens == tokens:
             return stats
     raise UserError(
-        f"{model.bundle.path}: after {prompt!r} its texts end at once, so there is no token to time; give another prompt"
+        f"{model.bundle.path}: its texts end directly after {prompt!r}, so there is no token to measure; give another prompt"
     )

@@ -1,4 +1,4 @@
-"""The one error for faults that a user can mend; anything else is a bug and keeps its traceback."""
+"""The one error for faults that a user can fix; anything else is a bug and keeps its traceback."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def bundle_folder(given: str | Path) -> Path:
     """
     if (found := repository(given)) is None:
         return Path(given)
-    manifest = download(found, lambda files: [MANIFEST], f"it is no bundle, as it has no {MANIFEST}")
+    manifest = download(found, lambda files: [MANIFEST], f"it is not a bundle: it has no {MANIFEST}")
     try:
         listed = json.loads((manifest / MANIFEST).read_bytes()).get("files")
     except (OSError, ValueError, AttributeError) as error:
@@ -108,7 +108,7 @@ def download(found: Repository, wanted: Callable[[Iterable[str]], Iterable[str]]
         try:
             return cached()
         except (LocalEntryNotFoundError, FileNotFoundError) as error:
-            raise UserError(f"{found}: is neither a folder here nor in the cache, and {unreachable}") from error
+            raise UserError(f"{found}: is not a local folder, not in the cache, and {unreachable}") from error
     names = [sibling.rfilename for sibling in info.siblings or ()]
     chosen = list(dict.fromkeys(wanted(names)))
     if missing := [name for name in chosen if name not in names]:
@@ -119,7 +119,7 @@ def download(found: Repository, wanted: Callable[[Iterable[str]], Iterable[str]]
         # By its name, not by the commit it stands for: only so does the cache note which commit the name stood for.
         return Path(_asked(found, lambda: snapshot_download(found.name, revision=found.revision, allow_patterns=patterns)))
     except _UnreachableError as error:
-        raise UserError(f"{found}: the download stopped: {error}; run the command again, it goes on where it stopped") from error
+        raise UserError(f"{found}: the download stopped: {error}; run the command again, it continues where it stopped") from error
 
 
 def repository_of(path: Path) -> str | None:
@@ -153,10 +153,10 @@ def _asked(found: Repository, ask: Callable[[], T]) -> T:
             f"{found}: gated: accept its terms at {page}, then log in (`hf auth login`, or a token in HF_TOKEN)"
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise UserError(f"{found}: the repository is there, the revision is not; see {page}/refs") from error
+        raise UserError(f"{found}: the repository exists, the revision does not; see {page}/refs") from error
     except errors.RepositoryNotFoundError as error:
         raise UserError(
-            f"{found}: neither a folder here nor a repository at {constants.ENDPOINT}; is the name right? "
+            f"{found}: not a local folder and not a repository at {constants.ENDPOINT}; is the name right? "
             "A private one needs a token (`hf auth login`, or HF_TOKEN)"
         ) from error
     except errors.HFValidationError as error:

@@ -1,7 +1,7 @@
 """The prefix cache: snapshots of sequences in a tree over their tokens, so that nothing is read twice.
 
-Rule: a snapshot is found by the very tokens that led to it, never by something like them, and goes on as if they had been read
-again. The state of a RetNet has one size whatever was read: a remembered book costs what a remembered word does. When the
+Rule: a snapshot is used only for exactly the tokens that led to it, and continues as if they had been read
+again. The state of a RetNet has one size, however much was read: a remembered book costs what a remembered word does. When the
 budget is spent, the snapshot that was used longest ago goes.
 
 Where a prompt parts from those seen before is only known when the second one comes: the tree knows the place, and the cache

@@ -161,7 +161,7 @@ class Endpoints:
         """`/slots/NAME?action=save|restore|erase`, of a named state."""
         service, name, action = self._ready, request.path_params["name"], request.query_params.get("action")
         if service.store is None:
-            raise ApiError(400, "this server keeps no named states; start it with --states FOLDER", code="no_states")
+            raise ApiError(400, "this server has no named states; start it with --states FOLDER", code="no_states")
         if action == "save":
             body, ignored = await self._body(request, StateBody)
             store, job = service.store, await run_in_threadpool(service.state_job, body)
@@ -235,7 +235,7 @@ async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ApiError(499, "the client went away", code="gone")
+            raise ApiError(499, "the client disconnected", code="gone")
         return task.result()
     finally:
         task.cancel()
@@ -270,11 +270,11 @@ async def _user_error(request: Request, error: UserError) -> Response:
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
     message = {
-        404: f"there is no {request.url.path[:100]!r} here",
-        405: f"{request.method} is not for {request.url.path[:100]!r}",
+        404: f"no endpoint {request.url.path[:100]!r}",
+        405: f"{request.url.path[:100]!r} does not take {request.method}",
     }.get(error.status_code, str(error.detail))
     return await _api_error(request, ApiError(error.status_code, message, headers=error.headers))
 
 
 async def _bug(request: Request, error: Exception) -> Response:
-    return await _api_error(request, ApiError(500, "the server failed at this request; its log says why", code="internal_error"))
+    return await _api_error(request, ApiError(500, "the server failed; its log says why", code="internal_error"))

@@ -48,15 +48,15 @@ class Guards:
         host = headers.get("host", "")
         if self.hosts is not None and _without_port(host) not in self.hosts:
             return ApiError(
-                403, f"the host {host[:100]!r} is not this server's name; name it with --allow-host", code="unknown_host"
+                403, f"the host {host[:100]!r} is not a name of this server; add it with --allow-host", code="unknown_host"
             )
         origin = headers.get("origin")
         if origin is not None and not self.allows(origin, host):
-            return ApiError(403, f"pages of {origin[:100]!r} may not ask here; allow them with --cors", code="unknown_origin")
+            return ApiError(403, f"pages of {origin[:100]!r} may not send requests; allow them with --cors", code="unknown_origin")
         if method != "OPTIONS" and path not in OPEN and self.keys and not self._knows(headers.get("authorization", "")):
             return ApiError(
                 401,
-                "a key is needed: Authorization: Bearer KEY, and this one is unknown",
+                "missing or unknown key; send the header Authorization: Bearer KEY",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )

@@ -89,7 +89,7 @@ async def _serve(settings: Settings, listener: socket.socket, tell: Callable[[st
             )
             await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
             if not await asyncio.to_thread(service.scheduler.close, settings.patience):
-                logger.warning("requests were cut off: they took more than %g s to end", settings.patience)
+                logger.warning("requests were cancelled: they did not finish within %g s", settings.patience)
     finally:
         server.should_exit = True
         stopping.cancel()

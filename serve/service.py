@@ -70,7 +70,7 @@ class Service:
             ApiError: 404.
         """
         if name not in (None, "", *self.names):
-            message = f"the model {str(name)[:100]!r} is not served here; there is {', '.join(map(repr, self.names))}"
+            message = f"the model {str(name)[:100]!r} is not served here; expected {', '.join(map(repr, self.names))}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
     @property
@@ -89,9 +89,7 @@ class Service:
             ApiError, UserError: there is no cache, or no such state.
         """
         if self.store is None or self.cache is None:
-            raise ApiError(
-                400, "state: this server keeps no named states; start it with --states FOLDER and a cache", param="state"
-            )
+            raise ApiError(400, "state: this server has no named states; start it with --states FOLDER and a cache", param="state")
         tokens, snapshot = self.store.load(name)
         self.cache.keep(tokens, snapshot)
         return tokens
@@ -190,7 +188,7 @@ class Service:
         biases = {}
         for token, bias in (body.logit_bias or {}).items():
             if not token.isascii() or not token.isdigit() or len(token) > 12:
-                raise ApiError(400, f"logit_bias: {token[:40]!r} is no token id", param="logit_bias")
+                raise ApiError(400, f"logit_bias: {token[:40]!r} is not a token id", param="logit_bias")
             biases[int(token)] = bias
 
         def given(value: float | None, usual: float) -> float:
@@ -275,7 +273,7 @@ def failure(error: Exception) -> ApiError:
         return ApiError(503, str(error), code="shutting_down")
     if isinstance(error, UserError):
         return ApiError(400, str(error))
-    return ApiError(500, "the model failed at this request; the server's log says why", code="model_failed")
+    return ApiError(500, "the model failed; the server's log says why", code="model_failed")
 
 
 def _is_list_of_prompts(prompt: str | Sequence[object]) -> bool:

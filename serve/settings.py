@@ -120,7 +120,7 @@ def _fill(cache: PrefixCache, store: Store) -> None:
         try:
             cache.keep(*store.load(name))
         except UserError as error:
-            logger.warning("the cache leaves a state out: %s", error)
+            logger.warning("the cache skips a state: %s", error)
 
 
 def save_cache(service: Service, folder: Path) -> None:

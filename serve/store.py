@@ -72,7 +72,7 @@ class Store:
         """
         state, path = self._path(name, "state"), self._path(name, "tokens")
         if not state.is_file() or not path.is_file():
-            raise UserError(f"there is no saved state {name!r}; there are: {', '.join(self.names()) or 'none'}")
+            raise UserError(f"no saved state {name!r}; saved states: {', '.join(self.names()) or 'none'}")
         try:
             tokens = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
@@ -86,7 +86,7 @@ class Store:
             or not np.array_equal(np.bincount(tokens.clip(0), minlength=len(snapshot.read)), snapshot.read)
             or tuple(tokens[len(tokens) - len(snapshot.tail) :].tolist()) != snapshot.tail
         ):
-            raise UserError(f"{path.name}: these are not the tokens that led to the state beside it; save it again")
+            raise UserError(f"{path.name}: these tokens do not belong to the state of the same name; save it again")
         return tokens.tolist(), snapshot
 
     def delete(self, name: str) -> None:
@@ -96,7 +96,7 @@ class Store:
             UserError: there is none of that name.
         """
         if not self._path(name, "state").is_file():
-            raise UserError(f"there is no saved state {name!r}; there are: {', '.join(self.names()) or 'none'}")
+            raise UserError(f"no saved state {name!r}; saved states: {', '.join(self.names()) or 'none'}")
         for kind in ("state", "tokens"):
             with contextlib.suppress(FileNotFoundError):
                 self._path(name, kind).unlink()
@@ -115,7 +115,7 @@ class Store:
 
     def _path(self, name: str, kind: str) -> Path:
         if not NAME.fullmatch(name):
-            raise UserError(f"{name!r} is no name of a state: expected letters, digits, '-', '_' and '.', at most 100")
+            raise UserError(f"{name!r} is not a name for a state: expected letters, digits, '-', '_' and '.', at most 100")
         return self.folder / f"{name}.{kind}"
 
 

@@ -66,7 +66,7 @@ def write_repository(bundle: Bundle, target: Path, options: TritonOptions, *, fo
     """
     name = options.name or bundle.manifest.name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-        raise UserError(f"{name!r} is no name of a model; give one of letters, digits, '-', '_' and '.'")
+        raise UserError(f"{name!r} is not a name for a model; use letters, digits, '-', '_' and '.'")
     if options.instances < 1 or options.max_batch < 1:
         raise UserError(f"instances is {options.instances} and max_batch {options.max_batch}, expected at least 1")
     check_pairs(bundle.manifest.state)
@@ -236,13 +236,13 @@ def _readme(name: str, options: TritonOptions, opset: int) -> str:
     curl -N localhost:8000/v2/models/{name}/generate_stream \\
         -d '{{"prompt": "Once upon a time", "parameters": {{"max_tokens": 50, "temperature": "0.8", "seed": 7}}}}'
 
-- `{name}` takes `prompt` (text) or `tokens` (ids), and gives a response a piece: `text`, `token`, `index`, `finish_reason`.
-  Sampling options are the request's parameters, by their names in `/v1/completions`. Those that are neither whole numbers nor
-  words are JSON in a string: `"temperature": "0.8"`, `"stop": "[\\"King\\"]"`.
+- `{name}` takes `prompt` (text) or `tokens` (ids), and gives for each piece: `text`, `token`, `index`, `finish_reason`.
+  Sampling options are the request's parameters, by their names in `/v1/completions`. Pass those that are neither integers nor
+  plain words as JSON in a string: `"temperature": "0.8"`, `"stop": "[\\"King\\"]"`.
 - `{name}_step` takes `tokens`, one id, in a sequence (`sequence_id`, `sequence_start`, `sequence_end`), and gives `logits`. Triton
   keeps the state. Its graph is ONNX of opset {opset}.
 
-docs/guides/triton.md of retnet-export says what was run and what was not.
+docs/guides/triton.md of retnet-export lists what was tested and what was not.
 {plan if options.platform == "tensorrt" else ""}"""
 
 

@@ -116,7 +116,7 @@ class _Answer:
             return
         if isinstance(event, Failed):
             known = isinstance(event.error, UserError)
-            message = str(event.error) if known else "the model failed at this request; the server's log says why"
+            message = str(event.error) if known else "the model failed; the server's log says why"
             self.fail(message, self._pb.TritonError.INVALID_ARG if known else self._pb.TritonError.INTERNAL)
         elif isinstance(event, Made):
             index = self.numbers[id(event.job)] * self.each + event.index

@@ -1,1 +1,1 @@
-"""Engines that nobody here wrote, run on the baseline's weights if the user has them."""
+"""Engines of other projects, run on the baseline's weights if the user has them."""

@@ -1,4 +1,4 @@
-"""onnxruntime-genai on the baseline's own graph and weights: does an engine that nobody here wrote run it faster?
+"""onnxruntime-genai on the baseline's own graph and weights: does an engine of other projects run it faster?
 
 Its figures include what it does around the graph: building the mask and choosing the token.
 """

@@ -100,7 +100,7 @@ def parse(output: str, cells: Sequence[Cell]) -> list[Measurement]:
             )
             found.append(Measurement(LLAMA_CPP, cell, timing(times), note=note))
     except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"{PROGRAM} wrote something that is not understood ({error!r}); is it of another version?") from error
+        raise UserError(f"{PROGRAM} wrote something unexpected ({error!r}); is it another version?") from error
     return found
 
 

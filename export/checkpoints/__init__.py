@@ -46,6 +46,6 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             if family.recognises(names):
                 return family.read(replace(found, source=source))
     raise UserError(
-        f"{described(found.source)}: of no family that is known (flash-linear-attention, torchscale, fairseq, syncdoth/RetNet); "
-        f"its tensors are called {listed(sorted(found.source.names), 4)}"
+        f"{described(found.source)}: not a known family (flash-linear-attention, torchscale, fairseq, syncdoth/RetNet); "
+        f"its tensors are {listed(sorted(found.source.names), 4)}"
     )

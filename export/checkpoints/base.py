@@ -95,7 +95,7 @@ def make_checkpoint(
         if _is_other(found.source, head, embedding):
             config = replace(config, tied_embeddings=False)
             warnings.warn(
-                f"{described(found.source)}: its settings say that the head is the embedding, but {head} is not {embedding}: "
+                f"{described(found.source)}: its settings tie the head to the embedding, but {head} is not {embedding}: "
                 f"the model is exported with {head} as its head; if that is wrong, remove {head} from the file",
                 CheckpointWarning,
                 stacklevel=2,
@@ -109,7 +109,7 @@ def make_checkpoint(
             index = [int(position) for position in np.unravel_index(first, array.shape)]
             raise UserError(
                 f"{described(found.source)}: {place.name} holds {array.reshape(-1)[first]} at {index}: the model cannot compute "
-                "anything; the training went wrong, or the file is damaged: export an earlier checkpoint, or download it again"
+                "anything; the training diverged, or the file is damaged: export an earlier checkpoint, or download it again"
             )
         return array
 

@@ -57,7 +57,7 @@ def read(found: Found) -> Checkpoint:
         UserError: a field is missing or unusable, or the tensors are not those that the configuration describes.
     """
     if not found.settings:
-        raise UserError(f"{found.path}: no config.json beside the weights; copy the whole checkpoint folder")
+        raise UserError(f"{found.path}: no config.json in the folder of the weights; copy the whole checkpoint folder")
     fields = Fields(found)
     config = model_config(fields)
     fields.warn_of_others(HARMLESS)

@@ -57,7 +57,7 @@ class Kind:
 KINDS = (
     Kind(
         "adapter_config.json",
-        "a LoRA adapter, which holds differences from a model",
+        "a LoRA adapter, which has only differences from a model",
         "merge it first: model.merge_and_unload().save_pretrained(FOLDER), and export that folder",
     ),
     Kind("adapter_model.*", "a LoRA adapter", "merge it first: model.merge_and_unload().save_pretrained(FOLDER)"),
@@ -79,7 +79,7 @@ KINDS = (
     Kind("*.gguf", "a GGUF file, quantized for llama.cpp", "export the checkpoint that it was made from"),
     Kind("tf_model.h5", "weights of TensorFlow", "save them from PyTorch: save_pretrained(FOLDER)"),
     Kind("flax_model.msgpack", "weights of Flax", "save them from PyTorch: save_pretrained(FOLDER)"),
-    Kind("manifest.json", "a bundle, which is exported already", "give it to `quantize`, `generate` or `compile`"),
+    Kind("manifest.json", "a bundle, which is already exported", "give it to `quantize`, `generate` or `compile`"),
 )
 
 
@@ -95,7 +95,7 @@ def check_readable(file: Path) -> Path:
     except FileNotFoundError as error:
         if file.is_symlink():
             raise UserError(
-                f"{file}: a link to {os.readlink(file)}, which is not there; download or copy the checkpoint again"
+                f"{file}: a link to {os.readlink(file)}, which does not exist; download or copy the checkpoint again"
             ) from error
         raise UserError(f"{file}: no such file") from error
     except OSError as error:
@@ -127,14 +127,14 @@ def weight_files(path: Path) -> tuple[Path, ...]:
     if len(others) == 1:
         return (check_readable(others[0]),)
     if others:
-        raise UserError(f"{path}: holds {', '.join(file.name for file in others)}; give the file that is meant")
+        raise UserError(f"{path}: holds {', '.join(file.name for file in others)}; give one of these files")
     _refuse_other_kinds(path)
     if inside := [entry for entry in _checkpoints(path) if any(entry.glob("*model*"))]:
         names = ", ".join(entry.name for entry in inside[-3:])
         raise UserError(
             f"{path}: the folder of a training run, whose weights are in {names}; give one of these folders, as {inside[-1]}"
         )
-    beside = f" in it, only {', '.join(file.name for file in files[:3])}, which training leaves beside them" if files else ""
+    beside = f" in it, only {', '.join(file.name for file in files[:3])}, which are not weights" if files else ""
     raise UserError(f"{path}: no weights{beside}; expected {EXPECTED}")
 
 
@@ -154,7 +154,7 @@ def _shards_without_index(files: Sequence[Path]) -> tuple[Path, ...]:
     ((stem, count, suffix),) = models
     if missing := sorted(set(range(1, int(count) + 1)) - {int(match["number"]) for match in named.values()}):
         raise UserError(
-            f"{files[0].parent}: {stem}-{missing[0]:05d}-of-{count}{suffix} is not there, {len(missing)} of {int(count)} shards "
+            f"{files[0].parent}: {stem}-{missing[0]:05d}-of-{count}{suffix} is missing, {len(missing)} of {int(count)} shards "
             "are missing; copy the whole checkpoint"
         )
     return tuple(named)

@@ -72,6 +72,6 @@ def _weights(found: Repository, names: Iterable[str], folder: Path) -> list[str]
         return others
     raise UserError(
         f"{found}: "
-        + (f"holds {', '.join(others)}; download the one that is meant" if others else "no weights; is it a checkpoint?")
+        + (f"holds {', '.join(others)}; download one of them" if others else "no weights; is it a checkpoint?")
         + f" (`hf download {found.name}`), and give its path"
     )

@@ -73,8 +73,8 @@ def _renamed(source: TensorSource, new_names: Mapping[str, str]) -> TensorSource
     for old, new in new_names.items():
         if new in old_names:
             raise UserError(
-                f"{described(source)}: {old_names[new]} and {old} are one tensor under two names, with and without what a wrapper "
-                "adds; save one state_dict"
+                f"{described(source)}: {old_names[new]} and {old} are one tensor under two names, with and without a wrapper's "
+                "prefix; save one state_dict"
             )
         old_names[new] = old
     return source if all(old == new for new, old in old_names.items()) else RenamedSource(source, old_names)

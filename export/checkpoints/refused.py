@@ -34,14 +34,14 @@ REFUSALS = (
     ),
     Refusal(
         r"^model\.blocks\.\d+\.msr\.",
-        "syncdoth/RetNet as it was in its first months",
-        "its maths is another (xPos scales, GroupNorm, an MLP with biases); train with its later form, or with fla, to export",
+        "syncdoth/RetNet in its first months",
+        "it computes differently (xPos scales, GroupNorm, an MLP with biases); train with its later version, or with fla",
     ),
     Refusal(r"\.decay_proj\.", "a decay that depends on the input (tensor_parallel)", "it is not implemented"),
     Refusal(
         r"\.retention\.(down_proj|group_norm)\.|^lm_head\.bias$",
         "XATL's fork of syncdoth/RetNet",
-        "its retention is another function; only syncdoth's own RetNets are exported",
+        "its retention computes differently; only syncdoth's own RetNets are exported",
     ),
     Refusal(
         r"^retentions\.\d+\.(W_[GO]|retentions\.)",

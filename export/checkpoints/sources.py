@@ -79,7 +79,7 @@ def shards(index: Path) -> tuple[Path, ...]:
         raise UserError(f"{index}: no usable 'weight_map' (tensor name to file name)")
     files = tuple(index.parent / name for name in sorted(set(names.values())))
     if missing := [file.name for file in files if not os.path.lexists(file)]:
-        raise UserError(f"{index}: names {', '.join(missing)}, which is not there; copy the whole checkpoint")
+        raise UserError(f"{index}: names {', '.join(missing)}, which is missing; copy the whole checkpoint")
     return files
 
 
@@ -150,7 +150,7 @@ def _opened(file: Path) -> Iterator[Any]:
             yield opened
     except SafetensorError as error:
         raise UserError(
-            f"{file}: not a whole safetensors file ({error}); it may be truncated, copy or download it again"
+            f"{file}: not a complete safetensors file ({error}); it may be truncated, copy or download it again"
         ) from error
 
 
@@ -207,8 +207,8 @@ def load_torch(file: Path) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # truncation and refusals come as RuntimeError, EOFError, UnpicklingError, OSError and more
         raise UserError(
-            f"{file}: torch does not load it as plain tensors ({_reason(str(error))}); if it is whole, save its state_dict and "
-            "settings alone with the package that wrote it"
+            f"{file}: torch cannot load it as plain tensors ({_reason(str(error))}); if it is complete, save only its state_dict "
+            "and settings with the package that wrote it"
         ) from error
 
 

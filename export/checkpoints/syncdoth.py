@@ -43,12 +43,12 @@ def read(found: Found) -> Checkpoint:
     """
     if xatl := sorted(XATL_FIELDS & set(found.settings)):
         raise UserError(
-            f"{found.settings_from}: {listed(xatl)} are fields of XATL's fork, which even with its defaults is another model: it "
+            f"{found.settings_from}: {listed(xatl)} are fields of XATL's fork, which is another model even with its defaults: it "
             "does not divide the state by √Σγ, spaces its decays otherwise, and rotates otherwise on GPU and CPU; only syncdoth's "
             "own RetNets are exported"
         )
     if not found.settings:
-        raise UserError(f"{found.path}: no settings; put the model's config.json beside the weights")
+        raise UserError(f"{found.path}: no settings; put the model's config.json into the folder of the weights")
     fields = Fields(found)
     tied = fields.flag("tie_word_embeddings", False)
     found = with_embedding(found, "model.embed_tokens.weight", "lm_head.weight", tied)

@@ -66,7 +66,7 @@ def read(found: Found) -> Checkpoint:
     prefix = "decoder." if "decoder.layers.0.retention.q_proj.weight" in found.source.names else ""
     if not found.settings:
         raise UserError(
-            f"{found.path}: holds tensors but not the settings they were trained with; put {ARGS} beside it, a JSON object of the "
+            f"{found.path}: has tensors but no settings; put {ARGS} into its folder, a JSON object of the "
             "fields of its RetNetConfig (`json.dumps(vars(config))`)"
         )
     fields = Fields(found)
@@ -166,7 +166,7 @@ def _check_buffer(found: Found, name: str, exact: NDArray[np.float64]) -> None:
     if saved.shape != exact.shape or not np.allclose(saved, exact, rtol=BUFFER_ROUNDING, atol=0):
         raise UserError(
             f"{described(found.source)}: its saved {name} is {list(saved.shape)} {_numbers(saved)}, torchscale's is "
-            f"{list(exact.shape)} {_numbers(exact)} with these settings; it was trained by code that rotates or decays otherwise"
+            f"{list(exact.shape)} {_numbers(exact)} with these settings; it was trained by code with another rotation or decay"
         )
 
 

@@ -1,7 +1,7 @@
 """Products with INT8 weights as integer products, for versions of ONNX Runtime that do not fuse the weights' DequantizeLinear.
 
 Rule: before 1.25 ONNX Runtime makes floats of every 8-bit matrix at every step. Standard ONNX has a product of integers, which it
-has fast kernels for, over the very bytes of `weights.bin`. What flows into a product is rounded to 8 bits, one scale a row, as
+has fast kernels for, over the same bytes as `weights.bin`. What flows into a product is rounded to 8 bits, one scale a row, as
 newer versions do inside their own operator (a scale for every 32 to 128 numbers there). So no row depends on the others of its
 batch or chunk. Processors with AVX2 that lack VNNI add pairs of such products in 16 bits: there, extreme pairs are cut off.
 

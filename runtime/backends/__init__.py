@@ -67,7 +67,7 @@ def check_threads(threads: int | None) -> None:
         raise ArgumentError(
             "threads",
             f"is {threads}, expected 1 to {THREADS_PER_CORE * cores}: this machine has {cores} cores, and more threads "
-            f"than cores only wait for one another; give {cores}, or leave it out",
+            f"than cores only wait for each other; give {cores}, or omit it",
         )
 
 

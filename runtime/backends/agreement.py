@@ -39,5 +39,5 @@ def check_agrees(
                 )
         if unnamed := sorted(set(actual) - set(added)):
             raise UserError(
-                f"{path}: it has an {kind} {unnamed[0]!r} that the manifest does not name; the bundle is damaged: export it again"
+                f"{path}: has an {kind} {unnamed[0]!r} that is not in the manifest; the bundle is damaged: export it again"
             )

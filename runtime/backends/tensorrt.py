@@ -253,7 +253,9 @@ class TensorRtStream:
                 self._step(side)
         except (cuda.CudaError, TensorRtError) as error:
             self._capturable = False
-            warnings.warn(f"no CUDA graphs here, each step is enqueued kernel by kernel: {error}", RuntimeWarning, stacklevel=3)
+            warnings.warn(
+                f"CUDA graphs do not work here, so each step starts kernel by kernel: {error}", RuntimeWarning, stacklevel=3
+            )
         else:
             self._graphs[side] = graph
 
@@ -404,5 +406,5 @@ def _registration(name: str, purposes: Mapping[str, WhyNot]) -> Registration:
 
 REGISTRATIONS = (
     _registration("tensorrt", {}),
-    _registration("tensorrt-rtx", {"compile for RTX GPUs that are not here": functools.partial(unavailable, "tensorrt-rtx")}),
+    _registration("tensorrt-rtx", {"compile for other RTX GPUs": functools.partial(unavailable, "tensorrt-rtx")}),
 )

@@ -69,8 +69,8 @@ def open_bundle(path: str | Path, *, check_hashes: bool = True, progress: Callab
     path = Path(path)
     if not path.is_dir() and (old := restore_old(path)) is not None:
         raise UserError(
-            f"{path}: no such bundle, but {old} is what was there: another command is replacing it, or was killed and left it "
-            "where it cannot be moved; wait, or move it back"
+            f"{path}: no such bundle, but {old} has its old content: another command is replacing it, or was killed before it "
+            "could move it back; wait, or move it back"
         )
     if not path.is_dir():
         hint = "; it is a file, expected a folder that `retnet-export export` wrote" if path.exists() else "; is the path right?"
@@ -138,19 +138,19 @@ def _check_file(root: Path, name: str, record: FileRecord, check_hash: bool, pro
         linked = not real.is_relative_to(root.resolve())
         if linked and real.parent != _blobs(root):
             raise UserError(
-                f"{path}: a link that leaves the bundle, to {real}; a bundle holds its own files, or lies in a Hugging Face cache "
-                f"and links into its blobs. Copy it with what its links lead to: cp -rL {shlex.quote(str(root))} COPY"
+                f"{path}: a link that leaves the bundle, to {real}; only a bundle in a Hugging Face cache may have links, into its "
+                f"blobs. Copy it with the files that its links lead to: cp -rL {shlex.quote(str(root))} COPY"
             )
         size = path.stat().st_size
         if size != record.bytes:
             raise UserError(
                 f"{path}: {size:,} bytes, the manifest says {record.bytes:,}; "
-                "the file is truncated or replaced: copy or export it again"
+                "the file is truncated or was replaced: copy or export it again"
             )
         # What a link leads to is shared with other snapshots: it is never taken by its size alone.
         if (check_hash or linked) and sha256_of(path, progress) != record.sha256:
             raise UserError(
-                f"{path}: its SHA-256 is not the one in the manifest; the file is damaged or replaced: copy or export it again"
+                f"{path}: its SHA-256 does not match the manifest; the file is damaged or was replaced: copy or export it again"
             )
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
@@ -172,7 +172,7 @@ def _check_external_data(bundle: Bundle) -> None:
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         if strange := sorted(locations - set(bundle.manifest.files)):
-            raise UserError(f"{path}: its weights are said to be in {strange[0]!r}, which is not among the bundle's files")
+            raise UserError(f"{path}: the graph looks for its weights in {strange[0]!r}, which is not one of the bundle's files")
 
 
 def record_files(folder: Path, known: Mapping[str, FileRecord] | None = None) -> dict[str, FileRecord]:

@@ -63,7 +63,7 @@ class EnginePart:
 
 @dataclass(frozen=True)
 class Probe:
-    """What a small build said of the TensorRT at hand; None where it was not asked, or where the answer cannot be read.
+    """What a small build said of the installed TensorRT; None where it was not asked, or where the answer cannot be read.
 
     Attributes:
         joined: whether it takes a network of two graphs of which one is empty in each profile.
@@ -218,7 +218,7 @@ def find_engine(bundle: Bundle, target: str, version: str, capability: str) -> E
         if record.target == target and record.version == version and capability in record.compute_capabilities:
             if dict(record.sources) != sources_of(bundle):
                 raise UserError(
-                    f"{bundle.path / FOLDER / record.stem}: built from other graphs or weights than the bundle now holds; "
+                    f"{bundle.path / FOLDER / record.stem}: built from other graphs or weights than the bundle has now; "
                     f"compile again: {command}"
                 )
             return record
@@ -237,6 +237,6 @@ def map_engine(bundle: Bundle, record: EngineRecord, name: str, *, check_hash: b
     """
     path, expected = bundle.path / FOLDER / name, record.files[name]
     if not path.is_file() or path.stat().st_size != expected.bytes or (check_hash and sha256_of(path) != expected.sha256):
-        raise UserError(f"{path}: missing, or not the engine that its record describes; compile again")
+        raise UserError(f"{path}: missing, or does not match its record; compile again")
     with path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

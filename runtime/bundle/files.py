@@ -111,7 +111,7 @@ def new_folder(target: str | Path, *, marker: str, force: bool = False) -> Itera
             # The folder that it speaks of will be gone.
             raise UserError(str(error).replace(str(temporary), str(target))) from error
         if not force and os.path.lexists(target):
-            raise UserError(f"{target}: was made by another process meanwhile; nothing of this one was kept")
+            raise UserError(f"{target}: another process has created it in the meantime; nothing was kept")
         _replace_folder(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -25,9 +25,9 @@ def advice(document: dict[str, Any], path: Path, version: int) -> str:
         return "it comes from a newer version: pip install --upgrade retnet-export"
     quantization = document.get("quantization")
     if not isinstance(quantization, dict):
-        return f"make it anew: {_export(document, str(path))}"
+        return f"make it again: {_export(document, str(path))}"
     between = f"{str(path).removesuffix('.retnet')}-{_precision(document)}.retnet"
-    return f"make it anew: {_export(document, between)} and then {_quantize(quantization, between, str(path))}"
+    return f"make it again: {_export(document, between)} and then {_quantize(quantization, between, str(path))}"
 
 
 def _export(document: dict[str, Any], target: str) -> str:

@@ -34,6 +34,6 @@ def check_seal(document: dict[str, object], content: bytes) -> None:
     """
     found = document.pop(KEY, None)
     if not isinstance(found, str) or len(found) != len(NOTHING):
-        raise UserError("it has no hash of itself, so it is damaged or was written by hand")
+        raise UserError("it has no checksum of itself, so it is damaged or was written by hand")
     if hashlib.sha256(content.replace(found.encode(), NOTHING.encode(), 1)).hexdigest() != found:
-        raise UserError("it is not as it was written: its content does not have the SHA-256 that it gives for itself")
+        raise UserError("it was changed: its content does not match its own SHA-256")

@@ -41,7 +41,7 @@ def check_manifest(manifest: Manifest, manifest_name: str) -> None:
         named += [("tokenizer", name) for name in manifest.tokenizer.files]
     for where, name in named:
         if name not in manifest.files:
-            raise UserError(f"{where} is {name!r}, which is not among the bundle's files")
+            raise UserError(f"{where} is {name!r}, which is not one of the bundle's files")
     _check_model(manifest)
     for name, graph in graphs.items():
         _check_graph(name, graph, manifest)

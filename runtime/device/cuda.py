@@ -138,7 +138,7 @@ def unavailable() -> str | None:
     except (RuntimeError, OSError) as error:
         return f"CUDA does not work here: {error}; restart, or install the driver again"
     return (
-        "no NVIDIA GPU that CUDA can use; if there is one, its driver is missing (nvidia-smi) or older than cuda-bindings "
+        "no NVIDIA GPU that CUDA can use; if this machine has one, its driver is missing (nvidia-smi) or older than cuda-bindings "
         "(for a driver of CUDA 12, as on JetPack 6: pip install 'cuda-bindings<13')"
     )
 
@@ -193,9 +193,9 @@ class DeviceBuffer:
             if error.code != "cudaErrorMemoryAllocation":
                 raise
             memory = memory_info()
-            hint = "; its free memory is in pieces: close other programs or restart" if memory.free > size else ""
+            hint = "; its free memory is fragmented: close other programs or restart" if memory.free > size else ""
             raise CudaMemoryError(
-                f"the GPU has no room for {size:,} bytes: {memory.free:,} of {memory.total:,} are free{hint}; "
+                f"the GPU has no memory for {size:,} bytes: {memory.free:,} of {memory.total:,} are free{hint}; "
                 "take a smaller batch or quantized weights"
             ) from error
         self._finalizer = _freed_with(self, "cudaFree", self._address)
@@ -354,4 +354,4 @@ def _check_array(array: NDArray[Any]) -> None:
 
 def _check_range(what: str, available: int, offset: int, size: int) -> None:
     if offset < 0 or size < 0 or offset + size > available:
-        raise ValueError(f"{what}: {size} bytes at {offset} leave a buffer of {available} bytes")
+        raise ValueError(f"{what}: {size} bytes at {offset} exceed a buffer of {available} bytes")

@@ -1,4 +1,4 @@
-"""What this machine has, what works on it, and the one command that would mend what does not."""
+"""What this machine has, what works on it, and the command that fixes what does not."""
 
 from __future__ import annotations
 

@@ -264,7 +264,7 @@ class Conversation:
         """
         branch = self._branch
         if not 1 <= messages <= len(branch.kept):
-            raise UserError(f"cannot take back {messages} messages: {len(branch.kept)} are kept, of at most {self._keep}")
+            raise UserError(f"cannot remove {messages} messages: {len(branch.kept)} are kept, at most {self._keep}")
         branch.return_to(branch.kept[-messages])
         for _ in range(messages):
             branch.kept.pop()

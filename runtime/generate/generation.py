@@ -56,7 +56,7 @@ class Options(Sampling):
             if value is not None and value < 0:
                 raise ArgumentError(name, f"is {value}, expected 0 or more")
         if "" in self.stops:
-            raise ArgumentError("stop", "has an empty text; leave it out to have none")
+            raise ArgumentError("stop", "has an empty text; omit it")
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -147,7 +147,7 @@ class Session:
         return self._stream.logits() if self._positions.any() else None
 
     def reset(self) -> None:
-        """Back to the start of a sequence; kept snapshots are forgotten. Mends a session that failed."""
+        """Back to the start of a sequence; kept snapshots are forgotten. It also recovers a session that failed."""
         with self._alone():
             start = initial_state(self.manifest.state)
             for slot in range(self.batch):
@@ -252,7 +252,7 @@ class Session:
         if isinstance(text, (bytes, bytearray)):
             raise ArgumentError("text", "is bytes, expected a str or token ids; decode it first, as in text.decode()")
         if self.batch != 1:
-            raise UserError(f"feed reads one sequence, this session has {self.batch}; use step")
+            raise UserError(f"feed needs a session of one sequence, this one has {self.batch}; use step")
         tokens = self._checked(self.encode(text, prefix=prefix) if isinstance(text, str) else text)
         unread = self.tokenizer.dropped_end(self._unread[0] + text) if isinstance(text, str) else ""
         if not len(tokens) and not (text and unread and self.position):
@@ -317,7 +317,7 @@ class Session:
         Each token is read into the state before its piece is given, so the session always stands where the text does.
         """
         if self.batch != 1:
-            raise UserError(f"generate continues one sequence, this session has {self.batch}; use Model.generate_many")
+            raise UserError(f"generate needs a session of one sequence, this one has {self.batch}; use Model.generate_many")
         if self.logits is None:
             raise UserError("nothing to continue: feed the session a prompt first")
         continuation = self.continuation((options or Options()).changed(changes), with_text)
@@ -478,7 +478,7 @@ class Session:
             )
 
     def restore(self, snapshot: Snapshot, slot: int = 0) -> None:
-        """Go on from a snapshot of this model, taken in any session on any backend. Mends a session that failed.
+        """Go on from a snapshot of this model, taken in any session on any backend. It also recovers a session that failed.
 
         Raises:
             UserError: it belongs to another model or to a bundle with another state type.
@@ -526,7 +526,7 @@ class Session:
             UserError: fewer are kept.
         """
         if not 1 <= count <= len(self._kept):
-            raise UserError(f"cannot rewind by {count}: {len(self._kept)} snapshots are kept, of at most {self._kept.maxlen}")
+            raise UserError(f"cannot rewind by {count}: {len(self._kept)} snapshots are kept, at most {self._kept.maxlen}")
         self.restore(self._kept[-count])
         for _ in range(count):
             self._kept.pop()
@@ -540,8 +540,8 @@ class Session:
     def _alone(self) -> Iterator[None]:
         if not self._guard.acquire(blocking=False):
             raise UserError(
-                "this session is in use by another thread; a session belongs to one thread at a time: "
-                "open one for each with model.session(), they share the weights"
+                "this session is in use by another thread; open a session for each thread with "
+                "model.session(), they share the weights"
             )
         try:
             yield
@@ -631,7 +631,7 @@ class Session:
         where = first_broken_layer(self.manifest.state, self._stream.read_state(slot))
         raise UserError(
             f"the logits after step {self._positions[slot]} are not finite ({largest}), so nothing was sampled: {where}. "
-            "Reset the session, or restore it to before; if the bundle is fp16, export it with --precision fp32 or --state fp32"
+            "Reset the session or restore an earlier snapshot; if the bundle is fp16, export with --precision fp32 or --state fp32"
         )
 
     def _checked(self, tokens: Sequence[int] | Tokens) -> Tokens:

@@ -1,6 +1,6 @@
 """A sequence put aside: its state, position and last logits, in memory or in a file, independent of the backend.
 
-The state of a RetNet has one size whatever was read, so a snapshot of a book is as small as one of a word. A file is a
+The state of a RetNet has one size however much was read, so a snapshot of a book is as small as one of a word. A file is a
 safetensors file with the state tensors under their names in the graph, and in its metadata which model they belong to and a
 checksum, which safetensors itself lacks.
 """
@@ -38,7 +38,7 @@ def first_broken_layer(specs: Sequence[StateSpec], state: State) -> str:
     """Where values that are not finite arose, as a clause: each layer passes them to the state of the next, not back."""
     broken = next((spec for spec in specs if not np.isfinite(state[spec.input]).all()), None)
     if broken is None:
-        return "every layer's state is finite, so it arose after the last one or in the output head"
+        return "every layer's state is finite, so the cause is after the last layer or in the output head"
     return f"the first state that is not finite is {broken.input!r}, of layer {broken.layer}"
 
 
@@ -133,7 +133,7 @@ class Snapshot:
         try:
             write_atomically(Path(path), save(tensors, metadata))
         except OSError as error:
-            raise UserError(f"{path}: the state cannot be saved: {error.strerror}; a file that was there is unchanged") from error
+            raise UserError(f"{path}: the state cannot be saved: {error.strerror}; an existing file is unchanged") from error
 
     @staticmethod
     def load(path: str | Path) -> Snapshot:
@@ -162,7 +162,7 @@ class Snapshot:
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a saved state, or a damaged one ({error}); save it again") from error
         if metadata.pop("sha256", None) != _checksum(metadata, tensors):
-            raise UserError(f"{path}: the saved state is damaged: its content does not have the checksum it was saved with")
+            raise UserError(f"{path}: the saved state is damaged: its content does not match its checksum")
         snapshot = _snapshot_from_tensors(metadata.get("model_sha256", ""), tensors, str(path))
         return replace(snapshot, unread=str(json.loads(metadata.get("unread", '""'))), chat=metadata.get("chat", ""))
 

@@ -76,7 +76,7 @@ class StopStrings:
 
     def __init__(self, stops: Sequence[str]) -> None:
         if "" in stops:
-            raise ArgumentError("stop", "has an empty text; leave it out to have none")
+            raise ArgumentError("stop", "has an empty text; omit it")
         self._stops, self._held = tuple(stops), ""
         self.hit = False
 

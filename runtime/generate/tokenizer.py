@@ -153,7 +153,7 @@ class Tokenizer:
         after = self.decode([*context, *following[:4]])[len(before) :]
         if before[-1:].isalnum() and text[:1].isalnum() and after[:1].isspace():
             raise UserError(
-                f"the text goes on in the middle of a word, after {before[-20:]!r}, and this tokenizer ends every word that it "
+                f"the text continues in the middle of a word, after {before[-20:]!r}, but this tokenizer ends every word that it "
                 "reads; give whole words"
             )
 
@@ -161,7 +161,7 @@ class Tokenizer:
         try:
             return self._tokenizer.encode(text, add_special_tokens=False)
         except (TypeError, UnicodeEncodeError) as error:
-            raise UserError("the text is not valid Unicode (it holds half of a surrogate pair); was it read as UTF-8?") from error
+            raise UserError("the text is not valid Unicode (it has half of a surrogate pair); was it read as UTF-8?") from error
         except Exception as error:  # the library raises bare Exception
             raise UserError(
                 f"the text cannot be encoded: {error}; remove the characters that the tokenizer does not know"

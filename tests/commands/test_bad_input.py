@@ -54,13 +54,13 @@ def test_truncated_weights(checkpoint, tmp_path):
     weights = checkpoint / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     message = refused_export(checkpoint, tmp_path)
-    assert f"{weights}: not a whole safetensors file" in message
+    assert f"{weights}: not a complete safetensors file" in message
     assert "truncated" in message
 
 
 def test_weights_that_are_no_safetensors_at_all(checkpoint, tmp_path):
     (checkpoint / "model.safetensors").write_bytes(b"not tensors")
-    assert "not a whole safetensors file" in refused_export(checkpoint, tmp_path)
+    assert "not a complete safetensors file" in refused_export(checkpoint, tmp_path)
 
 
 def test_a_config_that_is_not_json(checkpoint, tmp_path):
@@ -199,7 +199,7 @@ def test_a_damaged_bundle(example_bundle, tmp_path):
     weights = bytearray((damaged / "weights.bin").read_bytes())
     weights[12345] ^= 1
     (damaged / "weights.bin").write_bytes(weights)
-    assert "weights.bin: its SHA-256 is not the one in the manifest" in refused("inspect", damaged)
+    assert "weights.bin: its SHA-256 does not match the manifest" in refused("inspect", damaged)
 
 
 def test_an_unknown_backend(example_bundle):

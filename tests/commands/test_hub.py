@@ -117,10 +117,10 @@ def test_what_was_downloaded_once_is_neither_downloaded_again_nor_needs_a_networ
 
 def test_without_a_network_what_is_not_in_the_cache_is_said_to_be_out_of_reach(hub, run):
     message = run("export", "user/whole", "-o", "my.retnet", HF_HUB_OFFLINE="1", code=1).stderr
-    assert "user/whole: is neither a folder here nor in the cache, and HF_HUB_OFFLINE is set" in message
+    assert "user/whole: is not a local folder, not in the cache, and HF_HUB_OFFLINE is set" in message
     hub.close()
     message = run("export", "user/whole", "-o", "my.retnet", code=1).stderr
-    assert f"is neither a folder here nor in the cache, and {hub.url} cannot be reached" in message
+    assert f"is not a local folder, not in the cache, and {hub.url} cannot be reached" in message
 
 
 def test_a_gated_repository_says_where_to_ask_and_is_read_with_a_token(hub, run, tmp_path):
@@ -134,8 +134,8 @@ def test_a_gated_repository_says_where_to_ask_and_is_read_with_a_token(hub, run,
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("user/absent", "user/absent: neither a folder here nor a repository at"),
-        ("user/whole@nowhere", "user/whole@nowhere: the repository is there, the revision is not"),
+        ("user/absent", "user/absent: not a local folder and not a repository at"),
+        ("user/whole@nowhere", "user/whole@nowhere: the repository exists, the revision does not"),
         ("user/nothing", "user/nothing: no weights; is it a checkpoint?"),
         ("hf://user", "hf://user: expected hf://user/name or hf://user/name@revision"),
     ],
@@ -211,12 +211,12 @@ def test_a_bundle_whose_file_was_changed_on_the_way_is_refused(hub, run):
     weights = hub.repositories["user/bundle"] / "weights.bin"
     weights.write_bytes(bytes(100) + weights.read_bytes()[100:])
     message = run("generate", "user/bundle", "--prompt", "In", code=1).stderr
-    assert "weights.bin: its SHA-256 is not the one in the manifest" in message
+    assert "weights.bin: its SHA-256 does not match the manifest" in message
 
 
 def test_a_repository_that_is_no_bundle_is_refused(run):
     message = run("generate", "user/whole", "--prompt", "In", code=1).stderr
-    assert "user/whole: it is no bundle, as it has no manifest.json" in message
+    assert "user/whole: it is not a bundle: it has no manifest.json" in message
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def test_a_system_prompt_comes_before_and_reset_comes_back_to_it(bundle, tmp_pat
         ("/nonsense", "no command /nonsense"),
         ("/save", "/save needs a file"),
         ("/load /absent/file", "/absent/file: "),
-        ("/rewind", "cannot take back 1 messages: 0 are kept"),
+        ("/rewind", "cannot remove 1 messages: 0 are kept"),
         ("/rewind x", "expected a number"),
         ("/switch 4", "no branch 4"),
     ],

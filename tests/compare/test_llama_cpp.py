@@ -30,12 +30,12 @@ def test_llama_benchs_output_becomes_times_per_token():
 
 
 def test_output_for_other_contexts_is_refused():
-    with pytest.raises(UserError, match="llama-bench wrote something that is not understood"):
+    with pytest.raises(UserError, match="llama-bench wrote something unexpected"):
         parse(OUTPUT, [Cell("decode", 0, 1), Cell("decode", 2048, 1)])
 
 
 def test_output_that_is_not_llama_benchs_is_refused():
-    with pytest.raises(UserError, match="llama-bench wrote something that is not understood"):
+    with pytest.raises(UserError, match="llama-bench wrote something unexpected"):
         parse("no JSON", CELLS)
 
 

@@ -132,7 +132,7 @@ def test_key_value_heads_that_do_not_divide_the_query_heads_are_refused():
 
 
 def test_a_retnet_smaller_than_its_transformers_attention_has_no_fair_baseline():
-    with pytest.raises(UserError, match="nothing fair to compare with"):
+    with pytest.raises(UserError, match="A fair comparison is not possible"):
         transformer_like(ModelConfig(50, 64, 2, 1, 2, 2, 2, 1, output_gate=False))
 
 

@@ -49,7 +49,7 @@ def test_how_a_text_begins_can_be_chosen(folder):
     assert read_text_settings(folder, {}, VOCABULARY, "</s>").prefix_ids == (2,)
     assert read_text_settings(folder, {}, VOCABULARY, "7").prefix_ids == (7,)
     for absent in ("<absent>", "1200"):
-        with pytest.raises(UserError, match="is no token of this model"):
+        with pytest.raises(UserError, match="is not a token of this model"):
             read_text_settings(folder, {}, VOCABULARY, absent)
 
 
@@ -72,7 +72,9 @@ def test_a_text_ends_at_the_tokens_of_all_files(folder):
 @pytest.mark.parametrize("token", [-1, VOCABULARY, "</s>", True])
 def test_an_end_that_is_no_token_is_left_out_with_a_warning(folder, token):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [token, 256]}))
-    with pytest.warns(CheckpointWarning, match="generation_config.json: the token .* is not in the vocabulary of 1,200"):
+    with pytest.warns(
+        CheckpointWarning, match="generation_config.json: the end-of-text token .* is not in the vocabulary of 1,200"
+    ):
         assert read_text_settings(folder, {}, VOCABULARY).eos_ids == (256,)
 
 
@@ -124,7 +126,7 @@ def test_a_tokenizer_of_another_model_is_refused(folder):
     size = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
     read_text_settings(folder, {}, size)
     with pytest.raises(
-        UserError, match=rf"3 of its tokens, as .* with the id {size - 1}, are beyond .* of {size - 3:,}: it is another"
+        UserError, match=rf"3 of its tokens, as .* with the id {size - 1}, are beyond .* of {size - 3:,}: it belongs to another"
     ):
         read_text_settings(folder, {}, size - 3)
 

@@ -109,7 +109,7 @@ def test_tiktoken(tmp_path, pattern):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | ({} if pattern is None else {"pat_str": pattern})))
     original = tiktoken.Encoding("x", pat_str=pattern or GPT4_PATTERN, mergeable_ranks=ranks, special_tokens={})
     if pattern is None:
-        with pytest.warns(CheckpointWarning, match="does not say how a text is cut before BPE"):
+        with pytest.warns(CheckpointWarning, match="does not say how a text is split before BPE"):
             content = converted(tmp_path)
     else:
         content = converted(tmp_path)
@@ -182,10 +182,10 @@ def test_a_dictionary_of_fairseq_with_sentencepiece(training, tmp_path, kind):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"dict.txt": "a 1\n"}, "a dictionary without its BPE; put beside it"),
+        ({"dict.txt": "a 1\n"}, "a dictionary without its BPE; add"),
         ({"dict.txt": "a\n", "bpecodes": "#version: 0.2\n"}, "line 1 is 'a', expected a token and its count"),
-        ({"vocab.json": '{"a": 0}', "merges.txt": ""}, "not of the byte-level kind"),
-        ({"vocab.json": '{"Ġ": 0}', "merges.txt": "a b c d\n"}, "is no merge"),
+        ({"vocab.json": '{"a": 0}', "merges.txt": ""}, "not byte-level"),
+        ({"vocab.json": '{"Ġ": 0}', "merges.txt": "a b c d\n"}, "is not a merge"),
         ({"vocab.json": '{"Ġ": 0}', "merges.txt": "a b\n"}, "does not belong to the vocabulary"),
         ({"tokenizer.model": "garbage"}, "not a SentencePiece model that transformers can convert"),
     ],

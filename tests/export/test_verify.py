@@ -42,7 +42,7 @@ def test_a_weight_that_is_off_by_a_thousandth_is_found(model):
 def test_a_bundle_of_another_model_is_refused(model):
     checkpoint = open_checkpoint(EXAMPLE)
     other = dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, norm_eps=1e-5))
-    with pytest.raises(UserError, match=r"was not made from .*: their model configurations differ"):
+    with pytest.raises(UserError, match=r"was not exported from .*: their model configurations differ"):
         verify(model, other)
 
 

@@ -20,7 +20,7 @@ def test_every_prediction_is_within_a_quarter_of_its_measurement(row, predicted)
 
 
 def test_a_row_left_out_of_the_fit_is_still_predicted(monkeypatch):
-    """The constants are not made of the rows one by one: without any of Jetson's devices the others foretell it."""
+    """The constants are not made of the rows one by one: without any of Jetson's devices the others predict it."""
     from retnet_export.plan import prediction
 
     for device in ("agx-orin-64gb", "orin-nx-16gb", "orin-nano-8gb"):

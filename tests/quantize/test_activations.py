@@ -185,7 +185,7 @@ REFUSALS = [
         "TensorRT has no product of int8 activations and int4 weights; choose weights=int8",
     ),
     ({"weights": "int8", "activations": "fp8"}, "both sides of a product must have one format"),
-    ({"weights": "fp8"}, "weights is 'fp8', which needs activations=fp8; alone, int8 is as small and more exact"),
+    ({"weights": "fp8"}, "weights is 'fp8', which needs activations=fp8; without it int8 is as small and more exact"),
     ({"weights": "int8", "head": "fp8"}, "head is 'fp8', which needs activations=fp8"),
     (
         {"weights": "int8", "activations": "int8", "head": "fp8"},

@@ -189,7 +189,7 @@ def test_quantize_prints_one_document_and_records_the_evaluation(folder):
 
 
 UNFIT = [
-    (b"", "empty; give a text of the kind that the model is to continue"),
+    (b"", "empty; give a text of the kind that the model will continue"),
     (b"In the beginning", "tokens, shorter than one chunk of 128; give a longer text"),
     (b"\xff\xfe\x00caf\xe9" * 100, "not UTF-8 text (byte 0); convert it first"),
     (None, "cannot be read: No such file or directory"),

@@ -198,7 +198,7 @@ def test_the_manifest_records_what_was_done_and_forgets_the_verification(tmp_pat
 REFUSALS = [
     ({"weights": "int3"}, "weights is 'int3', expected int8, int4 or fp8"),
     ({"group_size": 48}, "group_size is 48, expected 16, 32, 64, 128 or 256"),
-    ({"method": "gptq"}, "method is 'gptq', which looks at activations: give it a text of the kind that the model is to continue"),
+    ({"method": "gptq"}, "method is 'gptq', which looks at activations: give a text of the kind that the model will continue"),
     ({"calibration": Path("x.txt")}, "calibration cannot be combined with method=rtn, which looks at no text; choose gptq or awq"),
     ({"state": "int8"}, "state is 'int8', expected fp16"),
     ({"embedding": "fp16"}, "embedding is 'fp16', expected int8, int4 or keep"),
@@ -218,7 +218,7 @@ UNFIT = [
     (
         tiny.config(tied_embeddings=True),
         {"group_size": 16, "head": "int4", "embedding": "int4"},
-        "no form of a four-bit matrix is fast",
+        "no four-bit form is fast",
     ),
     (tiny.config(hidden_size=30, ffn_size=32, head_value_dim=16), {"weights": "int8"}, "width 30 is not a multiple of 4"),
 ]
@@ -235,7 +235,7 @@ def test_options_that_do_not_fit_the_model_are_refused_and_leave_nothing(tmp_pat
 
 def test_a_quantized_bundle_is_not_quantized_again(tmp_path):
     quantized = quantize_bundle(tiny.bundle(tmp_path, tiny.config()), tmp_path / "small.retnet", QuantizeOptions("int8"))
-    with pytest.raises(UserError, match=r"quantized already \(int8\); rounding twice only loses"):
+    with pytest.raises(UserError, match=r"already quantized \(int8\); quantizing twice only loses"):
         quantize_bundle(quantized, tmp_path / "smaller.retnet", QuantizeOptions("int4", group_size=GROUP))
     assert not (tmp_path / "smaller.retnet").exists()
 

@@ -64,7 +64,7 @@ def test_any_flipped_bit_of_a_file_is_noticed(bundle, name):
         damaged = bytearray(content)
         damaged[place] ^= 1 << int(generator.integers(8))
         (bundle / name).write_bytes(damaged)
-        with pytest.raises(UserError, match=rf"{name}: its SHA-256 is not the one in the manifest"):
+        with pytest.raises(UserError, match=rf"{name}: its SHA-256 does not match the manifest"):
             open_bundle(bundle)
 
 
@@ -95,7 +95,7 @@ def _open_without_weights(bundle: Path) -> None:
     manifest = open_bundle(bundle, check_hashes=False).manifest
     for name, record in manifest.files.items():
         if name != "weights.bin" and sha256_of(bundle / name) != record.sha256:
-            raise UserError(f"{name}: its SHA-256 is not the one in the manifest")
+            raise UserError(f"{name}: its SHA-256 does not match the manifest")
 
 
 def test_the_manifests_own_hash_covers_every_byte():
@@ -112,10 +112,10 @@ def test_the_manifests_own_hash_covers_every_byte():
 def test_a_manifest_written_by_hand_is_refused(bundle):
     document = manifest_of(bundle)
     (bundle / "manifest.json").write_text(json.dumps(document))
-    with pytest.raises(UserError, match="does not have the SHA-256 that it gives for itself; copy the bundle or export it again"):
+    with pytest.raises(UserError, match="does not match its own SHA-256; copy the bundle or export it again"):
         open_bundle(bundle)
     (bundle / "manifest.json").write_text(json.dumps({name: value for name, value in document.items() if name != "sha256"}))
-    with pytest.raises(UserError, match="it has no hash of itself, so it is damaged or was written by hand"):
+    with pytest.raises(UserError, match="it has no checksum of itself, so it is damaged or was written by hand"):
         open_bundle(bundle)
 
 
@@ -192,7 +192,7 @@ def test_a_graph_whose_weights_lie_elsewhere_is_refused_though_every_hash_is_rig
     next(entry for entry in tensor.external_data if entry.key == "location").value = location
     onnx.save(model, bundle / name)
     sign(bundle)
-    with pytest.raises(UserError, match=rf"{name}: its weights are said to be in '{location}'"):
+    with pytest.raises(UserError, match=rf"{name}: the graph looks for its weights in '{location}'"):
         load(bundle, "onnxruntime")
 
 
@@ -293,7 +293,7 @@ def changed(document: dict, path: str, value: object) -> dict:
         ("state/1/dtype", "bfloat16", "begins with 0; expected one of float32"),
         ("state/1/initial", 10**40, "and a number of 32 bits"),
         ("state/1/input", "state.001", "names a tensor twice"),
-        ("graphs/decode/file", "absent.onnx", "which is not among the bundle's files"),
+        ("graphs/decode/file", "absent.onnx", "which is not one of the bundle's files"),
         ("graphs/decode/inputs", [], "its first input is not 'tokens'"),
         ("graphs/decode/inputs/0/shape", [0, 1], "sizes are 1 or more, or -1 for any"),
         ("graphs/decode/inputs/1/name", "tokens", "names an input or output twice"),
@@ -319,7 +319,7 @@ def changed(document: dict, path: str, value: object) -> dict:
         ("surprise", 1, "unknown field 'surprise'"),
         ("eos_ids", [50], "token 50, which begins or ends a text, is not in the vocabulary"),
         ("tokenizer", {"file": "weights.bin", "prefix_ids": [50]}, "token 50, which begins or ends a text"),
-        ("tokenizer", {"file": "weights.bin", "chat_template": "no.jinja"}, "tokenizer is 'no.jinja', which is not among"),
+        ("tokenizer", {"file": "weights.bin", "chat_template": "no.jinja"}, "tokenizer is 'no.jinja', which is not one of"),
     ],
 )
 def test_a_manifest_that_contradicts_itself_is_refused(bundle, path, value, message):

@@ -205,14 +205,14 @@ def test_the_async_client_may_ask_many_things_at_once(address, writer):
         ("completions", {"prompt": [[]]}, 400, "the prompt is empty"),
         ("completions", {"prompt": [99999]}, 400, "token 99999 is not in the vocabulary"),
         ("completions", {"prompt": {"a": 1}}, 400, "prompt: Input should be"),
-        ("completions", {"prompt": PROMPT, "logit_bias": {"x": 1}}, 400, "logit_bias: 'x' is no token id"),
+        ("completions", {"prompt": PROMPT, "logit_bias": {"x": 1}}, 400, "logit_bias: 'x' is not a token id"),
         ("completions", {"prompt": PROMPT, "logit_bias": {"4096": 1}}, 400, "logit_bias names token 4096"),
         ("completions", {"prompt": PROMPT, "suffix": "x"}, 400, "suffix: inserting between prompt and suffix is not supported"),
         ("completions", {"prompt": PROMPT, "best_of": 3}, 400, "best_of: choosing the best of several is not supported"),
-        ("completions", {"prompt": PROMPT, "model": "gpt-9"}, 404, "the model 'gpt-9' is not served here; there is 'classics'"),
+        ("completions", {"prompt": PROMPT, "model": "gpt-9"}, 404, "the model 'gpt-9' is not served here; expected 'classics'"),
         ("completions", {"prompt": [PROMPT] * 13}, 400, "13 texts in one request, this server takes at most 12"),
-        ("completions", {"prompt": PROMPT, "state": "absent"}, 400, "there is no saved state 'absent'"),
-        ("completions", {"prompt": PROMPT, "state": "../x"}, 400, "is no name of a state"),
+        ("completions", {"prompt": PROMPT, "state": "absent"}, 400, "no saved state 'absent'"),
+        ("completions", {"prompt": PROMPT, "state": "../x"}, 400, "is not a name for a state"),
         ("chat/completions", {"messages": []}, 400, "messages: List should have at least 1 item"),
         ("chat/completions", {"messages": [{"role": "king", "content": "x"}]}, 400, "messages.0.role: Input should be"),
         ("chat/completions", {"messages": [{"role": "user"}]}, 400, "messages[0].content: expected a text"),
@@ -276,7 +276,7 @@ def test_other_paths_methods_and_bodies(address):
         ("POST", "/detokenize", b'{"tokens": [4096]}', 400, "4096 is not in the vocabulary of 4096"),
         ("POST", "/slots/x?action=juggle", b"", 400, "expected save, restore or erase"),
         ("POST", "/slots/..%2fx?action=erase", b"", 404, "there is no"),
-        ("POST", "/slots/.x?action=erase", b"", 400, "is no name of a state"),
+        ("POST", "/slots/.x?action=erase", b"", 400, "is not a name for a state"),
     ]:
         answer = httpx.request(method, address + path, content=body)
         assert (answer.status_code, message in answer.json()["error"]["message"]) == (status, True), answer.text
@@ -384,7 +384,7 @@ def test_a_model_without_a_tokenizer_takes_and_gives_ids(model):
             ("v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}, "the bundle has no tokenizer"),
             ("tokenize", {"content": "x"}, "the bundle has no tokenizer"),
             ("v1/completions", {"prompt": [1] * 21}, "the prompt has 21 tokens, this server reads at most 20"),
-            ("slots/x?action=restore", {}, "keeps no named states; start it with --states FOLDER"),
+            ("slots/x?action=restore", {}, "has no named states; start it with --states FOLDER"),
         ]:
             answer = httpx.post(f"{address}/{path}", json=body)
             assert (answer.status_code, message in answer.json()["error"]["message"]) == (400, True), answer.text

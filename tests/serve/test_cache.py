@@ -113,10 +113,10 @@ def test_a_sequence_is_kept_in_a_folder_with_the_tokens_that_led_to_it(model, ot
         Store(store.folder, other_model.bundle.manifest).load("talk")
     np.save(store.folder / "talk.tokens.npy", np.array([1, 2, 2, 3]))
     (store.folder / "talk.tokens.npy").rename(store.folder / "talk.tokens")
-    with pytest.raises(UserError, match="not the tokens that led to the state"):
+    with pytest.raises(UserError, match="these tokens do not belong to the state"):
         store.load("talk")
     store.delete("talk")
-    with pytest.raises(UserError, match="there is no saved state 'talk'; there are: none"):
+    with pytest.raises(UserError, match="no saved state 'talk'; saved states: none"):
         store.load("talk")
 
 
@@ -124,7 +124,7 @@ def test_a_sequence_is_kept_in_a_folder_with_the_tokens_that_led_to_it(model, ot
 def test_a_name_never_leads_out_of_the_folder(model, tmp_path, name):
     store = Store(tmp_path / "states", model.bundle.manifest)
     for act in (store.load, store.delete, lambda name: store.save(name, [1], mark(1))):
-        with pytest.raises(UserError, match="is no name of a state"):
+        with pytest.raises(UserError, match="is not a name for a state"):
             act(name)
     assert list(tmp_path.rglob("*")) == [store.folder]
 

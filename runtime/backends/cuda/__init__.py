@@ -1,1 +1,1 @@
-"""RetNet steps in CUDA kernels of our own, compiled for the GPU at hand when first used: no ONNX Runtime, no TensorRT, no torch."""
+"""RetNet steps in CUDA kernels, compiled for this machine's GPU at first use; needs no ONNX Runtime, TensorRT or torch."""

@@ -157,7 +157,7 @@ def _compile(name: str, text: str, options: list[str], ptx: bool) -> tuple[bytes
         image = bytes(size)
         (code,) = nvrtc.nvrtcGetPTX(program, image) if ptx else nvrtc.nvrtcGetCUBIN(program, image)
         if code != success:
-            raise RuntimeError(f"NVRTC gave no code for {name}: {code}")
+            raise RuntimeError(f"NVRTC produced no code for {name}: {code}")
         return image, message
     finally:
         nvrtc.nvrtcDestroyProgram(program)
@@ -193,8 +193,8 @@ def _write(path: Path, image: bytes) -> None:
         write_atomically(path, hashlib.sha256(image).digest() + image)
     except OSError as error:
         warnings.warn(
-            f"{path.parent}: compiled kernels cannot be kept there ({error.strerror}), so each start compiles them again; "
-            f"set {CACHE_VARIABLE} to a folder that can be written",
+            f"{path.parent}: cannot store compiled kernels there ({error.strerror}), so every start compiles them again; "
+            f"set {CACHE_VARIABLE} to a writable folder",
             BackendWarning,
             stacklevel=3,
         )

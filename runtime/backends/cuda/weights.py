@@ -109,7 +109,7 @@ def find_sources(bundle: Bundle) -> Sources:
         )
         for name, source in layers[index].items():
             if source.layout != layers[0][name].layout:
-                raise UnsupportedError(f"{path}: the product {name!r} is stored in another way in layer {index} than in layer 0")
+                raise UnsupportedError(f"{path}: the product {name!r} is stored differently in layer {index} than in layer 0")
     embedding = matrix("embedding", config.vocab_size, config.hidden_size)
     head = embedding if config.tied_embeddings else matrix("head", config.vocab_size, config.hidden_size)
     return Sources(tuple(layers), head, embedding, stored)

@@ -97,7 +97,7 @@ def test_a_fairseq_file_alone_in_a_folder_may_be_given_by_its_folder(tmp_path):
 
 
 def test_where_several_files_could_be_meant_one_must_be_named():
-    with pytest.raises(UserError, match=r"holds checkpoint_cfg\.pt, checkpoint_namespace\.pt; give the file that is meant"):
+    with pytest.raises(UserError, match=r"holds checkpoint_cfg\.pt, checkpoint_namespace\.pt; give one of these files"):
         open_checkpoint(GOLDEN / "torchscale-fairseq")
 
 
@@ -107,7 +107,7 @@ def test_a_file_that_would_run_code_is_refused_with_the_name_of_what_it_wants(tm
             return os.mkdir, (str(tmp_path / "was-run"),)
 
     torch.save({"model": {"x": torch.zeros(1)}, "args": Evil()}, tmp_path / "model.pt")
-    with pytest.raises(UserError, match=r"torch does not load it as plain tensors \(.*mkdir"):
+    with pytest.raises(UserError, match=r"torch cannot load it as plain tensors \(.*mkdir"):
         open_checkpoint(tmp_path / "model.pt")
     assert not (tmp_path / "was-run").exists()
 
@@ -127,7 +127,7 @@ def test_a_truncated_file_is_refused(folder, file):
 def test_a_missing_shard_is_named(tmp_path):
     folder = Path(shutil.copytree(GOLDEN / "syncdoth-lm-decay", tmp_path / "checkpoint"))
     (folder / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(UserError, match=r"names model-00002-of-00003\.safetensors, which is not there"):
+    with pytest.raises(UserError, match=r"names model-00002-of-00003\.safetensors, which is missing"):
         open_checkpoint(folder)
 
 

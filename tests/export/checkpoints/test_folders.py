@@ -30,10 +30,10 @@ def folder(tmp_path) -> Path:
         (["__0_0.distcp", ".metadata"], r"torch\.distributed, in pieces; join them.*dcp_to_torch"),
         (["model.gguf"], r"a GGUF file.*export the checkpoint that it was made from"),
         (["tf_model.h5"], r"weights of TensorFlow"),
-        (["manifest.json", "decode.onnx"], r"a bundle, which is exported already"),
-        (["training_args.bin", "optimizer.pt"], r"no weights in it, only optimizer\.pt, training_args\.bin, which training leaves"),
+        (["manifest.json", "decode.onnx"], r"a bundle, which is already exported"),
+        (["training_args.bin", "optimizer.pt"], r"no weights in it, only optimizer\.pt, training_args\.bin, which are not weights"),
         (["checkpoint-9/model.safetensors", "checkpoint-10/model.safetensors"], r"training run.*give one of .*checkpoint-10"),
-        (["model-00001-of-00003.safetensors"], r"model-00002-of-00003\.safetensors is not there, 2 of 3 shards are missing"),
+        (["model-00001-of-00003.safetensors"], r"model-00002-of-00003\.safetensors is missing, 2 of 3 shards are missing"),
     ],
 )
 def test_what_is_no_checkpoint_is_said_to_be_what_it_is(tmp_path, files, message):
@@ -60,7 +60,7 @@ def test_training_arguments_beside_the_weights_are_not_taken_for_weights(tmp_pat
 def test_a_link_that_leads_nowhere_is_named_with_its_end(folder, file):
     (folder / file).unlink()
     os.symlink("../blobs/absent", folder / file)
-    with pytest.raises(UserError, match=rf"{file}: a link to \.\./blobs/absent, which is not there; download or copy"):
+    with pytest.raises(UserError, match=rf"{file}: a link to \.\./blobs/absent, which does not exist; download or copy"):
         open_checkpoint(folder)
 
 
@@ -79,7 +79,7 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason(folder):
 
 def test_a_checkpoint_that_is_itself_a_dangling_link_is_named(tmp_path):
     os.symlink("absent", tmp_path / "model.pt")
-    with pytest.raises(UserError, match=r"model\.pt: a link to absent, which is not there"):
+    with pytest.raises(UserError, match=r"model\.pt: a link to absent, which does not exist"):
         open_checkpoint(tmp_path / "model.pt")
 
 

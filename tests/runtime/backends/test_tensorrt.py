@@ -212,7 +212,9 @@ def test_logits_stay_valid_until_the_next_step(bundle):
 def test_where_nothing_can_be_captured_steps_are_enqueued_with_a_warning(bundle, cuda):
     cuda.refuse_capture = True
     stream, reference = (open_backend(name, bundle).open_stream(1) for name in ("tensorrt", "onnxruntime"))
-    with pytest.warns(RuntimeWarning, match="no CUDA graphs here, each step is enqueued kernel by kernel: cudaStreamEndCapture"):
+    with pytest.warns(
+        RuntimeWarning, match="CUDA graphs do not work here, so each step starts kernel by kernel: cudaStreamEndCapture"
+    ):
         actual = follow(stream, TOKENS[:1, :4])
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it is said once

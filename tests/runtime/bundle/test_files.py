@@ -125,7 +125,7 @@ def test_an_old_bundle_goes_when_the_new_one_had_come_before_the_kill(bundle, wr
 
 def test_a_bundle_that_is_being_replaced_is_named_and_not_touched(bundle, writer):
     process = writer(bundle, "the old one is aside")
-    with pytest.raises(UserError, match=r"no such bundle, but \S+/\.tiny\.retnet\.old-\S+ is what was there: another command"):
+    with pytest.raises(UserError, match=r"no such bundle, but \S+/\.tiny\.retnet\.old-\S+ has its old content: another command"):
         open_bundle(bundle)
     process.communicate("\n")
     assert process.returncode == 0
@@ -140,7 +140,7 @@ def test_an_old_bundle_that_cannot_be_moved_back_is_named(bundle, writer, monkey
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "rename", refuse)
-    with pytest.raises(UserError, match=r"\.old-\S+/tiny\.retnet is what was there"):
+    with pytest.raises(UserError, match=r"\.old-\S+/tiny\.retnet has its old content"):
         open_bundle(bundle)
     assert not bundle.exists()
 
@@ -163,7 +163,7 @@ def test_a_folder_that_was_made_meanwhile_is_not_replaced_without_force(tmp_path
     write(target, "of the other")
     _, errors = process.communicate("\n")
     assert process.returncode == 1
-    assert "new: was made by another process meanwhile; nothing of this one was kept" in errors
+    assert "new: another process has created it in the meantime; nothing was kept" in errors
     assert (target / MANIFEST).read_text() == "of the other"
     assert names(tmp_path) == ["new"]
 

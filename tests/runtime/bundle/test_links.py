@@ -47,7 +47,7 @@ def test_what_a_link_leads_to_has_the_hash_of_the_manifest_even_if_files_are_not
     content = bytearray(blob.read_bytes())
     content[100] ^= 1
     blob.write_bytes(content)
-    with pytest.raises(UserError, match=r"weights\.bin: its SHA-256 is not the one in the manifest"):
+    with pytest.raises(UserError, match=r"weights\.bin: its SHA-256 does not match the manifest"):
         open_bundle(snapshot, check_hashes=False)
 
 

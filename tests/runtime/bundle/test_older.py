@@ -34,7 +34,7 @@ def test_the_command_makes_a_quantized_bundle_anew(tmp_path, checkpoint):
     before = quantize_bundle(exact, tmp_path / "old.retnet", QuantizeOptions("int4", 32))
     message = refusal(aged(before))
     assert "bundle format 1" in message
-    commands = message.partition("make it anew: ")[2].split(" and then ")
+    commands = message.partition("make it again: ")[2].split(" and then ")
     assert len(commands) == 2
     for command in commands:
         arguments = shlex.split(command.replace("CHECKPOINT", str(checkpoint)))[1:]

@@ -42,7 +42,7 @@ def test_rewind_takes_back_a_message_and_its_reply(talk):
     talk.rewind()
     assert talk.session.position == position
     assert reply(talk, "And whence?") == second
-    with pytest.raises(UserError, match="cannot take back 9 messages: 2 are kept, of at most 3"):
+    with pytest.raises(UserError, match="cannot remove 9 messages: 2 are kept, at most 3"):
         talk.rewind(9)
 
 

@@ -64,7 +64,7 @@ def test_rewind_goes_back_to_before_each_text_that_was_fed(model):
     assert session.position == 4
     session.rewind()
     assert session.position == 2
-    with pytest.raises(UserError, match="cannot rewind by 1: 0 snapshots are kept, of at most 2"):
+    with pytest.raises(UserError, match="cannot rewind by 1: 0 snapshots are kept, at most 2"):
         session.rewind()
     assert written(session) == written(fed(model, [1, 2]))
 
@@ -250,7 +250,7 @@ def test_logits_that_are_not_finite_are_reported_with_step_and_layer_and_never_s
 def test_faults_behind_the_last_layer_are_told_from_those_in_a_state(model):
     session = fed(model)
     session._stream.logits()[:] = np.nan
-    with pytest.raises(UserError, match="every layer's state is finite, so it arose after the last one"):
+    with pytest.raises(UserError, match="every layer's state is finite, so the cause is after the last layer"):
         next(session.generate_tokens())
 
 
