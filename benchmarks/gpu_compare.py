@@ -1,9 +1,9 @@
-"""The paper's Figure 6 on one GPU: a 7.8B RetNet against a KV-cache Transformer of the same size, both fp16 on ONNX Runtime.
+"""The paper's Figure 6 on one GPU: a 7.8B RetNet on the backend `cuda` against a KV-cache Transformer of the same size, both fp16.
 
-The Transformer is `compare`'s baseline: same width, depth, vocabulary and parameter count, multi-head attention through ONNX
-Runtime's GroupQueryAttention on a pre-allocated cache that it extends in place. Both models get the same fused norms and gates,
-random weights and a captured CUDA graph a step. A step is timed at a given context by telling the models that they have read
-that many tokens; what state and cache hold does not change the time.
+The Transformer is `compare`'s baseline on ONNX Runtime: same width, depth, vocabulary and parameter count, multi-head attention
+through GroupQueryAttention on a pre-allocated cache that it extends in place, fused norms and gates, a captured CUDA graph a
+step. Weights are random. A step is timed at a given context by telling the Transformer that it has read that many tokens; what
+state and cache hold does not change the time.
 
     python benchmarks/gpu_compare.py --json results.json
     python benchmarks/gpu_compare.py --from results.json --plots docs/lab/figures
@@ -27,11 +27,19 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
-from gpu_models import MODELS, RandomWeightsFile, write_bundle
+from gpu_models import MODELS, RandomWeightsFile
+from step import FORMATS, random_model
 
+from retnet_export.runtime.backends.cuda.backend import CudaBackend
+from retnet_export.runtime.backends.cuda.many_source import WINDOW
 from retnet_export.runtime.device import cuda
 
 GIGA = 1e9
+PROVIDER = "CUDAExecutionProvider"
+SESSION_OPTIONS = {
+    "ep.cuda.enable_gemm_auto_tune": "1",  # per shape, the fastest of cuBLAS and ONNX Runtime's own kernels for few rows
+    "session.use_device_allocator_for_initializers": "1",  # weights are not rounded up to the arena's blocks
+}
 SPARE_BYTES = 3 << 30
 """Left free beside the cache, for weights' scratch and logits."""
 
@@ -77,8 +85,6 @@ class Transformer:
 
     def __init__(self, folder: Path, config: Any, graphs: bool) -> None:
         import onnxruntime
-
-        from retnet_export.runtime.backends.onnxruntime_cuda import PROVIDER, SESSION_OPTIONS
 
         stream = cuda.Stream()
         options = onnxruntime.SessionOptions()
@@ -149,18 +155,16 @@ def timed(step: Callable[[], object], wait: Callable[[], object], steps: int) ->
     return statistics.median(runs)
 
 
-def measure_retnet(folder: Path, model: str, batches: list[int], steps: int) -> list[dict[str, Any]]:
-    from retnet_export.graph.variants import ONNXRUNTIME_CUDA
-    from retnet_export.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
-
-    made = write_bundle(folder, MODELS[model], "fp16", {"onnxruntime-cuda": ONNXRUNTIME_CUDA})["onnxruntime-cuda"]
+def measure_retnet(model: str, batches: list[int]) -> list[dict[str, Any]]:
+    """Steps of the backend `cuda`, in runs that write the state as often as any others do."""
     total = cuda.memory_info().total
-    backend = OnnxRuntimeCudaBackend(made.bundle)
+    bundle, weights = random_model(MODELS[model], *FORMATS["fp16"])
+    backend = CudaBackend(bundle, weights=weights)
     rows = []
     for batch in batches:
         stream = backend.open_stream(batch)
         tokens = np.zeros(batch, np.int64)
-        ms = timed(partial(stream.step, tokens), stream.logits, steps)
+        ms = timed(partial(stream.step, tokens), backend.stream.synchronize, 2 * WINDOW)
         used = total - cuda.memory_info().free
         rows.append({"model": "retnet", "batch": batch, "context": None, "ms": ms, "device_bytes": used})
         print(f"RetNet      batch {batch:3}: {ms:8.3f} ms, {1e3 * batch / ms:8.1f} tokens/s, {used / GIGA:6.2f} GB", flush=True)
@@ -231,7 +235,7 @@ def plot(results: dict[str, Any], folder: Path) -> None:
         axis.set_xticks(contexts, [f"{context // 1024}k" for context in contexts])
         axis.minorticks_off()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=len(batches), fontsize=8)
-    where = f"one {results['device']}, ONNX Runtime {results['onnxruntime']}"
+    where = f"one {results['device']}, the Transformer on ONNX Runtime {results['onnxruntime']}"
     figure.suptitle(f"{results['size']} fp16, {where}; points that do not fit are missing")
     figure.tight_layout(rect=(0, 0.12, 1, 1))
     figure.savefig(folder / "gpu_comparison.png", dpi=110)
@@ -267,7 +271,7 @@ def main() -> None:
         "rows": [],
     }
     parts: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
-        "retnet": lambda folder: measure_retnet(folder, options.model, batches, options.steps),
+        "retnet": lambda folder: measure_retnet(options.model, batches),
         "transformer": lambda folder: measure_transformer(
             folder, options.model, batches, contexts, options.steps, not options.no_graphs
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,10 @@ import tiny
 from retnet_export.graph.weights import random_weights
 from retnet_export.runtime.backends.cuda.backend import CudaBackend, CudaStream
 
+PTX = (
+    tuple(int(part) for part in os.environ["RETNET_EXPORT_TEST_PTX"].split(".")) if "RETNET_EXPORT_TEST_PTX" in os.environ else None
+)
+"""Another GPU's compute capability, whose code is to run instead of this one's own."""
 PRECISIONS = {"float32": "fp32", "float16": "fp16"}
 TOLERANCE = {"float32": 2e-4, "float16": 3e-2}
 """Of logits, relative to their deviation; operands are rounded to fp16 once a product, sums and state are float32."""
@@ -48,7 +53,7 @@ def case(request, tmp_path: Path) -> tuple[CudaBackend, Reference, float]:
     config = tiny.CONFIGS[name]
     weights = random_weights(config, 3)
     bundle = tiny.bundle(tmp_path, config, weights, precision=PRECISIONS[compute])
-    return CudaBackend(bundle), Reference(config, weights, 3), TOLERANCE[compute]
+    return CudaBackend(bundle, ptx=PTX), Reference(config, weights, 3), TOLERANCE[compute]
 
 
 def tokens_for(stream: CudaStream, *shape: int, seed: int = 0) -> np.ndarray:

@@ -19,7 +19,6 @@ from retnet_export.runtime.generate.state import Snapshot
 from retnet_export.runtime.model import load
 from retnet_export.runtime.numerics import measure, tolerance
 
-pytestmark = pytest.mark.usefixtures("onnxruntime_cuda")
 TESTS = Path(__file__).parents[1]
 SUITE = (
     "generate/test_session.py",
@@ -41,7 +40,7 @@ TOKENS = np.random.default_rng(5).integers(0, CONFIG.vocab_size, 70).tolist()
 def models(tmp_path):
     """One portable bundle on the CPU and on the GPU."""
     path = tiny.bundle(tmp_path, CONFIG, WEIGHTS, chunk=16).path
-    return load(path, "onnxruntime", threads=1), load(path, "onnxruntime-cuda")
+    return load(path, "onnxruntime", threads=1), load(path, "cuda")
 
 
 def fed(model, tokens=TOKENS[:40]):
@@ -68,7 +67,7 @@ def test_the_runtime_suite_passes_on_the_gpu():
         Options(temperature=1.2, top_p=0.9, seed=3, max_new_tokens=20),
         Options(temperature=1.2, repetition_penalty=1.3, seed=3, max_new_tokens=20),
     ],
-    ids=["greedy", "top-k", "top-k beyond what the graph chooses", "top-p", "penalty"],
+    ids=["greedy", "top-k", "top-k beyond what the device chooses", "top-p", "penalty"],
 )
 def test_one_seed_gives_one_text_on_the_cpu_and_on_the_gpu(models, options):
     one, other = (list(fed(model).generate_tokens(options)) for model in models)
@@ -86,25 +85,24 @@ def test_a_state_saved_on_one_goes_on_on_the_other(models, tmp_path):
         assert list(moved.generate_tokens(options)) == list(session.generate_tokens(options))
 
 
-@pytest.mark.parametrize("variants", [(), ("onnxruntime-cuda",)])
 @pytest.mark.parametrize(("precision", "compute"), [("fp32", "float32"), ("fp16", "float16")])
-def test_a_prompt_read_in_chunks_leaves_the_oracles_logits_and_state(tmp_path, precision, compute, variants):
-    """70 tokens are four chunks of 16 and one of 6."""
-    path = tiny.bundle(tmp_path, CONFIG, WEIGHTS, chunk=16, precision=precision, variants=variants).path
-    session = fed(load(path, "onnxruntime-cuda"), TOKENS)
+def test_a_prompt_read_in_chunks_leaves_the_oracles_logits_and_state(tmp_path, precision, compute):
+    """A prompt of 70 tokens is one run."""
+    path = tiny.bundle(tmp_path, CONFIG, WEIGHTS, chunk=16, precision=precision).path
+    session = fed(load(path, "cuda"), TOKENS)
     state = oracle.initial_state(CONFIG)
     weights = {name: np.asarray(value, np.float64) for name, value in WEIGHTS.items()}
     for position, token in enumerate(TOKENS):
         logits, state = oracle.step(CONFIG, weights, token, position, state)
-    assert measure(session.logits[0], logits).relative < tolerance(compute, "onnxruntime-cuda").relative
+    assert measure(session.logits[0], logits).relative < tolerance(compute, "cuda").relative
     snapshot = session.snapshot()
     for index, expected in enumerate(state):
         read = snapshot.state[state_name(index)][0]
-        assert measure(read, expected).relative < tolerance(compute, "onnxruntime-cuda").relative
+        assert measure(read, expected).relative < tolerance(compute, "cuda").relative
 
 
 def test_the_gpu_reads_a_prompt_as_the_cpu_does(models):
     cpu, gpu = (fed(model, TOKENS) for model in models)
-    assert measure(gpu.logits, cpu.logits).relative < tolerance("float32", "onnxruntime-cuda").relative
+    assert measure(gpu.logits, cpu.logits).relative < tolerance("float32", "cuda").relative
     for name, array in cpu.snapshot().state.items():
         np.testing.assert_allclose(gpu.snapshot().state[name], array, atol=1e-4)
