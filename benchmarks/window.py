@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from drift import Reference, graph_angles, references, unturned
 from forever import stretches
 
 from retnet_export.export.checkpoints.base import Checkpoint
-from retnet_export.export.drift import Reference, graph_angles, references, unturned
 from retnet_export.export.model import RetNet
 from retnet_export.export.pipeline import ExportOptions, export_bundle
 from retnet_export.graph.weights import random_weights
