@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.bundle.manifest import Manifest
+from retnet_export.runtime.bundle.weights import weight_shapes
 from retnet_export.runtime.element_types import ELEMENT_TYPES
 from retnet_export.runtime.errors import UserError
 
@@ -146,31 +147,11 @@ def sizes_of_bundle(manifest: Manifest) -> Sizes:
     )
 
 
-def _matrices(config: ModelConfig) -> list[tuple[int, int]]:
+def _matrices(config: ModelConfig) -> list[tuple[int, ...]]:
     """(outputs, inputs) of every matrix but the embedding."""
-    width = config.hidden_size
-    keys, values = config.num_kv_heads * config.head_key_dim, config.num_kv_heads * config.head_value_dim
-    projected = config.key_size + keys + values + (config.value_size if config.output_gate else 0)
-    layer = [(projected, width), (width, config.value_size)]
-    layer += [(config.ffn_size * (2 if config.ffn == "glu" else 1), width), (width, config.ffn_size)]
-    head = [] if config.tied_embeddings else [(config.vocab_size, width)]
-    return layer * config.num_layers + head
+    return [shape for name, shape in weight_shapes(config).items() if len(shape) == 2 and name != "embedding.weight"]
 
 
 def _vector_elements(config: ModelConfig) -> int:
     """Elements of norms and biases."""
-    per_norm = 2 if config.norm == "layer" else 1
-    width = config.hidden_size
-    layer = 2 * width * per_norm
-    if config.head_norm_affine != "none":
-        size = config.head_value_dim if config.head_norm_affine == "shared" else config.value_size
-        layer += size * (2 if config.head_norm == "layer" else 1)
-    if config.ffn_inner_norm != "none":
-        layer += config.ffn_size * (2 if config.ffn_inner_norm == "layer" else 1)
-    if config.retention_bias:
-        keys, values = config.num_kv_heads * config.head_key_dim, config.num_kv_heads * config.head_value_dim
-        layer += config.key_size + keys + values + (config.value_size if config.output_gate else 0) + width
-    if config.ffn_bias:
-        layer += config.ffn_size * (2 if config.ffn == "glu" else 1) + width
-    outside = (config.embedding_norm + config.final_norm) * width * per_norm
-    return layer * config.num_layers + outside
+    return sum(shape[0] for shape in weight_shapes(config).values() if len(shape) == 1)
