@@ -95,7 +95,7 @@ def compare(bundle: Bundle, options: CompareOptions | None = None, *, progress: 
     Args:
         bundle: the RetNet.
         options: what to measure.
-        progress: is told what goes on.
+        progress: receives stage and share done.
 
     Raises:
         UserError: there is no fair baseline, the budget does not hold the weights, or a peer that was asked for is missing.

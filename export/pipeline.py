@@ -1,4 +1,4 @@
-"""Checkpoint in, bundle out: the graphs are written, weights streamed, files hashed, and the folder appears whole."""
+"""From a checkpoint to a bundle: write graphs, stream weights, hash files; the folder appears complete."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ DEFAULT_CHUNK = 128
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What `retnet-export export` decides.
+    """The options of `retnet-export export`.
 
     Attributes:
         precision: of stored matrices and of the operands of matrix products: fp32, fp16 or bf16.
@@ -82,7 +82,7 @@ def export_bundle(
         target: the folder to make.
         options: formats.
         force: replace an existing bundle.
-        progress: is told what goes on.
+        progress: receives stage and share done.
 
     Raises:
         UserError: the target exists or cannot be written; nothing is left behind.

@@ -23,7 +23,7 @@ ELEMENTS_AHEAD = 1 << 26
 
 
 class WeightReader:
-    """Reads the weights of a checkpoint, whose order of use is that of `weight_shapes`; another order works, without haste.
+    """Reads the weights of a checkpoint, whose order of use is that of `weight_shapes`; another order works, but slower.
 
     Args:
         config: the architecture.

@@ -59,7 +59,7 @@ MAX_CANDIDATES = 3840
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """What `retnet-export compile` decides.
+    """The options of `retnet-export compile`.
 
     Attributes:
         target: "tensorrt" or "tensorrt-rtx".

@@ -1,4 +1,4 @@
-"""Layers of an engine in, what a run of it moves through memory out, beside what no engine can do without.
+"""From the layers of an engine to the bytes that a run moves, and the bytes that every engine must move.
 
 Rule: every tensor that a kernel reads or writes crosses memory once in that kernel. A cache may spare some of that; weights and
 state are far larger than any. Constants are what is read and written by no kernel and is no input; a table that is gathered from

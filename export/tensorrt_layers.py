@@ -1,6 +1,6 @@
 """The layers of an engine after fusion, with the tensors that each reads and writes: from the builder's log or from the inspector.
 
-Rule: what cannot be read is said, never guessed. Three forms are known, and a test holds a recording of each:
+Rule: what cannot be read is reported, never guessed. Three forms are known, and a test holds a recording of each:
 
     log of full TensorRT 10  Name: a, LayerType: kgen, Inputs: [ { Name: x, Dimensions: [1,40], Format/Datatype: Int32 }], …
     log of RTX, newer 10     the same with Constants: […] between; of a tensor Dimensions, Strides, StrideOrder, Datatype, Format

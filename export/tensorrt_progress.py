@@ -1,4 +1,4 @@
-"""A build that says how far it is and that Ctrl-C ends.
+"""A build with progress that Ctrl-C can stop.
 
 TensorRT reports nested phases from threads of its own and asks after each step whether to go on. An exception must never travel
 through its frames, which end the process on it: so the build runs in a second thread, and the first one listens.

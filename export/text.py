@@ -1,4 +1,4 @@
-"""What a checkpoint says of text: its tokenizer, the tokens that begin and end a text, the template of its chats.
+"""What a checkpoint says about text: its tokenizer, the tokens that begin and end a text, the template of its chats.
 
 Rule: what Hugging Face's own code does with the same files. A text begins as the tokenizer's post-processor has it, whatever
 `bos_token_id` is in config.json; it ends at any of the tokens that any of the files names.

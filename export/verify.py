@@ -1,4 +1,4 @@
-"""The proof of an export: the parallel form in torch against the ONNX graph stepped token by token, on real text.
+"""Verification of an export: compares the parallel form in torch with the ONNX graph, token by token, on real text.
 
 The parallel form is what was trained; the graph is what will run. At every position the logits are compared, and the
 token that greedy decoding would take. Where the two best logits are closer than the error itself, either is right: such
@@ -51,7 +51,7 @@ the other Ruth: and they dwelled there about ten years.
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found.
+    """The result of `verify`.
 
     Attributes:
         tokens: positions compared.
@@ -104,7 +104,7 @@ def verify(
         checkpoint: the checkpoint.
         text: what to read; a public-domain passage when None, random tokens if the bundle has no tokenizer.
         tokens: how many tokens at most.
-        progress: is told what goes on.
+        progress: receives stage and share done.
 
     Raises:
         UserError: bundle and checkpoint describe different models, or the text has fewer than two tokens.

@@ -1,7 +1,7 @@
 """The model card of a bundle, README.md: what the Hugging Face Hub shows of it, and what its reader needs to run it.
 
-Rule: everything in it comes from the manifest. It is no part of the bundle that is checked: whoever publishes one edits it, and
-the bundle stays whole.
+Rule: everything in it comes from the manifest. It is not in the manifest, so a publisher can edit
+it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A bundle's graph as onnx-ir has it, with its weights where they really are.
 
-onnx-ir opens no link that leaves the graph's folder, and rightly; in the cache of the Hugging Face Hub every file is such a link.
-`open_bundle` has looked where the links lead and compared what is there with the manifest's hash, so its answer is taken.
+onnx-ir opens no link that leaves the graph's folder, but in the cache of the Hugging Face Hub every file is such a link.
+`open_bundle` has looked where the links lead and compared the files with the manifest's hashes, so this is safe.
 """
 
 from __future__ import annotations

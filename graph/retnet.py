@@ -24,7 +24,7 @@ LONGEST_HALF_PRECISION_MEMORY = 1024
 
 
 def warn_of_slow_heads(config: ModelConfig, state: str) -> None:
-    """Say so if a float16 state is asked for and heads remember longer than it can hold."""
+    """Warn if a float16 state is requested and heads remember longer than it can hold."""
     slow = int((1 / (1 - config.gamma) > LONGEST_HALF_PRECISION_MEMORY).sum())
     if state == "fp16" and slow:
         warnings.warn(

@@ -1,7 +1,7 @@
 """The states among a graph's inputs and outputs, and how the graph says that it keeps them otherwise than (B, H, Dk, Dv).
 
-Rule: a rewrite that changes the layout writes it into the model's metadata, from where it comes into the manifest. A graph that
-says nothing keeps its states as everybody else does.
+Rule: a rewrite that changes the layout writes it into the model's metadata, from where it comes into the manifest. A graph without
+that metadata keeps its states as (B, H, Dk, Dv).
 """
 
 from __future__ import annotations

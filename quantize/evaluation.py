@@ -104,7 +104,7 @@ def evaluate(
         against: another bundle, of the same vocabulary and state.
         tokens: read at most so many; all when None.
         steps: token by token, or in chunks; None: in chunks unless a state is stored in fewer bits (reading.py).
-        progress: is told what goes on.
+        progress: receives stage and share done.
 
     Raises:
         UserError: the file is empty, not UTF-8 or shorter than one chunk, or the bundles do not go together.
@@ -129,7 +129,7 @@ def evaluate_all(
         against: another bundle, of the same vocabulary and state.
         tokens: read at most so many; all when None.
         steps: as in `evaluate`; all bundles are read alike.
-        progress: is told what goes on.
+        progress: receives stage and share done.
 
     Raises:
         UserError: as `evaluate`.

@@ -115,7 +115,7 @@ def quantize_bundle(
         options: formats and methods.
         force: replace an existing bundle.
         judge: measures the new bundle before it takes its place; what it says is recorded as "evaluation".
-        progress: is told what goes on.
+        progress: receives stage and share done.
 
     Raises:
         UserError: the source is quantized already, options do not fit it, the calibration text is unfit, `judge` refuses the

@@ -1,4 +1,4 @@
-"""The list of backends, and which of them a bundle is loaded into. What is particular to one it says in its `Registration`."""
+"""The list of backends, and the choice of one for a bundle. What is particular to one it says in its `Registration`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MODULES: Mapping[str, str] = {
 
 
 def registered(name: str) -> Registration:
-    """What a backend says of itself, by its name in `MODULES`."""
+    """The registration of a backend, by its name in `MODULES`."""
     module = importlib.import_module(f"{__name__}.{MODULES[name]}")
     registrations: tuple[Registration, ...] = module.REGISTRATIONS
     return next(each for each in registrations if each.name == name)
@@ -39,8 +39,8 @@ def open_backend(name: str, bundle: Bundle, threads: int | None = None, low_memo
     """Load a bundle into the backend called `name`.
 
     "auto" takes the first that works: an engine compiled for this machine's GPU, our own kernels on it, ONNX Runtime on the GPU,
-    ONNX Runtime on the CPU. With threads given, the CPU is meant. A GPU that is passed over although it could be used is named in
-    a warning.
+    ONNX Runtime on the CPU. With threads given, the CPU is meant. A warning names a GPU that could be used but is
+    not.
 
     Raises:
         UserError: no such backend, or it does not work here.
@@ -57,7 +57,7 @@ def open_backend(name: str, bundle: Bundle, threads: int | None = None, low_memo
 
 
 def check_threads(threads: int | None) -> None:
-    """Refuse threads that a machine can only spend on one another: a hundred thousand of them never come to an end.
+    """Refuse more threads than a machine can use: a hundred thousand threads never finish.
 
     Raises:
         UserError: there are more than four a core, or none.

@@ -1,7 +1,7 @@
-"""What a runtime loaded against what the manifest says of it: for every backend, before a buffer is made by the manifest.
+"""Compares what a runtime loaded with the manifest, for every backend, before buffers are allocated.
 
 Rule: names, element types and sizes of all inputs and outputs are compared. The hashes of a bundle's files say that nothing has
-changed since the manifest was written; this says that what the manifest claims is so.
+changed since the manifest was written; this check says that the manifest is true.
 """
 
 from __future__ import annotations

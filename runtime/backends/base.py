@@ -1,4 +1,4 @@
-"""What a backend is: it holds a bundle's weights once, and runs steps on buffers of its own.
+"""The interface of a backend: it holds a bundle's weights once, and runs steps on its own buffers.
 
 A backend belongs to a model and knows nothing of text or sampling; a stream is one set of state buffers in it. The state
 stays where the backend keeps it, and so do the logits: each crosses to the host only when asked for.
@@ -151,7 +151,7 @@ def state_to_graph(specs: Sequence[StateSpec], layout: StateLayout, state: State
 
 
 def state_from_graph(specs: Sequence[StateSpec], layout: StateLayout, arrays: State) -> State:
-    """A copy of what a graph keeps as the state that everybody else knows."""
+    """A copy of a graph's state in the canonical layout, (1, H, Dk, Dv)."""
     return {
         spec.input: (arrays[spec.input] if spec.layer is None else layout.from_graph(arrays[spec.input])).copy() for spec in specs
     }

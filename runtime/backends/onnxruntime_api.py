@@ -1,4 +1,4 @@
-"""ONNX Runtime 1.20 to 1.32 through one code path: what differs between its versions, and what we say about it.
+"""ONNX Runtime 1.20 to 1.32 through one code path: the differences between its versions.
 
 Rule: no other module asks for a version of ONNX Runtime.
 """

@@ -1,4 +1,4 @@
-"""What the rest of the package knows of a backend. Each one says it of itself, in its own module, once."""
+"""What the rest of the package knows about a backend. Each backend registers it once, in its own module."""
 
 from __future__ import annotations
 

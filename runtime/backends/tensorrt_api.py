@@ -1,7 +1,7 @@
-"""TensorRT 10.3 to 11 and TensorRT-RTX 1.x through one code path: how to get at them, and what differs between them.
+"""TensorRT 10.3 to 11 and TensorRT-RTX 1.x through one code path: how to load them, and what differs between them.
 
 Rule: no other module asks for a version. What we call exists under one name in all of them; what does not is listed in
-`DIFFERENCES` with what we do instead, and the tests hold that table against the API of each release.
+`DIFFERENCES` with what we do instead, and the tests compare that table with the API of each release.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ TARGETS: Mapping[str, Target] = {
 
 @dataclass(frozen=True)
 class Difference:
-    """Something of the API that not every release has, and that we therefore do not depend on.
+    """A part of the API that some releases lack, so we do not depend on it.
 
     Attributes:
         attribute: where it is in the module.

@@ -1,6 +1,6 @@
-"""What one run of an engine does to memory: the record that `compile` writes beside an engine and `plan` predicts from.
+"""The memory traffic of one run of an engine: the record that `compile` writes beside an engine and `plan` predicts from.
 
-A decode step is bound by memory, so its kernels and the bytes they move say what it costs, on a machine without a GPU as well.
+Memory limits a decode step, so its kernels and the bytes they move give its cost, also on a machine without a GPU.
 """
 
 from __future__ import annotations

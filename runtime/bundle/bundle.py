@@ -1,4 +1,4 @@
-"""The bundle: a self-contained folder with graphs, weights and a manifest, that is either whole or absent.
+"""The bundle: a self-contained folder with graphs, weights and a manifest, that is either complete or absent.
 
     NAME.retnet/
         manifest.json     what is in the folder; everything a host needs to run it (manifest.py), and its own hash
@@ -31,7 +31,7 @@ from retnet_export.runtime.errors import UserError
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
-"""For people; not recorded, so that it can be edited."""
+"""For readers; not in the manifest, so that it can be edited."""
 LARGEST_MANIFEST = 16 << 20
 """Bytes; a real one has some ten thousand."""
 
@@ -117,7 +117,7 @@ def _read_manifest(path: Path) -> Manifest:
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object; Python would let the last of two equal keys win, another reader the first."""
+    """A JSON object without equal keys; of two, Python would take the last, other readers the first."""
     document = dict(pairs)
     if len(document) != len(pairs):
         keys = [key for key, _ in pairs]
@@ -188,7 +188,7 @@ def record_files(folder: Path, known: Mapping[str, FileRecord] | None = None) ->
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write manifest.json so that a reader sees the old one or the new one, never a part.
+    """Write manifest.json atomically: a reader sees the old file or the new one.
 
     Raises:
         UserError: a figure in it is not finite, which no reader would take; the old manifest stays.

@@ -1,6 +1,6 @@
-"""What a RetNet is, as plain data: every difference between the public families is a field here.
+"""The architecture of a RetNet as plain data: every difference between the public families is a field here.
 
-Nothing downstream asks which family a checkpoint came from; it asks this configuration. Symbols are the paper's
+Later stages do not know the family of a checkpoint; they read this configuration. Symbols are the paper's
 (arXiv 2307.08621, section 2) and are listed in docs/reference/glossary.md.
 """
 

@@ -1,4 +1,4 @@
-"""Compiled engines of a bundle: what they are called, what is recorded of them, and which of them runs here.
+"""Compiled engines of a bundle: their names, their records, and the choice of one for this machine.
 
     NAME.retnet/engines/
         tensorrt-10.3.0-sm87.engine     decode and prefill as profiles of one engine
@@ -63,7 +63,7 @@ class EnginePart:
 
 @dataclass(frozen=True)
 class Probe:
-    """What a small build said of the installed TensorRT; None where it was not asked, or where the answer cannot be read.
+    """The answers of a small build about the installed TensorRT; None if it was not run, or if the answer cannot be read.
 
     Attributes:
         joined: whether it takes a network of two graphs of which one is empty in each profile.
@@ -76,13 +76,13 @@ class Probe:
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """What is known of a compiled bundle.
+    """The record of a compiled bundle.
 
     Attributes:
         target: "tensorrt" or "tensorrt-rtx".
         version: of the product that built it, which must be the one that loads it.
         compute_capabilities: the GPUs it was built for.
-        device: the GPU's name if one was at hand when it was built.
+        device: the GPU's name if one was present at the build.
         max_batch: the most sequences that step together.
         candidates: how many of the largest logits a step picks on the device.
         parts: decode and prefill; prefill twice where full chunks have a profile of their own.

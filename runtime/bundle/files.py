@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def new_folder(target: str | Path, *, marker: str, force: bool = False) -> Itera
 
 
 def restore_old(target: str | Path) -> Path | None:
-    """Mend what a kill in the middle of `--force` left: the old folder comes back if there is no new one, and goes if there is.
+    """Repair what a kill during `--force` left: restore the old folder if there is no new one, else remove it.
 
     Returns:
         Where the old folder still lies if there is no other: another process is replacing it at this moment, or it cannot be moved.

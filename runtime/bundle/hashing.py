@@ -1,4 +1,4 @@
-"""SHA-256 beside the work: what is read or written anyway is hashed as it passes, on a thread of its own.
+"""SHA-256 during other work: data that is read or written anyway is hashed on a separate thread.
 
 Hashing a gigabyte takes about a second, and reading a file a second time only for its hash takes as long as reading it. Both
 `hashlib` and file writes release Python's lock, so the hash costs almost nothing where a second core is free.

@@ -1,6 +1,6 @@
 """How a graph keeps the state of a layer, and the one place that converts it.
 
-Rule: to everybody but a graph, the state of a layer is (B, H, Dk, Dv), the axes of `AXES`. A graph whose operators want it
+Rule: outside a graph, the state of a layer is (B, H, Dk, Dv), the axes of `AXES`. A graph whose operators want it
 otherwise declares that with a `StateLayout`, which stands in the manifest beside the graph; nothing is concluded from a shape,
 because Dk and Dv may be equal, or from a name.
 """
@@ -34,7 +34,7 @@ class StateLayout:
 
     @property
     def is_valid(self) -> bool:
-        """Whether the fields obey what is said of them."""
+        """Whether the fields are consistent."""
         ordered = self.axes[:2] == AXES[:2] and sorted(self.axes) == sorted(AXES)
         return ordered and (self.pieces >= 1 if self.axes == AXES else self.pieces == 1)
 

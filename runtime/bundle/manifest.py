@@ -1,4 +1,4 @@
-"""What a bundle's manifest says: the dataclasses behind manifest.json, the contract between export and every host."""
+"""A bundle's manifest: the dataclasses behind manifest.json, the contract between export and every host."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ POSITION = "position"
 
 
 def state_name(layer: int) -> str:
-    """What the state of a layer is called, in every graph and snapshot.
+    """The name of a layer's state in every graph and snapshot.
 
     Zero-padded, because Triton pairs state inputs with state outputs in the order of their names: without, `state.10` stands
     before `state.2`, and `state.10_out` elsewhere than `state.2_out` does.
@@ -183,9 +183,9 @@ class Variant:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything about a bundle but its tensors; `manifest.json` is this, field by field.
+    """Everything about a bundle except its tensors; `manifest.json` has these fields.
 
-    `eos_ids` are the tokens that end a text: the model makes them, with a tokenizer or without.
+    `eos_ids` are the tokens that end a text.
     """
 
     format: Literal["retnet-export bundle"]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Prompt:
-    """A prompt with options of its own.
+    """A prompt with its own options.
 
     Args:
         text: what to continue, as text or token ids.
@@ -42,7 +42,7 @@ class Prompt:
 
 @dataclass
 class Completion:
-    """What became of one prompt.
+    """The result of one prompt.
 
     Attributes:
         index: its place among the prompts.
@@ -85,11 +85,11 @@ def generate_many(
 
     Args:
         open_session: of the model.
-        prompts: taken one by one as slots free, so there may be any number; a prompt may bring options of its own.
+        prompts: taken one by one when slots become free, so there may be any number; a prompt may have its own options.
         options: how tokens are chosen and when to stop; `changes` are its fields by name. Prompt i has the seed `seed + i`, unless
             it brings one.
         batch: prompts that generate together.
-        after: what all prompts come after, read once: a system prompt, say.
+        after: what all prompts continue, read once: a system prompt, say.
         stats: receives where the time went; a token's time is that of a step for all slots.
 
     Yields:
@@ -163,6 +163,6 @@ def _run(
 
 
 def _own(options: Options, index: int, prompt: str | Sequence[int] | Prompt) -> Options:
-    """Options of one prompt: those of all, the seed counted up, and over them what it brings."""
+    """Options of one prompt: those of all, the seed counted up, and then its own options."""
     own = options if options.seed is None else replace(options, seed=options.seed + index)
     return own.changed(prompt.changes) if isinstance(prompt, Prompt) else own

@@ -1,7 +1,7 @@
-"""A conversation: messages and replies in one session, with branches, and a way back.
+"""A conversation: messages and replies in one session, with branches and undo.
 
-Rule: a message is read wholly and its reply kept as far as it came, or neither happened: an interrupted or failed reading
-leaves the session where it stood before the message.
+Rule: a message is read completely and its reply kept as far as it was generated, or neither happens: an interrupted or
+failed reading leaves the session as it was before the message.
 
 What the model sees is always what the template makes of all messages. A conversation remembers what text its state has read;
 where that is how the new text begins, only the rest is read. A template may also change what it said before (trim a reply, say):
@@ -56,7 +56,7 @@ class _Moment:
 
 @dataclass
 class _Branch:
-    """One way that a conversation went.
+    """One branch of a conversation.
 
     Attributes:
         session: where it stands.
@@ -80,15 +80,15 @@ class _Branch:
 
 
 class Conversation:
-    """Messages to a model, and what it makes of them.
+    """Messages to a model and its replies.
 
     Args:
         model: the model, with a tokenizer.
-        options: how replies are made; a seed is counted on with the position, so that replies differ.
+        options: how replies are made; the position is added to a seed, so that replies differ.
         template: how messages become text; the model's own if None, or `before` and `after` if it has none.
         before: text before each message, for models without a template.
         after: text after each message, likewise.
-        keep: how many messages can be taken back.
+        keep: how many messages `rewind` can remove.
 
     Attributes:
         options: of the replies to come; may be replaced.
@@ -128,7 +128,7 @@ class Conversation:
 
     @property
     def messages(self) -> tuple[Message, ...]:
-        """What was said, in the current branch."""
+        """The messages of the current branch."""
         return self._branch.now.messages
 
     @property
@@ -138,7 +138,7 @@ class Conversation:
 
     @property
     def kept(self) -> int:
-        """How many messages can be taken back."""
+        """How many messages `rewind` can remove."""
         return len(self._branch.kept)
 
     def begin_with(self, text: str, progress: Callable[[int, int], None] | None = None) -> None:
@@ -171,7 +171,7 @@ class Conversation:
             The reply, piece by piece.
 
         Raises:
-            UserError: the message cannot be read, or the model's logits are not finite; the message is taken back.
+            UserError: the message cannot be read, or the model's logits are not finite; the message is removed.
         """
         branch, self.stats = self._branch, Stats()
         if not message:
@@ -240,14 +240,14 @@ class Conversation:
             branch.session.feed(rest, self.stats, check, prefix=self._has_prefix)
 
     def fork(self) -> int:
-        """Go on in a copy; returns its index."""
+        """Continue in a copy; returns its index."""
         branch = self._branch
         self._branches.append(_Branch(branch.session.fork(), deque(branch.kept, self._keep), branch.now, branch.before_reply))
         self.current = len(self._branches) - 1
         return self.current
 
     def switch(self, branch: int) -> None:
-        """Go on in another branch.
+        """Continue another branch.
 
         Raises:
             UserError: there is none of that number.
@@ -257,10 +257,10 @@ class Conversation:
         self.current = branch
 
     def rewind(self, messages: int = 1) -> None:
-        """Take messages and their replies back.
+        """Remove the last messages and their replies.
 
         Raises:
-            UserError: so many are not kept.
+            UserError: fewer are kept.
         """
         branch = self._branch
         if not 1 <= messages <= len(branch.kept):
@@ -285,7 +285,7 @@ class Conversation:
         replace(self.session.snapshot(), chat=chat).save(path)
 
     def load(self, path: str | Path) -> None:
-        """Go on, in the current branch, from a saved state; that can be taken back like a message.
+        """Continue a saved state in the current branch; `rewind` undoes that, as it does a message.
 
         Raises:
             UserError: it cannot be read, or belongs to another model.

@@ -173,7 +173,7 @@ class Engine:
         slots: sequences that may generate together.
         read_tokens: prompt tokens between two steps; while nothing generates a chunk of the bundle, if that is more.
         cache: remembers prompts and replies.
-        stats: receives where the time went.
+        stats: receives the times.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Sessions: one sequence (or a batch that steps together) in a model, and its state. Feed it, generate from it, put it aside."""
+"""Sessions: one sequence (or a batch that steps together) in a model, and its state. Feed it, generate from it, save it."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ class _LastLogits:
 class Session:
     """A batch of sequences and their state.
 
-    Rule: one thread at a time. A call that meets another thread's call in progress is refused, never queued: interleaved
-    texts in one state would help nobody.
+    Rule: one thread at a time. A call that meets another thread's call in progress is refused, never queued: two interleaved
+    texts in one state are of no use.
 
     Args:
         backend: what runs the bundle.
@@ -289,7 +289,7 @@ class Session:
 
         Args:
             options: how tokens are chosen and when to stop; `changes` are its fields by name.
-            stats: receives where the time went.
+            stats: receives the times.
             changes: `temperature=0.8`, `max_new_tokens=200`, ….
 
         Raises:
@@ -478,7 +478,7 @@ class Session:
             )
 
     def restore(self, snapshot: Snapshot, slot: int = 0) -> None:
-        """Go on from a snapshot of this model, taken in any session on any backend. It also recovers a session that failed.
+        """Continue from a snapshot of this model, taken in any session on any backend. It also recovers a session that failed.
 
         Raises:
             UserError: it belongs to another model or to a bundle with another state type.
@@ -506,7 +506,7 @@ class Session:
             self._changes += 1
 
     def fork(self) -> Session:
-        """Another session at the same place; the two know nothing of each other. Costs a copy of the state."""
+        """An independent session at the same place. Costs a copy of the state."""
         twin = Session(self._backend, self.manifest, self._tokenizer, self.batch, keep=self._kept.maxlen or 0)
         for slot in range(self.batch):
             twin.restore(self.snapshot(slot), slot)

@@ -1,4 +1,4 @@
-"""Drafts by prompt lookup: what may follow, guessed from what the sequence has read or written before.
+"""Drafts by prompt lookup: guesses of the next tokens from what the sequence has read or written before.
 
 Rule: a draft is only a guess at what will be chosen. It is checked by one pass over [tokens to take in, draft], which gives logits
 after every one of them (`Stream.score`); each place then draws from its own logits, and the next place counts if the draw is what

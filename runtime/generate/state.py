@@ -1,4 +1,4 @@
-"""A sequence put aside: its state, position and last logits, in memory or in a file, independent of the backend.
+"""A saved sequence: its state, position and last logits, in memory or in a file, independent of the backend.
 
 The state of a RetNet has one size however much was read, so a snapshot of a book is as small as one of a word. A file is a
 safetensors file with the state tensors under their names in the graph, and in its metadata which model they belong to and a

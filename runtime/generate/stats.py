@@ -1,4 +1,4 @@
-"""Where the time of a generation went, and what it needed."""
+"""Time and memory of a generation."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Stats:
         self.prompt_seconds += seconds
 
     def add_step(self, graph_ms: float, sampling_ms: float, total_ms: float, tokens: int = 1) -> None:
-        """Count a step, and the tokens it was for: one, or one a sequence of a batch."""
+        """Count a step and its tokens: one for each sequence."""
         if self.first_token_ms is None:
             self.first_token_ms = 1e3 * self.prompt_seconds + total_ms
         self.new_tokens += tokens
@@ -56,7 +56,7 @@ class Stats:
         self.total_ms[-1] += total_ms
 
     def summary(self, state_bytes: int) -> dict[str, float | None]:
-        """All figures by name, with their units; None where there was nothing to measure.
+        """All figures by name, with their units; None if there was nothing to measure.
 
         Args:
             state_bytes: of one sequence.
@@ -84,7 +84,7 @@ class Stats:
 
 
 def peak_memory_bytes() -> int | None:
-    """The most memory this process ever had resident; None where the system does not tell.
+    """The largest resident memory of this process so far; None if the system does not report it.
 
     Linux counts in `ru_maxrss` what the process was before it became this program, which is a copy of the one that started it.
     """

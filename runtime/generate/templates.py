@@ -83,7 +83,7 @@ class ChatTemplate:
 
 
 class PlainTemplate:
-    """For models that were trained on no template: a text around each message, on a line of its own.
+    """For models without a template: a text around each message, on a separate line.
 
     Args:
         before, after: the text around each of the user's messages.
@@ -107,7 +107,7 @@ class PlainTemplate:
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    """A model's reasoning goes by several names; templates read the first or the second."""
+    """Names of a model's reasoning; templates read the first or the second."""
     names = ("reasoning_content", "thinking", "reasoning")
     reasoning = next((message[name] for name in names if name in message), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 REPLACEMENT = "\ufffd"
 LONGEST_WAIT = 16
-"""Tokens that may wait for a character to be whole before they are taken for broken: four are enough for honest text."""
+"""Tokens that may wait for a complete character before they count as broken; valid text needs at most four."""
 
 
 class TextDecoder:
-    """Turns tokens into text as they come, never half a character.
+    """Turns tokens into text as they come, in complete characters.
 
     Rule: the pieces, joined, are what the tokenizer makes of all tokens at once. A decoder may look at a token's neighbours
     (spaces at the start of a text, bytes that form one character), so each token is decoded together with those before it that
@@ -61,7 +61,7 @@ class TextDecoder:
         return bool(self._waiting)
 
     def flush(self) -> str:
-        """What is left when no more tokens come: an unfinished character, as U+FFFD."""
+        """The rest after the last token: an unfinished character, as U+FFFD."""
         text = self._tokenizer.decode(self._settled + self._waiting)
         piece, self._given = text[self._past(text) :], len(text)
         return piece
@@ -72,7 +72,7 @@ class TextDecoder:
 
 
 class StopStrings:
-    """Holds text back while it may be the beginning of a stop string, which may span tokens."""
+    """Holds text back while it may begin a stop string, which may span tokens."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         if "" in stops:

@@ -1,4 +1,4 @@
-"""A bundle's tokenizer: encoding that refuses what it would lose, and several texts that are read as one.
+"""A bundle's tokenizer: encoding that refuses characters that it would lose, and several texts read as one.
 
 Rule: the tokens depend on the text alone. What a tokenizer.json asks for beyond that is switched off when it is loaded:
 truncation and padding (a file keeps those of the last call of whoever saved it) and the random choices of training.
@@ -110,7 +110,7 @@ class Tokenizer:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=not special)
 
     def token(self, token: int) -> str:
-        """What the vocabulary calls a token; empty if it has no such id."""
+        """The vocabulary's name of a token; empty if it has no such id."""
         return self._tokenizer.id_to_token(token) or ""
 
     def decoder(self, context: Sequence[int] = ()) -> TextDecoder:
@@ -186,7 +186,7 @@ class Tokenizer:
                 raise UnknownCharacterError(text[start:end], start - lead)
 
     def _refuse_dropped(self, text: str) -> None:
-        """BPE that has neither a token for what is unknown nor bytes leaves out characters without a word."""
+        """BPE that has neither a token for what is unknown nor bytes drops characters silently."""
         masked = text
         for content in self._added.values():
             masked = masked.replace(content, MASK * len(content))
