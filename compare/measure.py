@@ -1,4 +1,4 @@
-"""The measurement: all engines take turns in one run, cell by cell, so that whatever disturbs the machine disturbs all alike.
+"""The measurement: all engines take turns in one run, cell by cell, so that other load on the machine affects all alike.
 
 For each cell every engine gets a fresh process; after a warm-up they take turns in rounds, A B A B. A cell that would not fit
 in memory is reported and not attempted.

@@ -1,6 +1,6 @@
 """RetNet in torch: one set of weights, three forms of the same function, by the forms of retention in `retention.py`.
 
-The position is carried by the state, so the three forms agree wherever a sequence is cut.
+The state has the position, so the three forms agree for every cut of a sequence.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": la
 
 @dataclass(frozen=True)
 class State:
-    """What a sequence has left behind.
+    """The state of a sequence.
 
     Attributes:
         position: tokens read so far, int64 (B,).

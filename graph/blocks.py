@@ -26,7 +26,7 @@ PHASE_TURN = 1 << 32
 
 @dataclass(frozen=True)
 class Writer:
-    """What every block needs: where nodes go, where weights come from and go to, and in which format.
+    """The context of every block: the graph for nodes, the source and file of weights, and the format.
 
     Attributes:
         b: the graph under construction.

@@ -1,1 +1,1 @@
-"""Will it fit, and how fast will it be: sizes and speed of a model on a device, without running it."""
+"""Predicts memory and speed of a model on a device, without running it."""

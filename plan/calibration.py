@@ -1,4 +1,4 @@
-"""A device's constants from what was measured on it: the reports of scripts/jetson-check.sh.
+"""The constants of a device from measurements on it, the reports of scripts/jetson-check.sh.
 
 Rule: only decode speeds count (`tg` tests of `bench`), each with the bytes that its step moves. One model gives one scale for both
 constants of the roofline; models of two sizes or more give each constant by itself.

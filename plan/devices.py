@@ -1,7 +1,7 @@
 """Devices the planner knows: memory, bandwidth, and the weight formats their GPUs have.
 
-Figures are the vendors' unless a comment says otherwise. A Jetson's memory is shared by CPU and GPU, so a part of it is the
-system's and never ours.
+Figures are the vendors' unless a comment says otherwise. A Jetson's memory is shared by CPU and GPU, so a part of it belongs
+to the system.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Everything `plan` says of one model on one device."""
+"""All that `plan` prints about one model on one device."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ def check_against_measurements() -> list[tuple[Measurement, float]]:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What to expect of a model on a device.
+    """The prediction for a model on a device.
 
     Attributes:
         bytes_per_step: bytes that a step moves.

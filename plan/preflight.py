@@ -1,4 +1,4 @@
-"""Refusals before the long step: what a device cannot run is said with numbers, and with the nearest thing that it can.
+"""Checks before a long build: a refusal has the numbers and the nearest thing that the device can run.
 
 Rule: nothing here needs TensorRT, so every refusal is tested without it.
 """
@@ -87,7 +87,7 @@ def largest_batch(sizes: Sizes, available: float, chunk: int, limit: int = 1 << 
 
 
 def check_memory(where: str, manifest: Manifest, available: float, device: str, batch: int) -> None:
-    """Refuse what does not fit, and say what would."""
+    """Refuse what does not fit, and name what does."""
     sizes, chunk = sizes_of_bundle(manifest), manifest.graphs["prefill"].chunk_size
     needed = needed_bytes(sizes, batch, chunk)
     if needed <= available:

@@ -78,7 +78,7 @@ class Sizes:
         return 41e6 + batch * chunk * 4.4 * (widest * 1.5 + scores) + 3.0 * batch * self.state_bytes
 
     def memory_at_peak(self, batch: int = 1, chunk: int = 256) -> float:
-        """At rest, and a chunk of prompt on its way."""
+        """At rest, plus a chunk of prompt."""
         return self.memory_at_rest(batch) + self.activation_bytes(batch, chunk)
 
 

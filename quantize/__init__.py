@@ -1,1 +1,1 @@
-"""A bundle in, a smaller bundle out: formats, methods, calibration, the rewrite of the graphs, and what it cost in quality."""
+"""From a bundle to a smaller one: formats, methods, calibration, the rewrite of the graphs, and the cost in quality."""

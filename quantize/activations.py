@@ -23,7 +23,7 @@ ACTIVATIONS = ("int8", "fp8")
 
 
 class Choices(Protocol):
-    """The options of `quantize` that have to do with activations."""
+    """The options of `quantize` for activations."""
 
     @property
     def activations(self) -> str | None: ...
@@ -40,7 +40,7 @@ class Choices(Protocol):
 
 
 def check_options(options: Choices) -> None:
-    """Refuse options that do not go together.
+    """Refuse options that contradict each other.
 
     Raises:
         UserError: with the reason, and what does.

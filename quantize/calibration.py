@@ -1,4 +1,4 @@
-"""What flows into each matrix on the calibration text: the bundle's own decode graph, run one layer at a time.
+"""The inputs of each matrix on the calibration text: the bundle's own decode graph, run one layer at a time.
 
 Rule: one layer in memory. The graph is cut at the residual stream: a preamble (embedding, rotation), then layer after layer.
 A layer runs over the whole text, in a batch of sequences, before the next one is looked at; between layers only the
@@ -54,7 +54,7 @@ def calibration_tokens(model: Model, path: Path) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class _Layer:
-    """What crosses the boundary of one layer, by name.
+    """The values that cross the boundary of one layer, by name.
 
     Attributes:
         x_in, x_out: the residual stream before and after it.

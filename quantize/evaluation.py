@@ -1,4 +1,4 @@
-"""What a bundle is worth on a text, and how far it is from another one: the judge of every quantization.
+"""The quality of a bundle on a text, and its distance from another bundle: how every quantization is judged.
 
 Rule: every token is predicted from all those before it, through the graphs that the device runs (reading.py says by which of
 them). Bundles take turns by chunks: each keeps its threads to itself while it runs.
@@ -28,7 +28,7 @@ GREEDY_TOKENS = 128
 
 @dataclass(frozen=True)
 class StateError:
-    """How far two states are apart after some tokens.
+    """The difference of two states after some tokens.
 
     Attributes:
         tokens: read so far.
@@ -41,7 +41,7 @@ class StateError:
 
 @dataclass(frozen=True)
 class Divergence:
-    """One bundle against another on the same text.
+    """A comparison of two bundles on the same text.
 
     Attributes:
         against: the other's name.
@@ -66,7 +66,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a bundle is worth on a text.
+    """The quality of a bundle on a text.
 
     Attributes:
         text: the file's name.
@@ -96,7 +96,7 @@ def evaluate(
     steps: bool | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
-    """Read a text and say how well the bundle predicts it.
+    """Measure how well the bundle predicts a text.
 
     Args:
         model: the bundle, loaded.
@@ -248,7 +248,7 @@ def _check_pair(model: Model, against: Model) -> None:
 
 
 def _check_tokens(model: Model, other: Model, text: str, ids: NDArray[np.int64]) -> None:
-    """Tokens of one must be tokens of the other; one that brings no tokenizer is taken at its word."""
+    """Tokens of one must be tokens of the other; a bundle without a tokenizer is not checked."""
     if other.bundle.manifest.tokenizer is not None and other.tokenizer.encode(text) != ids.tolist():
         raise UserError(
             f"{model.bundle.path} and {other.bundle.path} cut the text into different tokens: their tokenizers differ, so their "
@@ -281,7 +281,7 @@ def _state_error(tokens: int, ours: State, theirs: State) -> StateError:
 
 
 def _greedy_lengths(models: Sequence[Model], against: Model, ids: NDArray[np.int64], progress: Progress) -> list[tuple[int, ...]]:
-    """How long greedy continuations of passages of the text stay the same as the reference's, for each model."""
+    """For each model, how many greedy tokens after passages of the text equal the reference's."""
     length = CHUNK // 2
     starts = np.linspace(0, len(ids) - length, GREEDY_PROMPTS).astype(int)
     lengths: list[list[int]] = [[] for _ in models]

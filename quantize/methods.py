@@ -53,7 +53,7 @@ class RoundToNearest:
 
 
 class Gptq:
-    """GPTQ (Frantar et al., arXiv 2210.17323): input by input, the error of each rounding is made up for by later inputs.
+    """GPTQ (Frantar et al., arXiv 2210.17323): input by input, later inputs compensate the error of each rounding.
 
     With H = XᵀX + λI and H⁻¹ = UᵀU, U upper triangular, rounding row k leaves the error e = (w_k - ŵ_k) / U[k, k], and every
     later row j takes w_j -= U[k, j] e. Updates reach the rows of the running block at once and the others once a block, as in
@@ -120,7 +120,7 @@ class Gptq:
 
 
 class Awq:
-    """AWQ (Lin et al., arXiv 2306.00978): inputs that carry much are scaled up in the weight and down in the norm before.
+    """AWQ (Lin et al., arXiv 2306.00978): large inputs are scaled up in the weight and down in the norm before.
 
     The factors are s = (root mean square of the input)^α, α searched for the least error of the product, as in the paper. Where no
     norm or linear layer stands before a matrix to take the division, only the scales are chosen by what its inputs carry.

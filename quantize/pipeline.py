@@ -1,4 +1,4 @@
-"""Bundle in, smaller bundle out: matrices are quantized one after another, both graphs rewritten by one pass, files hashed."""
+"""From a bundle to a smaller one: quantize one matrix after another, rewrite both graphs in one pass, hash the files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Judge = Callable[[Bundle], Mapping[str, object]]
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """What `retnet-export quantize` decides.
+    """The options of `retnet-export quantize`.
 
     Attributes:
         weights: int8, int4 or fp8, of all matrices but embedding and head.
@@ -239,7 +239,7 @@ def _check_source(source: Bundle, target: str | Path, options: QuantizeOptions) 
 
 @dataclass(frozen=True)
 class _Planned:
-    """One matrix and what is to become of it."""
+    """One matrix and its new format."""
 
     role: Role
     format: Format

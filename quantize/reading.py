@@ -1,4 +1,4 @@
-"""How a text is read to judge a bundle: in chunks, or step by step as on the device. Logits come after every token either way.
+"""How evaluation reads a text: in chunks, or step by step as on the device. Logits come after every token either way.
 
 Rule: both give the same logits up to float32 rounding, and chunks are more than ten times as fast. A state that is stored in
 fewer bits is rounded after every step but only once a chunk, which would flatter it: such a bundle is read by steps unless asked

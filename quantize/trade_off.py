@@ -1,6 +1,6 @@
-"""What smaller weights cost and bring: bundles of one model side by side, by size, speed and quality.
+"""Size, speed and quality of several bundles of one model.
 
-Rule: the bundles are in one process and take turns in rounds, so that whatever disturbs the machine disturbs all alike; each
+Rule: the bundles are in one process and take turns in rounds, so that other load on the machine affects all alike; each
 step is timed as `generate --stats` times it, and the median over all rounds counts.
 """
 
@@ -30,7 +30,7 @@ class TradeOff:
     """One bundle of several.
 
     Attributes:
-        name: what it is called among them.
+        name: its name among them.
         weights_bytes: of its weights file.
         token_ms: the median time from one token to the next, in milliseconds, sampling included.
         round_ms: the medians of the rounds, which say how far to trust it.

@@ -1,4 +1,4 @@
-"""What clients get: OpenAI's answers, whole or as a stream of server-sent events.
+"""The answers to clients, in OpenAI's form: complete or as a stream of server-sent events.
 
 A token's text is its own where it is whole characters; a token that is a part of one is named as the vocabulary names it, so that
 two tokens never look alike.
@@ -46,13 +46,13 @@ class Form(Protocol):
     chunk: str
 
     def opening(self, index: int) -> Sequence[dict[str, Any]]:
-        """What a stream says of a text when its prompt has been read."""
+        """The event of a stream when the prompt has been read."""
 
     def piece(self, index: int, piece: Piece) -> dict[str, Any] | None:
-        """What a stream says of a piece."""
+        """The event of a stream for a piece."""
 
     def closing(self, index: int, finish: str) -> dict[str, Any]:
-        """What a stream says at the end of a text."""
+        """The event of a stream at the end of a text."""
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
         """A whole text."""
@@ -246,7 +246,7 @@ class AnswerWriter:
         }
 
     def _take(self, job: int, event: Event) -> list[dict[str, Any]]:
-        """Take note of an event; what a stream says of it."""
+        """Process an event; returns the event of the stream."""
         if isinstance(event, Read):
             self._form.read(job, event)
             self._cached += event.cached
@@ -275,5 +275,5 @@ def _sse(content: object) -> bytes:
 
 
 def _finite(value: float) -> float:
-    """JSON has no infinities: what is impossible is OpenAI's -9999."""
+    """JSON has no infinities: an impossible token has OpenAI's -9999."""
     return max(value, -9999.0)

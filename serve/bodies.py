@@ -1,6 +1,6 @@
-"""What clients send: OpenAI's request bodies, with the fields that llama.cpp's and vLLM's users know, checked.
+"""The request bodies of clients, checked: OpenAI's fields and those of llama.cpp and vLLM.
 
-Rule: a field is understood, refused by name, or ignored with a warning; never half done.
+Rule: a field is used, refused by name, or ignored with a warning.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class Body(BaseModel):
 
 
 class StreamOptions(Body):
-    """How a stream ends: with the usage, or not."""
+    """Whether a stream ends with the usage."""
 
     include_usage: bool | None = None
 
 
 class Generating(Body):
-    """What completions and chats have in common."""
+    """The fields that completions and chats share."""
 
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=64)] | None = None
@@ -105,7 +105,7 @@ class DetokenizeBody(Body):
 
 
 class StateBody(Body):
-    """What a named state is to hold: a prompt, or a chat."""
+    """The content of a named state: a prompt or a chat."""
 
     prompt: str | list[TokenId] | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)] | None = None

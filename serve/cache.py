@@ -1,4 +1,4 @@
-"""The prefix cache: snapshots of sequences in a tree over their tokens, so that nothing is read twice.
+"""The prefix cache: snapshots of sequences in a tree over their tokens, so that no prompt is read twice.
 
 Rule: a snapshot is used only for exactly the tokens that led to it, and continues as if they had been read
 again. The state of a RetNet has one size, however much was read: a remembered book costs what a remembered word does. When the

@@ -1,4 +1,4 @@
-"""From settings and a model to a service, whatever is in front of it: the HTTP server or Triton."""
+"""From settings and a model to a service, for the HTTP server or Triton."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What TensorRT gets: the portable graphs rewritten into the forms that it makes few kernels and few bytes of.
+"""The forms of the portable graphs for which TensorRT makes few kernels that move few bytes.
 
 Rule: nothing here is stored in a bundle. An engine is built from these forms, and the bundle keeps the portable ones, which
 other runtimes take. What each form saves was read from the engines that TensorRT builds (docs/lab/tensorrt.md).

@@ -1,4 +1,4 @@
-"""Small tools for rewrites: who made a value, from what, and how to put something else in its place."""
+"""Small tools for rewrites: find the node and the inputs of a value, and replace it."""
 
 from __future__ import annotations
 

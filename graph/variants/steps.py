@@ -1,4 +1,4 @@
-"""Prefill that is a step when it reads one token: so that one session, which holds the weights once, reads prompts and decodes.
+"""Prefill that becomes a step when it reads one token, so that one session with one copy of the weights does both.
 
 Rule: of a chunk of one real token per sequence, retention is what it is in decode.onnx, one operator over the state in place; of
 any other chunk, the chunkwise form. An `If` around each layer's retention takes the one or the other. No weight is inside it, since
