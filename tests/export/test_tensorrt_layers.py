@@ -24,7 +24,7 @@ def log(name: str) -> list[str]:
 
 
 def test_a_log_of_full_tensorrt_10():
-    first, second = layers_of_log(log("full-10.10.log"))
+    first, second = layers_of_log(log("full-10.10.txt"))
     assert (first.name, first.kind, first.operators) == ("__myl_MulSum_myl0_0", "kgen", ("linear1",))
     assert [(tensor.name, tensor.dims, tensor.item_bytes) for tensor in first.inputs] == [
         ("__mye116_dconst", (10, 10), 4),
@@ -34,7 +34,7 @@ def test_a_log_of_full_tensorrt_10():
 
 
 def test_a_log_of_rtx_with_an_engine_of_two_graphs():
-    layers = layers_of_log(log("rtx-1.7.1.log"))
+    layers = layers_of_log(log("rtx-1.7.1.txt"))
     update = next(
         layer for layer in layers if any(tensor.name == "decode.state.0_out" for tensor in layer.outputs if 0 not in tensor.dims)
     )
@@ -58,7 +58,7 @@ def test_the_inspectors_answer_with_constants_that_are_no_tensors():
     ("lines", "message"),
     [
         ([], "the builder's log has no list of layers"),
-        (log("names-only.log"), "without their tensors"),
+        (log("names-only.txt"), "without their tensors"),
         (["Layers:", "Name: a, LayerType: kgen, Somewhere: []"], "a layer of no known form: Name: a"),
         (["Layers:", "Name: a, LayerType: kgen, Inputs: [ { Name: x, Size: 4 }], Outputs: []"], "a tensor of no known form"),
         (
