@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the whole path on a Jetson and writes one report: scripts/jetson-check.sh BUNDLE [REPORT]
-# Attach the report to an issue; it holds no names of users or hosts. Every step is run, whatever became of the one before.
+# Attach the report to an issue; it holds no names of users or hosts. Every step runs, even if an earlier one failed.
 set -u
 bundle=${1:?usage: scripts/jetson-check.sh BUNDLE [REPORT]}
 report=${2:-jetson-report.txt}

@@ -103,7 +103,7 @@ def _tensors_and_settings(file: Path, document: Any) -> tuple[dict[str, Any], Ma
     nested = next((document[key] for key in NESTED if isinstance(document.get(key), dict)), document)
     tensors = {name: value for name, value in nested.items() if isinstance(value, torch.Tensor)}
     if others := [name for name in nested if name not in tensors]:
-        raise UserError(f"{file}: {', '.join(map(str, others[:4]))} among its tensors is no tensor; expected a state_dict")
+        raise UserError(f"{file}: {', '.join(map(str, others[:4]))} is not a tensor; expected a state_dict")
     return tensors, None if nested is document else next(_settings(document), None)
 
 

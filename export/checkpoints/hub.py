@@ -66,7 +66,7 @@ def _weights(found: Repository, names: Iterable[str], folder: Path) -> list[str]
         try:
             return sorted(set(json.loads((folder / first).read_bytes())["weight_map"].values()))
         except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{found}: its {first} is no index of shards: {error}") from error
+            raise UserError(f"{found}: its {first} is not an index of shards: {error}") from error
     others = [name for name in names if "/" not in name and name.endswith((*TORCH_SUFFIXES, ".safetensors"))]
     if len(others) == 1:
         return others

@@ -32,7 +32,7 @@ BFLOAT16_REMEDY = (
 
 
 def is_older(version: str, than: tuple[int, int]) -> bool:
-    """Whether a version, "1.24.4", is older; one that is no version is not."""
+    """Whether a version such as "1.24.4" is older; False for text that is not a version."""
     numbers = re.findall(r"\d+", version)[:2]
     return len(numbers) == 2 and tuple(map(int, numbers)) < than
 

@@ -4,7 +4,7 @@
         tensorrt-10.3.0-sm87.engine     decode and prefill as profiles of one engine
         tensorrt-10.3.0-sm87.json       what it was built from, with what, for what: an `EngineRecord`
 
-An engine belongs to one machine, so it is no part of the bundle's manifest: it can be deleted or made again at any time. The
+An engine belongs to one machine, so it is not in the bundle's manifest: it can be deleted or built again at any time. The
 record is written last, so that an engine with a record is whole. At load the record is held against the bundle: an engine
 built from other graphs or weights is refused.
 """

@@ -57,7 +57,7 @@ class StateSpec:
 
 
 POSITION = "position"
-"""The state that is no layer's: how many tokens a sequence has read."""
+"""The state that belongs to no layer: the number of tokens a sequence has read."""
 
 
 def state_name(layer: int) -> str:
