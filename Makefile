@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A CPU build of torch is enough here, and far smaller: set TORCH=torch where you want the default build.
 TORCH ?= torch==2.13.0
 
-.PHONY: help demo test test-gpu test-oldest test-jetpack6 test-aarch64 check-wheels check check-tensorrt dist bench-decode bench-compare bench-export bench-gpu bench-prefill bench-serve bench-forever bench-quantization bench-state docs clean
+.PHONY: help demo test test-slow test-gpu test-oldest test-jetpack6 test-aarch64 check-wheels check check-tensorrt dist bench-decode bench-compare bench-export bench-gpu bench-prefill bench-serve bench-forever bench-quantization bench-state docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -23,7 +23,10 @@ demo: $(VENV)/.installed  ## export the bundled model, verify, generate, quantiz
 	$(BIN)/retnet-export demo --force
 
 test: $(VENV)/.installed check  ## lint, types and tests
-	$(BIN)/pytest -n auto
+	$(BIN)/pytest -n auto -m "not slow"
+
+test-slow: $(VENV)/.installed  ## the tests that take half a minute or more: the whole demo, every command on a bundle from the Hub
+	$(BIN)/pytest -n auto -m slow
 
 check: $(VENV)/.installed  ## lint and types
 	$(BIN)/ruff check .

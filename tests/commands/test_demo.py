@@ -29,6 +29,7 @@ def columns_of(row: str, printed: str) -> list[float]:
     return [float(cell.replace(",", "")) for cell in re.findall(r"[\d.,]+(?:e-\d+)?", line.removeprefix(row))]
 
 
+@pytest.mark.slow
 def test_the_demo_runs_the_whole_path_and_says_what_quantizing_cost_and_brought(tmp_path):
     (tmp_path / "passage.txt").write_text(PASSAGE, encoding="utf-8")
     result = run("-o", tmp_path / "demo.retnet", "--text", tmp_path / "passage.txt", "--calibration", tmp_path / "passage.txt")

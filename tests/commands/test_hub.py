@@ -180,6 +180,7 @@ def test_a_local_folder_of_that_name_wins(hub, run, tmp_path):
     run("export", "hf://user/sharded", "-o", "other.retnet")
 
 
+@pytest.mark.slow
 def test_a_tokenizer_may_be_another_repositorys(hub, run, tmp_path):
     (hub.repositories["user/whole"] / "tokenizer.json").unlink()
     run("export", "user/whole", "-o", "none.retnet")
@@ -194,6 +195,7 @@ def test_a_tokenizer_may_be_another_repositorys(hub, run, tmp_path):
     assert "/absent: no such file or folder; expected a folder with tokenizer.json" in message
 
 
+@pytest.mark.slow
 def test_a_bundle_runs_by_name_in_every_command_that_takes_one(hub, run, tmp_path, example_bundle):
     text = ("--prompt", "In the beginning", "--max-new-tokens", 8, "--temperature", 0)
     expected = run("generate", example_bundle.path, *text).stdout
@@ -252,6 +254,7 @@ def test_a_snapshot_says_whose_it_is(tmp_path):
     assert repository_of(tmp_path / "my-model") is None
 
 
+@pytest.mark.slow
 def test_what_runs_a_bundle_a_layer_at_a_time_follows_the_links_of_a_cache(tmp_path, example_bundle):
     """ONNX Runtime and onnx-ir open no link that leaves a graph's folder."""
     root = tmp_path / "models--user--bundle"
