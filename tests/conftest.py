@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,8 @@ def edit_json(path: Path, **changes: object) -> None:
     """Set fields of a JSON file; a value of `...` removes the field."""
     document = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({name: value for name, value in document.items() if value is not ...}))
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts what runs in the background with SIGINT ignored; the commands that tests start and interrupt would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
