@@ -40,5 +40,5 @@ def edit_json(path: Path, **changes: object) -> None:
 
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A shell starts what runs in the background with SIGINT ignored; the commands that tests start and interrupt would inherit that.
+    # A shell starts what runs in the background with SIGINT ignored, and the commands that tests interrupt would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
