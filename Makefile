@@ -39,7 +39,7 @@ test-gpu: $(VENV)/.installed  ## tests on an NVIDIA GPU; they skip, and say why,
 	$(BIN)/pytest tests/gpu
 
 bench-gpu: $(VENV)/.installed  ## decode and prefill on an NVIDIA GPU against its memory bus (docs/guides/gpu.md)
-	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/batches.py
 
 bench-decode: $(VENV)/.installed  ## decode speed on the CPU, bundled and random 148M model
 	$(BIN)/python benchmarks/decode.py

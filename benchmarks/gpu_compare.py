@@ -29,6 +29,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 from gpu_models import MODELS, RandomWeightsFile
 from step import FORMATS, random_model
+from transformer_passes import ResidualNormPass, SinkCastsPass, SwishPass
 
 from retnet_export.runtime.backends.cuda.backend import CudaBackend
 from retnet_export.runtime.backends.cuda.many_source import WINDOW
@@ -66,9 +67,6 @@ def write_transformer(folder: Path, config: Any, capacity: int) -> None:
     from retnet_export.compare.transformer import weight_shapes
     from retnet_export.compare.transformer_graph import build_transformer
     from retnet_export.graph.variants import rewrite
-    from retnet_export.graph.variants.casts import SinkCastsPass
-    from retnet_export.graph.variants.gates import SwishPass
-    from retnet_export.graph.variants.norms import ResidualNormPass
 
     shapes, random = weight_shapes(config), np.random.default_rng(2)
 

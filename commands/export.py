@@ -30,10 +30,6 @@ def export(
     state: Annotated[Literal["fp32", "fp16"], typer.Option(help="Number format of the stored state.")] = "fp32",
     batch: Annotated[int | None, typer.Option(help="A fixed number of sequences; default: any.", show_default=False)] = None,
     chunk: Annotated[int, typer.Option(help="Most tokens that prefill reads at once.")] = 128,
-    variant: Annotated[
-        list[str] | None,
-        typer.Option(help="Also write these graphs: onnxruntime-cuda, with ONNX Runtime's GPU operators.", show_default=False),
-    ] = None,
     tokenizer: Annotated[
         Path | None,
         typer.Option(
@@ -53,7 +49,7 @@ def export(
     from retnet_export.export.checkpoints import open_checkpoint
     from retnet_export.export.pipeline import ExportOptions, export_bundle
 
-    options = ExportOptions(precision, state, batch, chunk, tuple(variant or ()), bos)
+    options = ExportOptions(precision, state, batch, chunk, bos)
     opened = open_checkpoint(checkpoint)
     if tokenizer is not None:
         opened = replace(opened, text=tokenizer)

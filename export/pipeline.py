@@ -17,7 +17,6 @@ from retnet_export.runtime.bundle.bundle import MANIFEST, Bundle, open_bundle, r
 from retnet_export.runtime.bundle.files import new_folder
 from retnet_export.runtime.bundle.manifest import (
     FORMAT_VERSION,
-    ONNXRUNTIME_CUDA,
     FileRecord,
     Manifest,
     Precision,
@@ -29,8 +28,6 @@ from retnet_export.runtime.errors import ArgumentError, MissingExtraError, Preci
 from retnet_export.runtime.hub import repository_of
 from retnet_export.runtime.progress import Progress, silent
 
-VARIANTS = (ONNXRUNTIME_CUDA,)
-"""Those that a bundle has only if asked for."""
 DEFAULT_CHUNK = 128
 """Within 7 % of the fastest on two CPU cores, with the memory and the waste at the end of a prompt of the smaller."""
 
@@ -44,7 +41,6 @@ class ExportOptions:
         state: of the stored state: fp32 or fp16.
         batch: a fixed batch size, or None for any.
         chunk: the most tokens per sequence that the prefill graph reads at once.
-        variants: graphs to write beside the portable ones and those for ONNX Runtime on CPUs: of `VARIANTS`.
         bos: what is read before a text: "auto" as the tokenizer does it, "none", or a token by its id or text.
     """
 
@@ -52,12 +48,10 @@ class ExportOptions:
     state: str = "fp32"
     batch: int | None = None
     chunk: int = DEFAULT_CHUNK
-    variants: tuple[str, ...] = ()
     bos: str = "auto"
 
     def __post_init__(self) -> None:
         given: list[tuple[str, str, Collection[str]]] = [("precision", self.precision, COMPUTED), ("state", self.state, STORED)]
-        given += [("variants", variant, VARIANTS) for variant in self.variants]
         for name, value, choices in given:
             if value not in choices:
                 raise ArgumentError(name, f"is {value!r}, expected {one_of(choices)}")
@@ -90,7 +84,7 @@ def export_bundle(
     options = options or ExportOptions()
     if options.precision == "bf16":
         warnings.warn(
-            "--precision bf16: ONNX Runtime has no kernels for it on a CPU; only GPUs run this bundle (onnxruntime-cuda, TensorRT)",
+            "--precision bf16: ONNX Runtime has no kernels for it on a CPU; only GPUs run this bundle (cuda, TensorRT)",
             PrecisionWarning,
             stacklevel=2,
         )
@@ -158,7 +152,7 @@ def _write_graphs(folder: Path, checkpoint: Checkpoint, options: ExportOptions, 
         for name, build in (("decode", build_decode), ("prefill", build_prefill)):
             graphs[name] = build(config, read, weights, COMPUTED[options.precision], stored, options.batch)
         files, checkpoint_sha256 = {weights.name: weights.record()}, reader.sha256()
-    variants = write_variants(folder, graphs, {"decode": 1, "prefill": options.chunk}, (*ALWAYS, *options.variants))
+    variants = write_variants(folder, graphs, {"decode": 1, "prefill": options.chunk}, ALWAYS)
     return _Written(variants, files, checkpoint_sha256)
 
 

@@ -35,7 +35,7 @@ def write_derived_bundle(
     """
     manifest = source.manifest
     chunk_sizes = {name: spec.chunk_size for name, spec in manifest.graphs.items()}
-    variants = write_variants(folder, graphs, chunk_sizes, list(dict.fromkeys([*ALWAYS, *manifest.variants])))
+    variants = write_variants(folder, graphs, chunk_sizes, ALWAYS)
     if manifest.tokenizer is not None:
         for file in manifest.tokenizer.files:
             shutil.copyfile(source.file(file), folder / file)

@@ -47,7 +47,7 @@ class Observation:
 
     def bytes_moved(self, runtime: str) -> float:
         """Bytes of a step."""
-        return self.matrix_bytes + self.batch * self.state_bytes * registered(runtime).state_passes
+        return self.matrix_bytes + self.batch * self.state_bytes * registered(runtime).passes(self.batch)
 
 
 def read_report(path: Path) -> list[Observation]:

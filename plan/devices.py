@@ -75,7 +75,7 @@ DEVICES: Mapping[str, DeviceSpec] = {
         DeviceSpec("thor-t4000", "Jetson Thor T4000", 64, 273, "11.0", JETSON_SYSTEM_GB, "tensorrt"),
         DeviceSpec("thor-t5000", "Jetson Thor T5000", 128, 273, "11.0", JETSON_SYSTEM_GB, "tensorrt"),
         DeviceSpec("dgx-spark", "DGX Spark (GB10)", 128, 273, "12.1", JETSON_SYSTEM_GB, "tensorrt"),
-        DeviceSpec("h100", "H100 80GB", 80, 3350, "9.0", 0, "onnxruntime-cuda", "3,030 GB/s measured for a copy"),
+        DeviceSpec("h100", "H100 80GB", 80, 3350, "9.0", 0, "cuda", "3,030 GB/s measured for a copy"),
         # The reading bandwidth of the two-core machine that the CPU figures were measured on.
         DeviceSpec("cpu-2-cores", "2 cores of a Xeon cloud VM", 24, 40, None, 1, "onnxruntime", "40 GB/s measured for reading"),
     )

@@ -65,8 +65,7 @@ def _published(device: str, *rows: tuple[tuple[str, int, float], float]) -> tupl
 
 def _on_h100(model: str, layers: int, matrix_bytes: float, state_bytes: float, *rows: tuple[int, float]) -> tuple[Measurement, ...]:
     return tuple(
-        Measurement("onnxruntime-cuda", "h100", model, layers, matrix_bytes, state_bytes, batch, milliseconds)
-        for batch, milliseconds in rows
+        Measurement("cuda", "h100", model, layers, matrix_bytes, state_bytes, batch, milliseconds) for batch, milliseconds in rows
     )
 
 
@@ -77,18 +76,13 @@ MEASUREMENTS: tuple[Measurement, ...] = (
     *_published("agx-orin-64gb", (_QWEN3_06B, 186), (_QWEN3_17B, 99), (_QWEN3_4B, 53), (_QWEN3_8B, 32.5)),
     *_published("orin-nx-16gb", (_QWEN3_06B, 117), (_QWEN3_17B, 60), (_QWEN3_4B, 32), (_QWEN3_8B, 19)),
     *_published("orin-nano-8gb", (_QWEN3_06B, 73), (_QWEN3_17B, 37)),
-    # Measured by this project, docs/lab: ONNX Runtime 1.31.1 CUDA, variant onnxruntime-cuda, CUDA graphs, float32 state.
-    *_on_h100("RetNet 1.5B fp16", 24, 2.95e9, 100.7e6, (1, 2.05), (8, 2.69), (64, 7.04)),
-    *_on_h100("RetNet 1.5B int4", 24, 0.83e9, 100.7e6, (1, 1.40), (8, 2.41), (64, 7.53)),
-    *_on_h100("RetNet 7.8B fp16", 32, 15.26e9, 268.4e6, (1, 6.68), (8, 8.28), (64, 20.4)),
-    *_on_h100("RetNet 7.8B int4", 32, 4.30e9, 268.4e6, (1, 3.18), (8, 5.65), (64, 19.2)),
-    # Measured by this project, docs/lab/step-h100.md: the backend cuda, one sequence, greedy loop, float32 state.
-    Measurement("cuda", "h100", "RetNet 1.5B fp16", 24, 2.95e9, 100.7e6, 1, 1.298),
-    Measurement("cuda", "h100", "RetNet 1.5B int8", 24, 1.48e9, 100.7e6, 1, 0.930),
-    Measurement("cuda", "h100", "RetNet 1.5B int4", 24, 0.78e9, 100.7e6, 1, 0.625),
-    Measurement("cuda", "h100", "RetNet 7.8B fp16", 32, 15.29e9, 268.4e6, 1, 5.605),
-    Measurement("cuda", "h100", "RetNet 7.8B int8", 32, 7.64e9, 268.4e6, 1, 3.345),
-    Measurement("cuda", "h100", "RetNet 7.8B int4", 32, 4.06e9, 268.4e6, 1, 2.124),
+    # Measured by this project, docs/lab/step-h100.md and gpu-batches.md: the backend cuda, greedy loop, float32 state.
+    *_on_h100("RetNet 1.5B fp16", 24, 2.95e9, 100.7e6, (1, 1.298), (8, 1.856), (64, 4.824)),
+    *_on_h100("RetNet 1.5B int8", 24, 1.48e9, 100.7e6, (1, 0.930), (8, 1.493), (64, 4.567)),
+    *_on_h100("RetNet 1.5B int4", 24, 0.78e9, 100.7e6, (1, 0.625), (8, 1.281), (64, 4.522)),
+    *_on_h100("RetNet 7.8B fp16", 32, 15.29e9, 268.4e6, (1, 5.605), (8, 6.854), (64, 14.964)),
+    *_on_h100("RetNet 7.8B int8", 32, 7.64e9, 268.4e6, (1, 3.345), (8, 4.575), (64, 13.021)),
+    *_on_h100("RetNet 7.8B int4", 32, 4.06e9, 268.4e6, (1, 2.124), (8, 3.484), (64, 12.511)),
     # Measured: ONNX Runtime 1.32.0 CPU, 12 layers of width 768, 3 heads of 256 × 512, float32 state.
     Measurement("onnxruntime", "cpu-2-cores", "RetNet 148M fp32", 12, 592e6, 18.9e6, 1, 18.5),
     Measurement("onnxruntime", "cpu-2-cores", "RetNet 148M int8", 12, 152e6, 18.9e6, 1, 8.6),
@@ -125,7 +119,7 @@ def features(bandwidth_gbs: float, bytes_moved: float, layers: float, batch: int
 
 
 def _bytes_of(row: Measurement) -> float:
-    return row.matrix_bytes + row.batch * row.state_bytes * registered(row.runtime).state_passes
+    return row.matrix_bytes + row.batch * row.state_bytes * registered(row.runtime).passes(row.batch)
 
 
 @functools.cache
@@ -190,7 +184,7 @@ def predict(
     the model's width, for all its heads.
     """
     constants, layers = constants or fit(device.runtime), sizes.config.num_layers
-    bytes_per_step, like = sizes.bytes_per_step(batch, state_passes=registered(device.runtime).state_passes), float(layers)
+    bytes_per_step, like = sizes.bytes_per_step(batch, state_passes=registered(device.runtime).passes(batch)), float(layers)
     if step is not None:
         bytes_per_step = float(step.weight_bytes + batch * (step.state_bytes + step.other_bytes))
         like = step.kernels / KERNELS_PER_LAYER

@@ -15,7 +15,7 @@ from retnet_export.quantize.formats import Bits, Format, Quantized
 from retnet_export.quantize.methods import METHODS, Awq, Gram, Method, RoundToNearest
 from retnet_export.runtime.bundle.bundle import MANIFEST, Bundle, open_bundle
 from retnet_export.runtime.bundle.files import new_folder, sha256_of
-from retnet_export.runtime.bundle.manifest import ONNXRUNTIME_CUDA, Manifest, StateSpec
+from retnet_export.runtime.bundle.manifest import Manifest, StateSpec
 from retnet_export.runtime.errors import ArgumentError, MissingExtraError, PrecisionWarning, UserError, one_of
 from retnet_export.runtime.numerics import first_not_finite
 from retnet_export.runtime.progress import Progress, silent
@@ -204,11 +204,6 @@ def _check_source(source: Bundle, target: str | Path, options: QuantizeOptions) 
         raise UserError(
             f"{source.path}: already quantized ({manifest.precision.weights}); quantizing twice only loses "
             "quality; give the bundle that `export` wrote"
-        )
-    if options.activations is not None and ONNXRUNTIME_CUDA in manifest.variants:
-        raise UserError(
-            f"{source.path}: it has graphs for {ONNXRUNTIME_CUDA}, whose products take activations as floats; "
-            f"export it without --variant {ONNXRUNTIME_CUDA}, or quantize without --activations"
         )
     if Path(target).resolve() == source.path.resolve():
         raise UserError(f"{target}: the output is the input; choose another name")

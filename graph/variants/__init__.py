@@ -9,46 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
-from retnet_export.graph.variants.casts import SinkCastsPass
 from retnet_export.graph.variants.element_types import InferElementTypes
-from retnet_export.graph.variants.gates import GatedNormPass, SwishPass
 from retnet_export.graph.variants.integers import IntegerProductsPass
 from retnet_export.graph.variants.linear_attention import LinearAttentionPass, StatePiecesPass
-from retnet_export.graph.variants.norms import ResidualNormPass
-from retnet_export.graph.variants.products import MatMulNBitsPass
-from retnet_export.graph.variants.retention import (
-    GatedDeltaNetPass,
-    RotaryEmbeddingOfChunksPass,
-    RotaryEmbeddingPass,
-    ValueMajorStatePass,
-)
+from retnet_export.graph.variants.retention import RotaryEmbeddingOfChunksPass
 from retnet_export.graph.variants.skip_norms import SkipNormPass
-from retnet_export.graph.variants.splits import SplitRowsPass
 from retnet_export.graph.variants.steps import StepBranchPass
-from retnet_export.graph.variants.sums import SumAsAddPass
-from retnet_export.graph.variants.top import TopLogitsPass
-
-ONNXRUNTIME_CUDA: Sequence[type[ir.passes.InPlacePass]] = (
-    SumAsAddPass,
-    SinkCastsPass,
-    RotaryEmbeddingPass,
-    SinkCastsPass,
-    ValueMajorStatePass,
-    GatedDeltaNetPass,
-    GatedNormPass,
-    SinkCastsPass,
-    ResidualNormPass,
-    SwishPass,
-    SplitRowsPass,
-    MatMulNBitsPass,
-    TopLogitsPass,
-)
-"""In this order: casts are moved out of the way first, and the head norm is gated before the other norms are looked for."""
 
 ONNXRUNTIME_CPU: Sequence[type[ir.passes.InPlacePass]] = (
     RotaryEmbeddingOfChunksPass,
@@ -68,8 +38,6 @@ ONNXRUNTIME_CPU_INTEGERS: Sequence[type[ir.passes.InPlacePass]] = (
 
 FIRST_VERSIONS: Mapping[str, str] = {
     "com.microsoft::LinearAttention": "1.25",
-    "com.microsoft::GatedDeltaNet": "1.31",
-    "com.microsoft::GatedRMSNorm": "1.31",
 }
 """The first ONNX Runtime with an operator, where that is not the oldest that we support."""
 OLDEST_VERSION = "1.20"
@@ -81,12 +49,10 @@ class Form:
 
     Attributes:
         passes: the rewrites, in order.
-        provider: on what its operators are fast.
         only_with: an operator without which the variant is not worth writing; None if it always is.
     """
 
     passes: Sequence[type[ir.passes.InPlacePass]]
-    provider: Literal["cpu", "cuda"]
     only_with: str | None = None
 
     def first_version(self, operators: Collection[str]) -> str:
@@ -96,12 +62,11 @@ class Form:
 
 
 FORMS: Mapping[str, Form] = {
-    "onnxruntime-cpu": Form(ONNXRUNTIME_CPU, "cpu"),
-    "onnxruntime-cpu-integers": Form(ONNXRUNTIME_CPU_INTEGERS, "cpu", only_with="MatMulInteger"),
-    "onnxruntime-cuda": Form(ONNXRUNTIME_CUDA, "cuda"),
+    "onnxruntime-cpu": Form(ONNXRUNTIME_CPU),
+    "onnxruntime-cpu-integers": Form(ONNXRUNTIME_CPU_INTEGERS, only_with="MatMulInteger"),
 }
 ALWAYS = ("portable", "onnxruntime-cpu", "onnxruntime-cpu-integers")
-"""The variants of every bundle that they are worth it for, the best one for a CPU first; the others are asked for."""
+"""The variants of every bundle that they are worth it for, the best one first."""
 
 
 def rewrite(model: ir.Model, passes: Sequence[type[ir.passes.InPlacePass]]) -> ir.Model:

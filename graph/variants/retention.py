@@ -1,17 +1,4 @@
-"""The decode step's retention as ONNX Runtime's own operators: `RotaryEmbedding` and `GatedDeltaNet`, update rule "gated".
-
-Rule: the four passes over the state (decay, key × value, sum, read) become one kernel that loads it once and stores it once.
-Queries, keys, values and the result have the format of the products; the state and ln γ are float32, and so is the update.
-
-    state ─ ·γ ─ + ─ state_out             q (B, H, Dk), k, v ─┐
-    k·v ────────┘ └─ q· ─ o       ->       ln γ (B, H), state ─┴─ GatedDeltaNet ─ o (B, H, Dv), state_out
-
-The operator keeps a head's state as (Dv, Dk), each row the key side of one value channel. So in this variant the state of both
-graphs is (B, H, Dv, Dk); prefill, which runs once a chunk, transposes it on its way in and out.
-
-`com.microsoft::LinearAttention` would keep (Dk, Dv), but its kernel for Dk = 256 reads one column a warp: 21.4 µs where the
-plain operators took 17.5 (docs/lab).
-"""
+"""What rewrites of retention share: rotation as one `RotaryEmbedding`, and how a step's retention is found."""
 
 from __future__ import annotations
 
@@ -22,7 +9,6 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from retnet_export.graph.inserter import Inserter
-from retnet_export.graph.states import declare_layout, states
 from retnet_export.graph.variants.pattern import (
     MICROSOFT,
     constant,
@@ -30,45 +16,8 @@ from retnet_export.graph.variants.pattern import (
     made_by,
     narrowed,
     scope_of,
-    size_of,
     substitute,
 )
-from retnet_export.runtime.bundle.layout import StateLayout
-
-VALUE_MAJOR = StateLayout(("batch", "head", "value", "key"))
-KEY_DIMS = (64, 128, 256)
-"""Sizes of Dk for which the operator has a kernel that reads whole rows; others stay in plain operators."""
-
-
-class ValueMajorStatePass(ir.passes.InPlacePass):
-    """Let the graph take and give the state as (B, H, Dv, Dk), with a Transpose at both ends."""
-
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        graph, found = model.graph, states(model.graph)
-        if any(state.dtype != ir.DataType.FLOAT or size_of(state, 2) not in KEY_DIMS for state, _ in found):
-            return ir.passes.PassResult(model, False)
-        declare_layout(model, VALUE_MAJOR)
-        for state, after in found:
-            assert state.shape is not None
-            assert state.name is not None
-            batch, heads, key_dim, value_dim = state.shape
-            shape = ir.Shape([batch, heads, value_dim, key_dim])
-            last = after.producer()
-            assert last is not None
-            turn_out = ir.node("Transpose", [after], {"perm": [0, 1, 3, 2]}, name=f"{state.name}.value_major")
-            graph.insert_after(last, turn_out)
-            result = turn_out.outputs[0]
-            name, after.name = after.name, f"{state.name}.key_major_out"
-            result.name, result.type, result.shape = name, ir.TensorType(ir.DataType.FLOAT), shape
-            graph.outputs[graph.outputs.index(after)] = result
-            turn_in = ir.node("Transpose", [state], {"perm": [0, 1, 3, 2]}, name=f"{state.name}.key_major")
-            turned = turn_in.outputs[0]
-            turned.name, turned.type = f"{state.name}.key_major", ir.TensorType(ir.DataType.FLOAT)
-            state.replace_all_uses_with(turned)
-            turn_in.replace_input_with(0, state)
-            graph.insert_before(graph[0], turn_in)
-            state.shape = shape
-        return ir.passes.PassResult(model, True)
 
 
 class RotaryEmbeddingPass(ir.passes.InPlacePass):
@@ -123,16 +72,6 @@ def _rows_of_table(graph: ir.Graph) -> ir.Value:
     return w.op("Reshape", rows, shape, name="row_of_token", dtype=ir.DataType.INT64)
 
 
-class GatedDeltaNetPass(ir.passes.InPlacePass):
-    """Replace the decode step's retention, where the state is value-major."""
-
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        found = [match for node in model.graph if (match := match_retention(node, "Transpose")) is not None]
-        for match in found:
-            _replace(model.graph, match)
-        return ir.passes.PassResult(model, bool(found))
-
-
 @dataclass(frozen=True)
 class Retention:
     """One layer's retention in the decode graph.
@@ -182,36 +121,6 @@ def match_retention(node: ir.Node, turn: str) -> Retention | None:
         return None
     q, k, v = (each[0] for each in lines if each is not None)
     return Retention(q, k, v, before[0], after[0], gamma[:, 0, 0], node)
-
-
-def _replace(graph: ir.Graph, found: Retention) -> None:
-    w = Inserter(graph, found.node, scope_of(found.node))
-    narrow = [narrowed(each) for each in (found.q, found.k, found.v)]
-    if any(each is None for each in narrow):
-        dtype, inputs = ir.DataType.FLOAT, [found.q, found.k, found.v]
-    else:
-        dtype, inputs = narrow[0][1], [each[0] for each in narrow if each is not None]  # type: ignore[index]
-    # The read is scaled down so that a format of 16 bits holds what a slow head has added up, and scaled up after it.
-    scale = 1.0 if dtype == ir.DataType.FLOAT else 1.0 / size_of(found.state, 3)
-    read, state_after = w.op_n(
-        "GatedDeltaNet",
-        *inputs,
-        None,
-        log_decay(graph, found.gamma),
-        None,
-        found.state,
-        names=["retention", "state_after_retention"],
-        dtypes=[dtype, ir.DataType.FLOAT],
-        domain=MICROSOFT,
-        update_rule="gated",
-        scale=scale,
-    )
-    if dtype != ir.DataType.FLOAT:
-        wide = w.cast(read, ir.DataType.FLOAT, "o_scaled")
-        factor = w.initializer(np.array(1 / scale, np.float32), f"factor_{1 / scale:g}")
-        read = w.op("Mul", wide, factor, name="o_float32", dtype=ir.DataType.FLOAT)
-    substitute(found.state_after, state_after)
-    substitute(found.node.outputs[0], read)
 
 
 def log_decay(graph: ir.Graph, gamma: NDArray[np.generic]) -> ir.Value:

@@ -1,7 +1,7 @@
 """The graphs of a bundle on the disk: the portable ones, and from these files those of each other variant.
 
 Rule: all variants read the same bytes of `weights.bin`, so that a saved state fits each of them and a bundle grows by some hundred
-kilobytes. What a rewrite packs anew (`MatMulNBits` on CUDA) goes into a file of that variant alone, one tensor at a time.
+kilobytes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import onnx_ir as ir
 
 from retnet_export.graph.retnet import graph_spec
 from retnet_export.graph.variants import FORMS, rewrite
-from retnet_export.graph.weights_file import WeightsFile
 from retnet_export.runtime.bundle.manifest import PORTABLE, GraphSpec, Needs, Variant
 
 
@@ -41,22 +40,10 @@ def _write_other(folder: Path, portable: Mapping[str, GraphSpec], variant: str) 
     models = {name: rewrite(ir.load(folder / spec.file), form.passes) for name, spec in portable.items()}
     if form.only_with is not None and not any(node.op_type == form.only_with for node in models["decode"].graph):
         return None
-    if any(_packed(model) for model in models.values()):
-        with WeightsFile(folder / f"weights.{variant}.bin") as file:
-            for value in (value for model in models.values() for value in _packed(model)):
-                tensor = value.const_value
-                assert tensor is not None
-                assert tensor.name is not None
-                value.const_value = file.tensor(tensor.name, tensor.numpy)
     graphs = {}
     for name, model in models.items():
         file_name = f"{name}.{variant}.onnx"
         ir.save(model, folder / file_name)
         graphs[name] = graph_spec(model, file_name, portable[name].chunk_size)
     operators = {f"{node.domain}::{node.op_type}" for model in models.values() for node in model.graph.all_nodes() if node.domain}
-    return Variant(graphs, Needs(form.first_version(operators), form.provider, tuple(sorted(operators))))
-
-
-def _packed(model: ir.Model) -> list[ir.Value]:
-    """Initializers that a rewrite makes of others when they are first needed."""
-    return [value for value in model.graph.initializers.values() if isinstance(value.const_value, ir.LazyTensor)]
+    return Variant(graphs, Needs(form.first_version(operators), "cpu", tuple(sorted(operators))))

@@ -16,12 +16,11 @@ if TYPE_CHECKING:
     from retnet_export.runtime.bundle.bundle import Bundle
 
 THREADS_PER_CORE = 4
-Backends = Literal["auto", "cuda", "onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]
+Backends = Literal["auto", "cuda", "onnxruntime", "tensorrt", "tensorrt-rtx"]
 NAMES: tuple[str, ...] = get_args(Backends)
 MODULES: Mapping[str, str] = {
     "onnxruntime": "onnxruntime",
     "cuda": "cuda.backend",
-    "onnxruntime-cuda": "onnxruntime_cuda",
     "tensorrt": "tensorrt",
     "tensorrt-rtx": "tensorrt",
 }
@@ -38,9 +37,8 @@ def registered(name: str) -> Registration:
 def open_backend(name: str, bundle: Bundle, threads: int | None = None, low_memory: bool | None = None) -> Backend:
     """Load a bundle into the backend called `name`.
 
-    "auto" takes the first that works: an engine compiled for this machine's GPU, our own kernels on it, ONNX Runtime on the GPU,
-    ONNX Runtime on the CPU. With threads given, the CPU is meant. A warning names a GPU that could be used but is
-    not.
+    "auto" takes the first that works: an engine compiled for this machine's GPU, our own kernels on it, ONNX Runtime on the
+    CPU. With threads given, the CPU is meant. A warning names a GPU that could be used but is not.
 
     Raises:
         UserError: no such backend, or it does not work here.
@@ -77,7 +75,7 @@ def _on_gpu(bundle: Bundle, low_memory: bool | None) -> Backend | None:
     from retnet_export.runtime.device.cuda import CudaError
 
     targets = dict.fromkeys(record.target for record in read_engines(bundle))
-    for name in (*targets, "cuda", "onnxruntime-cuda"):
+    for name in (*targets, "cuda"):
         backend = registered(name)
         if backend.unavailable() is not None:
             continue

@@ -23,6 +23,7 @@ class Registration:
         unavailable: why no bundle can run here.
         purposes: rows of `doctor`: what the backend and what comes with it is for, and why that does not work here.
         state_passes: how often a sequence's state crosses the memory bus in a step, for `plan`.
+        state_passes_of_batches: the same where several sequences step together, if that differs.
         basis: what the planner's constants for it rest on.
         tolerances: where logits may be further from the reference's than on the CPU, or for another reason.
         facts: what `doctor` says of the GPU's software, by name.
@@ -36,3 +37,8 @@ class Registration:
     basis: str
     tolerances: Mapping[Computation, Tolerance] = field(default_factory=dict)
     facts: Callable[[], Mapping[str, str]] = dict
+    state_passes_of_batches: float | None = None
+
+    def passes(self, batch: int) -> float:
+        """How often the state of each of so many sequences crosses the memory bus in a step."""
+        return self.state_passes if batch == 1 or self.state_passes_of_batches is None else self.state_passes_of_batches

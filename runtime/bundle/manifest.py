@@ -149,10 +149,6 @@ PORTABLE = "portable"
 """The variant that every bundle has: standard ONNX, which every runtime reads."""
 
 
-ONNXRUNTIME_CUDA = "onnxruntime-cuda"
-"""The variant that a bundle has only if it was exported with it: the GPU backend of our own reads the portable weights."""
-
-
 @dataclass(frozen=True)
 class Needs:
     """What it takes to run a variant.

@@ -224,6 +224,6 @@ def test_bfloat16_is_said_to_be_for_gpus_at_export_and_refused_on_a_cpu_with_wha
     ):
         message = refused(*command)
         assert f"{target}: its products are bfloat16, which ONNX Runtime does not compute on a CPU" in message
-        assert "--backend onnxruntime-cuda" in message
+        assert "--backend cuda" in message
         assert "--precision fp32 or fp16" in message
         assert "NOT_IMPLEMENTED" not in message

@@ -13,11 +13,3 @@ def gpu():
     if cuda.device_count() == 0:
         pytest.skip("this machine has no NVIDIA GPU that CUDA can use")
     return cuda.device()
-
-
-@pytest.fixture(scope="session")
-def onnxruntime_cuda():
-    from retnet_export.runtime.backends.onnxruntime_cuda import unavailable
-
-    if reason := unavailable():
-        pytest.skip(reason)

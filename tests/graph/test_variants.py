@@ -13,7 +13,6 @@ from retnet_export.cli import app
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.runtime.backends.onnxruntime_api import best_variant, is_older
 from retnet_export.runtime.bundle.bundle import open_bundle
-from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.generate.state import Snapshot
 from retnet_export.runtime.model import load
 from retnet_export.runtime.numerics import TOLERANCES, measure
@@ -25,7 +24,7 @@ SIZES = {"vocab_size": 64, "hidden_size": 64, "num_heads": 2, "num_kv_heads": 2,
 CONFIG = tiny.config(**SIZES, head_value_dim=128)
 TIED = tiny.config(**SIZES, head_value_dim=128, tied_embeddings=True)
 TOKENS = np.random.default_rng(0).integers(0, 64, 12)
-OTHERS = ("onnxruntime-cpu", "onnxruntime-cuda")
+OTHERS = ("onnxruntime-cpu",)
 INTEGERS = "onnxruntime-cpu-integers"
 
 
@@ -51,8 +50,8 @@ def quantized(folder, config, weights, **options):
 @pytest.mark.parametrize("config", [CONFIG, TIED], ids=["head", "tied head"])
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_quantized_variants_answer_alike(tmp_path, config, weights):
-    bundle = open_bundle(quantized(tmp_path, config, weights, variants=("onnxruntime-cuda",)).path)  # with its hashes
-    assert list(bundle.manifest.variants) == ["portable", "onnxruntime-cpu", INTEGERS, "onnxruntime-cuda"]
+    bundle = open_bundle(quantized(tmp_path, config, weights).path)  # with its hashes
+    assert list(bundle.manifest.variants) == ["portable", "onnxruntime-cpu", INTEGERS]
     expected = logits(bundle, "portable")
     for variant in OTHERS:
         assert measure(logits(bundle, variant), expected).relative < TOLERANCES["onnxruntime-quantized"].relative
@@ -61,23 +60,10 @@ def test_quantized_variants_answer_alike(tmp_path, config, weights):
 @NEEDS_OPERATORS
 @pytest.mark.parametrize(("precision", "name"), [("fp32", "onnxruntime-float32"), ("fp16", "onnxruntime-float16")])
 def test_float_variants_answer_alike(tmp_path, precision, name):
-    bundle = tiny.bundle(tmp_path, CONFIG, variants=("onnxruntime-cuda",), precision=precision)
+    bundle = tiny.bundle(tmp_path, CONFIG, precision=precision)
     expected = logits(bundle, "portable")
     for variant in OTHERS:
         assert measure(logits(bundle, variant), expected).relative < TOLERANCES[name].relative
-
-
-@pytest.mark.parametrize("config", [CONFIG, TIED], ids=["head", "tied head"])
-@pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_for_cuda_every_product_is_one_operator_over_the_integers(tmp_path, config, weights):
-    bundle = quantized(tmp_path, config, weights, variants=("onnxruntime-cuda",))
-    for graph in ("decode", "prefill"):
-        found = operators(bundle, "onnxruntime-cuda", graph)
-        assert "DequantizeLinear" not in found
-        assert found.count("MatMulNBits") == 4 * config.num_layers + 1
-    names = [node.name for node in ir.load(bundle.file("decode.onnxruntime-cuda.onnx")).graph]
-    assert len(set(names)) == len(names)
-    assert {"weights.bin", "weights.onnxruntime-cuda.bin"} < set(bundle.manifest.files)
 
 
 @pytest.mark.parametrize("make", [tiny.bundle, lambda folder, config: quantized(folder, config, "int8")], ids=["float", "int8"])
@@ -93,13 +79,11 @@ def test_variants_read_one_copy_of_the_weights(tmp_path, make):
 
 
 def test_the_manifest_says_what_each_variant_needs(tmp_path):
-    variants = tiny.bundle(tmp_path, CONFIG, variants=("onnxruntime-cuda",)).manifest.variants
+    variants = tiny.bundle(tmp_path, CONFIG).manifest.variants
     assert variants["portable"].needs is None
-    cpu, cuda = (variants[name].needs for name in OTHERS)
+    cpu = variants["onnxruntime-cpu"].needs
     assert (cpu.onnxruntime, cpu.provider) == ("1.25", "cpu")
     assert "com.microsoft::LinearAttention" in cpu.operators
-    assert (cuda.onnxruntime, cuda.provider) == ("1.31", "cuda")
-    assert "com.microsoft::GatedDeltaNet" in cuda.operators
 
 
 @pytest.mark.parametrize(
@@ -108,12 +92,11 @@ def test_the_manifest_says_what_each_variant_needs(tmp_path):
         ("1.23.2", "cpu", INTEGERS),
         ("1.25.0", "cpu", "onnxruntime-cpu"),
         ("1.32.0", "cpu", "onnxruntime-cpu"),
-        ("1.30.0", "cuda", "portable"),
-        ("1.31.1", "cuda", "onnxruntime-cuda"),
+        ("1.32.0", "cuda", "portable"),
     ],
 )
 def test_the_best_variant_is_taken_that_the_version_runs(tmp_path, monkeypatch, version, provider, expected):
-    bundle = quantized(tmp_path, CONFIG, "int8", variants=("onnxruntime-cuda",))
+    bundle = quantized(tmp_path, CONFIG, "int8")
     monkeypatch.setattr(onnxruntime, "__version__", version)
     assert best_variant(bundle.manifest, provider) == expected
 
@@ -138,14 +121,6 @@ def test_a_snapshot_file_moves_between_variants(tmp_path):
     for session in sessions:
         session.step([9])
     assert measure(sessions[1].logits, sessions[0].logits).relative < TOLERANCES["onnxruntime-quantized"].relative
-
-
-def test_activations_and_graphs_for_cuda_do_not_go_together(tmp_path):
-    source = tiny.bundle(tmp_path, CONFIG, variants=("onnxruntime-cuda",))
-    (tmp_path / "text.txt").write_text("words")
-    options = QuantizeOptions("int8", activations="int8", calibration=tmp_path / "text.txt")
-    with pytest.raises(UserError, match="it has graphs for onnxruntime-cuda, whose products take activations as floats"):
-        quantize_bundle(source, tmp_path / "q.retnet", options)
 
 
 @pytest.mark.parametrize("config", [CONFIG, TIED], ids=["head", "tied head"])

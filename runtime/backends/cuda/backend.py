@@ -19,6 +19,7 @@ from retnet_export.runtime.backends.base import NUMPY_DTYPES, PassCost, State, t
 from retnet_export.runtime.backends.cuda.compiler import Kernels, cache_folder, compile_kernels, compiler_version, library
 from retnet_export.runtime.backends.cuda.many import ROWS_AT_ONCE, Many, ManyBatch
 from retnet_export.runtime.backends.cuda.many_model import ManyKernels, device_model
+from retnet_export.runtime.backends.cuda.many_source import WINDOW
 from retnet_export.runtime.backends.cuda.plan import (
     THREADS,
     TOP,
@@ -366,5 +367,6 @@ REGISTRATIONS = (
             "float16": Tolerance(5e-2, "as on the CPU: weights and operands rounded to 11 bits, sums and state in float32"),
         },
         facts=_facts,
+        state_passes_of_batches=1 + 1 / WINDOW,  # read at each step, written once in so many
     ),
 )

@@ -140,7 +140,7 @@ def test_doctor_on_a_jetson_names_board_release_and_power(tmp_path, monkeypatch)
 
 def test_doctor_says_for_every_backend_whether_it_works_and_what_would_mend_it():
     works = doctor.examine()["works"]
-    for backend in ("onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"):
+    for backend in ("onnxruntime", "cuda", "tensorrt", "tensorrt-rtx"):
         (remedy,) = (remedy for purpose, remedy in works.items() if f"({backend})" in purpose)
         assert remedy is None or len(remedy) > 10
 
