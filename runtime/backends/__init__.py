@@ -83,5 +83,5 @@ def _on_gpu(bundle: Bundle, low_memory: bool | None) -> Backend | None:
             return backend.open(bundle, None, low_memory)
         except (UserError, CudaError) as error:
             if name == "cuda":  # an engine may well be compiled for another machine
-                warnings.warn(f"{error}. Trying the other backends.", BackendWarning, stacklevel=3)
+                warnings.warn(f"{error}. It runs on the CPU.", BackendWarning, stacklevel=3)
     return None
