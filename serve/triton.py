@@ -29,7 +29,7 @@ MARKER = ".retnet-export-triton"
 """A file that every repository of ours has: --force replaces no other folder."""
 BUNDLE = "bundle.retnet"
 IMAGE = "nvcr.io/nvidia/tritonserver:25.08-py3"
-"""What the README names: the first that we know of with all that NAME needs (decoupled cancellation, typed parameters)."""
+"""What the README names. It was not run here."""
 TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "int64": "TYPE_INT64"}
 
 

@@ -56,9 +56,9 @@ class StepStructure(ctypes.Structure):
     )  # fmt: skip
 
 
-PASS_COST = PassCost(fixed=0.7, token=0.006)
-"""1.5B in fp16 on an H100: a step takes 1.30 ms, two tokens 2.18, sixteen 2.28; `fixed` is 0.2 for 7.8B in fp16, 1.8 for 1.5B in
-INT4 (docs/lab/gpu-batches.md)."""
+PASS_COST = PassCost(fixed=1.0, token=0.06)
+"""1.5B in INT4 on an H100, where a further pass costs most: two tokens take 2.0 steps, sixteen 2.9 (docs/lab/speculation.md). `fixed`
+is 0.7 for 1.5B in fp16 and 0.2 for 7.8B in fp16 (docs/lab/gpu-batches.md): there `auto` guesses less than would pay."""
 RESULT_WORDS = 1 + 2 * TOP
 """`Result` of step.cu, in words of 32 bits: whether more logits are equal than it looks at, tokens, logits."""
 
