@@ -57,7 +57,7 @@ class StepStructure(ctypes.Structure):
 
 
 PASS_COST = PassCost(fixed=1.0, token=0.06)
-"""1.5B in INT4 on an H100, where a further pass costs most: two tokens take 2.0 steps, sixteen 2.9 (docs/lab/speculation.md). `fixed`
+"""1.5B in INT4 on an H100, where a pass costs most: two tokens take 2.0 steps, sixteen 2.9 (docs/lab/speculation.md). `fixed`
 is 0.7 for 1.5B in fp16 and 0.2 for 7.8B in fp16 (docs/lab/gpu-batches.md): there `auto` guesses less than would pay."""
 RESULT_WORDS = 1 + 2 * TOP
 """`Result` of step.cu, in words of 32 bits: whether more logits are equal than it looks at, tokens, logits."""
