@@ -264,8 +264,8 @@ def test_unknown_fields_are_ignored_and_named(address):
 
 def test_other_paths_methods_and_bodies(address):
     for method, path, body, status, message in [
-        ("GET", "/v1/nothing", b"", 404, "there is no '/v1/nothing' here"),
-        ("GET", "/v1/completions", b"", 405, "GET is not for '/v1/completions'"),
+        ("GET", "/v1/nothing", b"", 404, "no endpoint '/v1/nothing'"),
+        ("GET", "/v1/completions", b"", 405, "'/v1/completions' does not take GET"),
         ("GET", "/v1/models/other", b"", 404, "is not served here"),
         ("POST", "/v1/completions", b"{", 400, "not valid JSON"),
         ("POST", "/v1/completions", b"\xff", 400, "not valid JSON"),
@@ -275,7 +275,7 @@ def test_other_paths_methods_and_bodies(address):
         ("POST", "/tokenize", b"{}", 400, "content: expected a text"),
         ("POST", "/detokenize", b'{"tokens": [4096]}', 400, "4096 is not in the vocabulary of 4096"),
         ("POST", "/slots/x?action=juggle", b"", 400, "expected save, restore or erase"),
-        ("POST", "/slots/..%2fx?action=erase", b"", 404, "there is no"),
+        ("POST", "/slots/..%2fx?action=erase", b"", 404, "no endpoint"),
         ("POST", "/slots/.x?action=erase", b"", 400, "is not a name for a state"),
     ]:
         answer = httpx.request(method, address + path, content=body)
