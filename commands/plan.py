@@ -111,6 +111,9 @@ def _model(
         manifest = open_bundle(bundle, check_hashes=False).manifest
         precision = (manifest.precision.weights, manifest.precision.compute)
         return sizes_of_bundle(manifest), manifest.graphs["prefill"].chunk_size, str(bundle), precision
+    for name, asked, other in (("layers", layers, width), ("width", width, layers)):
+        if asked is None and other is not None:
+            raise ArgumentError(name, "is missing: without a bundle the planner needs both, for example --layers 24 --width 2048")
     if layers is None or width is None:
         raise ArgumentError("bundle", "is missing: give one, or a model's sizes, for example --layers 24 --width 2048")
     weights, state = weights or "fp16", state or "fp32"

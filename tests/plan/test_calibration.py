@@ -78,3 +78,10 @@ def test_the_command_predicts_from_reports(tmp_path):
     refused = CliRunner().invoke(app, [*model, "--devices", "--calibrate", str(report(tmp_path))])
     assert refused.exit_code == 2
     assert "exactly one --device" in refused.output
+
+
+@pytest.mark.parametrize(("given", "missing"), [("--layers", "--width"), ("--width", "--layers")])
+def test_half_of_a_models_sizes_is_refused_by_the_flag_that_is_missing(given, missing):
+    refused = CliRunner().invoke(app, ["plan", given, "512", "--device", ORIN.key])
+    assert refused.exit_code == 2
+    assert f"{missing} is missing" in refused.output
