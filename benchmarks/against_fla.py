@@ -91,15 +91,15 @@ def of_ours(folder: Path, prompts: dict[int, NDArray[np.int64]], new: int) -> tu
     backend = CudaBackend(bundle)
     rates, first = {}, None
     for batch, prompt in prompts.items():
-        stream = backend.open_stream(batch)
-        stream.prefill(prompt, np.full(batch, prompt.shape[1]))
-        first = stream.logits().copy() if first is None else first
+        runner = backend.open_runner(batch)
+        runner.prefill(prompt, np.full(batch, prompt.shape[1]))
+        first = runner.logits().copy() if first is None else first
 
-        def steps(stream: object = stream) -> None:
-            tokens = stream.top(1)[0][:, 0]  # type: ignore[attr-defined]
+        def steps(runner: object = runner) -> None:
+            tokens = runner.top(1)[0][:, 0]  # type: ignore[attr-defined]
             for _ in range(new):
-                stream.step(tokens)  # type: ignore[attr-defined]
-                tokens = stream.top(1)[0][:, 0]  # type: ignore[attr-defined]
+                runner.step(tokens)  # type: ignore[attr-defined]
+                tokens = runner.top(1)[0][:, 0]  # type: ignore[attr-defined]
 
         rates[batch] = batch * new / seconds(steps)
         print(f"retnet-export, batch {batch}: {rates[batch]:,.0f} tokens/s", flush=True)

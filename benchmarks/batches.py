@@ -27,26 +27,26 @@ from retnet_export.runtime.backends.cuda.many_source import WINDOW
 from retnet_export.runtime.device import cuda
 
 
-def times_of_steps(stream: cuda_backend.CudaStream, steps: int) -> list[float]:
+def times_of_steps(runner: cuda_backend.CudaRunner, steps: int) -> list[float]:
     """Milliseconds of each step of a greedy loop."""
-    tokens, times = np.zeros(stream.batch, np.int64), []
+    tokens, times = np.zeros(runner.batch, np.int64), []
     for _ in range(steps + WINDOW):
         began = time.perf_counter()
-        stream.step(tokens)
-        tokens = stream.top(1)[0][:, 0]
+        runner.step(tokens)
+        tokens = runner.top(1)[0][:, 0]
         times.append(1e3 * (time.perf_counter() - began))
     return sorted(times[WINDOW:])
 
 
-def times_of_prompts(stream: cuda_backend.CudaStream, tokens: int, chunk: int, repeats: int = 7) -> list[float]:
+def times_of_prompts(runner: cuda_backend.CudaRunner, tokens: int, chunk: int, repeats: int = 7) -> list[float]:
     """Milliseconds of reading a prompt, as a session does."""
     prompt, times = np.random.default_rng(0).integers(0, 30_000, (1, tokens)), []
     for _ in range(repeats + 2):
         began = time.perf_counter()
         for start in range(0, tokens, chunk):
             piece = prompt[:, start : start + chunk]
-            stream.prefill(piece, np.array([piece.shape[1]]))
-        stream.top(1)
+            runner.prefill(piece, np.array([piece.shape[1]]))
+        runner.top(1)
         times.append(1e3 * (time.perf_counter() - began))
     return sorted(times[2:])
 
@@ -59,7 +59,7 @@ def measure(name: str, fmt: str, batches: list[int], prompts: list[int], bandwid
     state = 4 * config.state_elements
     for batch in batches:
         try:
-            times = times_of_steps(backend.open_stream(batch), steps)
+            times = times_of_steps(backend.open_runner(batch), steps)
         except cuda.CudaMemoryError as error:
             print(f"| {name} | {fmt} | {batch} | {error} |")
             continue
@@ -73,15 +73,15 @@ def measure(name: str, fmt: str, batches: list[int], prompts: list[int], bandwid
             flush=True,
         )
         gc.collect()
-    stream = backend.open_stream(1)
+    runner = backend.open_runner(1)
     for tokens in prompts:
-        times = times_of_prompts(stream, tokens, backend.chunk_tokens)
+        times = times_of_prompts(runner, tokens, backend.chunk_tokens)
         ms = statistics.median(times)
         print(
             f"| {name} | {fmt} | prompt {tokens} | {ms:.3f} [{times[0]:.3f}, {times[-1]:.3f}] | {1e3 * tokens / ms:,.0f} |",
             flush=True,
         )
-    del stream, backend, random
+    del runner, backend, random
     gc.collect()
 
 

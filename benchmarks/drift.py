@@ -1,4 +1,4 @@
-"""Whether errors grow over a long stream: a bundle's state and logits against the float64 reference, at checkpoints.
+"""Whether errors grow over a long sequence: a bundle's state and logits against the float64 reference, at checkpoints.
 
 The reference is `export.model.RetNet` in float64, which reads in chunks what the bundle reads token by token: the same
 recurrence (equation 7), at a speed that allows a million tokens.
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retnet_export.graph.blocks import PHASE_TURN, phase_per_token
-from retnet_export.runtime.backends.base import Stream
+from retnet_export.runtime.backends.base import Runner
 from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.bundle.manifest import state_name
 from retnet_export.runtime.numerics import measure
@@ -76,41 +76,41 @@ def references(model: RetNet, tokens: NDArray[np.int64], every: int) -> Iterator
 
 
 def measure_drift(
-    stream: Stream, expected: Iterable[Reference], config: ModelConfig, tokens: NDArray[np.int64], *, chunk: int = 1, start: int = 0
+    runner: Runner, expected: Iterable[Reference], config: ModelConfig, tokens: NDArray[np.int64], *, chunk: int = 1, start: int = 0
 ) -> Iterator[Drift]:
-    """Read `tokens` with a stream and compare it with the references.
+    """Read `tokens` with a runner and compare it with the references.
 
     Args:
-        stream: of one sequence, at the initial state.
+        runner: of one sequence, at the initial state.
         expected: what the same tokens leave in the reference.
         config: of both.
         tokens: (T,).
-        chunk: how many tokens the stream reads at once: 1 steps, more prefills.
-        start: the position of the first token in the stream. The reference always starts at 0: retention depends on distances
+        chunk: how many tokens the runner reads at once: 1 steps, more prefills.
+        start: the position of the first token in the sequence. The reference always starts at 0: retention depends on distances
             alone, so that the results must be the same.
     """
-    stream.write_state(0, dict(stream.read_state(0)) | {"position": np.array([start])})
+    runner.write_state(0, dict(runner.read_state(0)) | {"position": np.array([start])})
     read = 0
     for reference in expected:
-        _read(stream, tokens[read : reference.tokens], chunk)
+        _read(runner, tokens[read : reference.tokens], chunk)
         read = reference.tokens
-        state, angles = stream.read_state(0), graph_angles(config, start + read)
+        state, angles = runner.read_state(0), graph_angles(config, start + read)
         errors = [
             measure(unturned(state[state_name(layer)][0, head], angles), heads[head]).relative
             for layer, heads in enumerate(reference.states)
             for head in range(config.num_heads)
         ]
-        yield Drift(read, max(errors), measure(stream.logits()[0], reference.logits).relative)
+        yield Drift(read, max(errors), measure(runner.logits()[0], reference.logits).relative)
 
 
-def _read(stream: Stream, tokens: NDArray[np.int64], chunk: int) -> None:
+def _read(runner: Runner, tokens: NDArray[np.int64], chunk: int) -> None:
     if chunk == 1:
         for token in tokens[:, None]:
-            stream.step(token)
+            runner.step(token)
         return
     for begin in range(0, len(tokens), chunk):
         part = tokens[None, begin : begin + chunk]
-        stream.prefill(part, np.array([part.shape[1]]))
+        runner.prefill(part, np.array([part.shape[1]]))
 
 
 def graph_angles(config: ModelConfig, position: int) -> NDArray[np.float64]:

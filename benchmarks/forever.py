@@ -2,9 +2,9 @@
 
     python benchmarks/forever.py [--tokens 1000000] [--layers 2] [--every 50000]
 
-Four streams read the same tokens: single steps and prefill, each with a float32 and a float16 state. At every checkpoint
+Four runners read the same tokens: single steps and prefill, each with a float32 and a float16 state. At every checkpoint
 state and logits are compared with the reference (drift.py says how); errors must not grow. A last
-table starts streams at positions around 2^31 and beyond, where float32 cannot count any more.
+table starts runners at positions around 2^31 and beyond, where float32 cannot count any more.
 
 The tokens are the hard case: half of them random, half of them one token repeated a thousand times, on which the state
 grows as large as it can.
@@ -63,30 +63,30 @@ def main(
     every: Annotated[int, typer.Option(help="Tokens between comparisons, a multiple of 250.")] = 50_000,
     threads: Annotated[int, typer.Option(help="Threads; these graphs are too small for more than one.")] = 1,
 ) -> None:
-    """Measure how errors develop over a long stream."""
+    """Measure how errors develop over a long sequence."""
     torch.set_num_threads(threads)
     checkpoint = first_layers(open_checkpoint(ROOT / "examples" / "classics"), layers)
     config = checkpoint.config
-    stream_tokens = stretches(tokens, config.vocab_size)
+    long_tokens = stretches(tokens, config.vocab_size)
     model = RetNet.from_weights(config, checkpoint.read, torch.float64)
-    expected = list(references(model, stream_tokens, every))
+    expected = list(references(model, long_tokens, every))
     print(f"first {layers} layers of the bundled model, {tokens:,} tokens; errors relative to the reference's standard deviation\n")
     with tempfile.TemporaryDirectory() as folder:
-        streams = {}
+        runners = {}
         for state in ("fp32", "fp16"):
             bundle = export_bundle(checkpoint, Path(folder) / f"{state}.retnet", ExportOptions(state=state))
-            streams[state] = load(bundle.path, "onnxruntime", threads=threads, low_memory=False).backend.open_stream
+            runners[state] = load(bundle.path, "onnxruntime", threads=threads, low_memory=False).backend.open_runner
         print("| state | read by | state error | logit error | last quarter / first | state error at each checkpoint |")
         print("|-------|---------|-------------|-------------|----------------------|--------------------------------|")
-        for state, (name, chunk) in product(streams, (("prefill", DEFAULT_CHUNK), ("steps", 1))):
-            drifts = list(measure_drift(streams[state](1), expected, config, stream_tokens, chunk=chunk))
+        for state, (name, chunk) in product(runners, (("prefill", DEFAULT_CHUNK), ("steps", 1))):
+            drifts = list(measure_drift(runners[state](1), expected, config, long_tokens, chunk=chunk))
             worst = Drift(tokens, max(drift.state for drift in drifts), max(drift.logits for drift in drifts))
             row = f"{state:5} | {name:7} | {worst.state:11.1e} | {worst.logits:11.1e} | {growth(drifts):20.2f}"
             print(f"| {row} | {' '.join(f'{drift.state:.1e}' for drift in drifts)} |", flush=True)
-        near = list(references(model, stream_tokens[: 2 * STRETCH], 2 * STRETCH))
+        near = list(references(model, long_tokens[: 2 * STRETCH], 2 * STRETCH))
         print(f"\nfloat32 state, {2 * STRETCH:,} steps from a far position")
         for start in FAR:
-            (drift,) = measure_drift(streams["fp32"](1), near, config, stream_tokens[: 2 * STRETCH], start=start)
+            (drift,) = measure_drift(runners["fp32"](1), near, config, long_tokens[: 2 * STRETCH], start=start)
             print(f"  from {start:,}: state error {drift.state:.1e}, logit error {drift.logits:.1e}")
 
 

@@ -160,13 +160,13 @@ def measure_retnet(model: str, batches: list[int]) -> list[dict[str, Any]]:
     backend = CudaBackend(bundle, weights=weights)
     rows = []
     for batch in batches:
-        stream = backend.open_stream(batch)
+        runner = backend.open_runner(batch)
         tokens = np.zeros(batch, np.int64)
-        ms = timed(partial(stream.step, tokens), backend.stream.synchronize, 2 * WINDOW)
+        ms = timed(partial(runner.step, tokens), backend.stream.synchronize, 2 * WINDOW)
         used = total - cuda.memory_info().free
         rows.append({"model": "retnet", "batch": batch, "context": None, "ms": ms, "device_bytes": used})
         print(f"RetNet      batch {batch:3}: {ms:8.3f} ms, {1e3 * batch / ms:8.1f} tokens/s, {used / GIGA:6.2f} GB", flush=True)
-        del stream
+        del runner
         gc.collect()
     return rows
 

@@ -24,7 +24,7 @@ import typer
 from common import describe_machine, parameters, random_bundle, read_bandwidth
 
 from retnet_export.graph.weights import weight_shapes
-from retnet_export.runtime.backends.base import Stream
+from retnet_export.runtime.backends.base import Runner
 from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.model import load
@@ -49,26 +49,26 @@ def product_rate(size: int = 2048, repeats: int = 5) -> float:
     return 2e3 * size**3 / float(min(timed_ms(lambda: a @ a) for _ in range(repeats)))
 
 
-def read(stream: Stream, prompt: np.ndarray, chunk: int) -> None:
+def read(runner: Runner, prompt: np.ndarray, chunk: int) -> None:
     """Read a prompt (T,), at most `chunk` tokens at a time."""
     for begin in range(0, len(prompt), chunk):
         part = prompt[None, begin : begin + chunk]
-        stream.prefill(part, np.array([part.shape[1]]))
+        runner.prefill(part, np.array([part.shape[1]]))
 
 
 def speed(bundle: Bundle, tokens: int, threads: int, repeats: int) -> None:
     """Questions 1 and 2; chunk sizes take turns, so that a disturbance meets all."""
     config = bundle.manifest.model
     prompt = np.random.default_rng(0).integers(0, config.vocab_size, tokens, dtype=np.int64)
-    stream = load(bundle.path, "onnxruntime", threads=threads, check_hashes=False).backend.open_stream(1)
+    runner = load(bundle.path, "onnxruntime", threads=threads, check_hashes=False).backend.open_runner(1)
     chunks = [chunk for chunk in CHUNKS if chunk <= tokens]
     times: dict[int, list[float]] = {chunk: [] for chunk in (1, *chunks)}
     for chunk in chunks:
-        read(stream, prompt[None, :chunk], chunk)  # warm-up
+        read(runner, prompt[None, :chunk], chunk)  # warm-up
     for _ in range(repeats):
         for chunk in chunks:
-            times[chunk].append(timed_ms(partial(read, stream, prompt[None], chunk)))
-        times[1] += [tokens * timed_ms(partial(stream.step, token)) for token in prompt[: STEPS // repeats, None]]
+            times[chunk].append(timed_ms(partial(read, runner, prompt[None], chunk)))
+        times[1] += [tokens * timed_ms(partial(runner.step, token)) for token in prompt[: STEPS // repeats, None]]
     bandwidth, rate = read_bandwidth(threads), product_rate()
     print(f"\n{tokens} tokens, median [10 %, 90 %] of {repeats}; floor at {rate / 1e9:.0f} GFLOP/s and {bandwidth / 1e9:.1f} GB/s")
     print("| chunk | prompt, ms                 | tokens/s | against steps | floor, ms | reached |")

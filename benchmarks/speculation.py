@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from retnet_export.export.checkpoints import open_checkpoint
 from retnet_export.export.pipeline import export_bundle
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
-from retnet_export.runtime.backends.base import Stream
+from retnet_export.runtime.backends.base import Runner
 from retnet_export.runtime.bundle.bundle import open_bundle
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.generate.generation import Continuation, Generation, Options
@@ -88,13 +88,13 @@ def write(model: Model, text: Text, speculate: int | None) -> tuple[float, Stats
 
 def costs(model: Model, rounds: int) -> None:
     """Question 1."""
-    stream = model.backend.open_stream(1)
+    runner = model.backend.open_runner(1)
     random = np.random.default_rng(0)
     times: dict[int, list[float]] = {width: [] for width in (0, *WIDTHS)}
     for _ in range(rounds):
         for width in times:
             tokens = random.integers(0, model.bundle.manifest.model.vocab_size, (1, max(width, 1)))
-            times[width].append(timed_ms(partial(_run, stream, tokens, width)))
+            times[width].append(timed_ms(partial(_run, runner, tokens, width)))
     step = Sample(times[0])
     print(f"\na step {step} ms, median [10 %, 90 %] of {rounds}; a pass of n tokens in steps, median over median:")
     print("| " + " | ".join(f"{width:5}" for width in WIDTHS) + " |")
@@ -102,13 +102,13 @@ def costs(model: Model, rounds: int) -> None:
     print("| " + " | ".join(f"{Sample(times[width]).median / step.median:5.2f}" for width in WIDTHS) + " |")
 
 
-def _run(stream: Stream, tokens: NDArray[np.int64], width: int) -> None:
+def _run(runner: Runner, tokens: NDArray[np.int64], width: int) -> None:
     """A pass that takes in one token and shows the logits after `width`; a step if that is 0."""
     if width:
-        stream.score(tokens, np.array([1]), np.arange(width)[None])
+        runner.score(tokens, np.array([1]), np.arange(width)[None])
     else:
-        stream.step(tokens[0])
-        stream.top(1)
+        runner.step(tokens[0])
+        runner.top(1)
 
 
 def speed(model: Model, tokenizer: Tokenizer, tokens: int, rounds: int, speculate: int | None) -> None:

@@ -105,17 +105,17 @@ def measure(name: str, fmt: str, bandwidth: float, ptx: tuple[int, int] | None, 
     free = cuda.memory_info().free
     bundle, random = random_model(MODELS[name], *FORMATS[fmt])
     backend = cuda_backend.CudaBackend(bundle, weights=random, ptx=ptx)
-    stream, tokens, times = backend.open_stream(1), np.zeros(1, np.int64), []
+    runner, tokens, times = backend.open_runner(1), np.zeros(1, np.int64), []
     used = free - cuda.memory_info().free
     for _ in range(steps + 5):
         began = time.perf_counter()
-        stream.step(tokens)
-        tokens = stream.top(1)[0][:, 0]
+        runner.step(tokens)
+        tokens = runner.top(1)[0][:, 0]
         times.append(1e3 * (time.perf_counter() - began))
     begin, end = cuda.Event(), cuda.Event()
     backend.stream.record(begin)
     for _ in range(steps):
-        stream.step_on()
+        runner.step_on()
     backend.stream.record(end)
     kernel, ms, ordered = end.milliseconds_since(begin) / steps, statistics.median(times[5:]), sorted(times[5:])
     config, sources = random.config, random.sources
@@ -127,7 +127,7 @@ def measure(name: str, fmt: str, bandwidth: float, ptx: tuple[int, int] | None, 
         f"({random.bytes / 1e9:.2f} + {4 * config.state_elements / 1e9:.2f}) |",
         flush=True,
     )
-    del backend, stream, random
+    del backend, runner, random
     gc.collect()
 
 

@@ -1,9 +1,9 @@
-"""The state written every `WINDOW` steps, over a long stream: its error against float64, and that of one written at each step.
+"""The state written every `WINDOW` steps, over a long sequence: its error against float64, and that of one written at each step.
 
     python benchmarks/window.py [--tokens 20000] [--every 2500]        half a minute on an H100, no files
 
 Two sequences step together through a small random model in float32 whose slowest head, as in the paper's 7.8B, forgets
-nothing (γ = 1 - 2^-20). The same tokens go through streams of one sequence, whose kernel writes the state at each step. Half
+nothing (γ = 1 - 2^-20). The same tokens go through runners of one sequence, whose kernel writes the state at each step. Half
 of the tokens are random, half one token a thousand times over, on which a state grows as large as it can.
 """
 
@@ -25,7 +25,7 @@ from retnet_export.export.checkpoints.base import Checkpoint
 from retnet_export.export.model import RetNet
 from retnet_export.export.pipeline import ExportOptions, export_bundle
 from retnet_export.graph.weights import random_weights
-from retnet_export.runtime.backends.cuda.backend import CudaBackend, CudaStream
+from retnet_export.runtime.backends.cuda.backend import CudaBackend, CudaRunner
 from retnet_export.runtime.backends.cuda.many_source import WINDOW
 from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.bundle.manifest import state_name
@@ -38,10 +38,10 @@ CONFIG = ModelConfig(
 SEQUENCES = 2
 
 
-def errors(stream: CudaStream, slot: int, reference: Reference) -> tuple[float, float, float]:
+def errors(runner: CudaRunner, slot: int, reference: Reference) -> tuple[float, float, float]:
     """Errors of the worst head's state, of the slowest head's state in the last layer, and of the logits, in deviations."""
-    angles, logits = graph_angles(CONFIG, reference.tokens), stream.logits()[slot].copy()
-    state = stream.read_state(slot)
+    angles, logits = graph_angles(CONFIG, reference.tokens), runner.logits()[slot].copy()
+    state = runner.read_state(slot)
     heads = [
         [measure(unturned(state[state_name(layer)][0, head], angles), expected[head]).relative for head in range(CONFIG.num_heads)]
         for layer, expected in enumerate(reference.states)
@@ -61,18 +61,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Checkpoint(path=Path(folder), family="random", config=CONFIG, read=weights.__getitem__, files=())
         backend = CudaBackend(export_bundle(checkpoint, Path(folder) / "random.retnet", ExportOptions()))
-    together, alone = backend.open_stream(SEQUENCES), [backend.open_stream(1) for _ in range(SEQUENCES)]
+    together, alone = backend.open_runner(SEQUENCES), [backend.open_runner(1) for _ in range(SEQUENCES)]
     print(f"{cuda.device().name}, {options.tokens:,} steps, the state of two sequences written every {WINDOW} steps")
     print("| steps | state, every W | state, every step | slowest head, W | every step | logits, W | every step |")
     print("|---|---|---|---|---|---|---|")
     for index, begin in enumerate(range(0, options.tokens, options.every)):
         for step in tokens[:, begin : begin + options.every].T:
             together.step(step)
-            for stream, token in zip(alone, step, strict=True):
-                stream.step(token[None])
+            for runner, token in zip(alone, step, strict=True):
+                runner.step(token[None])
         rows = [
-            np.max([errors(stream, slot, expected[sequence][index]) for sequence, (stream, slot) in enumerate(streams)], axis=0)
-            for streams in (((together, 0), (together, 1)), ((alone[0], 0), (alone[1], 0)))
+            np.max([errors(runner, slot, expected[sequence][index]) for sequence, (runner, slot) in enumerate(runners)], axis=0)
+            for runners in (((together, 0), (together, 1)), ((alone[0], 0), (alone[1], 0)))
         ]
         cells = " | ".join(f"{row[part]:.1e}" for part in range(3) for row in rows)
         print(f"| {begin + options.every:,} | {cells} |", flush=True)

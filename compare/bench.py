@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet_export.runtime.backends.base import Stream
+from retnet_export.runtime.backends.base import Runner
 from retnet_export.runtime.errors import ArgumentError
 from retnet_export.runtime.model import Model
 from retnet_export.runtime.progress import Progress, silent
@@ -93,41 +93,41 @@ def run(model: Model, tests: Sequence[Trial], repetitions: int, progress: Progre
     """
     for number, test in enumerate(tests):
         progress(str(test), number / len(tests))
-        stream = model.backend.open_stream(test.batch)
+        runner = model.backend.open_runner(test.batch)
         manifest = model.bundle.manifest
         chunk = manifest.graphs["prefill"].chunk_size
         random = np.random.default_rng(0)
         tokens = random.integers(0, manifest.model.vocab_size, (test.batch, max(test.depth, test.prompt, test.new)), np.int64)
-        read(stream, tokens[:, : test.depth], chunk)
-        start = [stream.read_state(slot) for slot in range(test.batch)]
+        read(runner, tokens[:, : test.depth], chunk)
+        start = [runner.read_state(slot) for slot in range(test.batch)]
         seconds = []
         for turn in range(1 + repetitions):
             for slot, state in enumerate(start):
-                stream.write_state(slot, state)
+                runner.write_state(slot, state)
             if test.prompt:
-                ms = timed_ms(partial(read, stream, tokens[:, : test.prompt], chunk))
+                ms = timed_ms(partial(read, runner, tokens[:, : test.prompt], chunk))
             else:
-                ms = timed_ms(partial(decode, stream, tokens[:, : test.new]))
+                ms = timed_ms(partial(decode, runner, tokens[:, : test.new]))
             if turn:
                 seconds.append(ms / 1e3)
             progress(str(test), (number + (1 + turn) / (1 + repetitions)) / len(tests))
         yield Speed(test, Sample([test.tokens / each for each in seconds]))
 
 
-def read(stream: Stream, tokens: NDArray[np.int64], chunk: int) -> None:
+def read(runner: Runner, tokens: NDArray[np.int64], chunk: int) -> None:
     """Read tokens (B, T), at most `chunk` at a time; the most probable token comes to the host at the end."""
     for first in range(0, tokens.shape[1], chunk):
         part = tokens[:, first : first + chunk]
-        stream.prefill(part, np.full(len(part), part.shape[1]))
+        runner.prefill(part, np.full(len(part), part.shape[1]))
     if tokens.size:
-        stream.top(1)
+        runner.top(1)
 
 
-def decode(stream: Stream, tokens: NDArray[np.int64]) -> None:
+def decode(runner: Runner, tokens: NDArray[np.int64]) -> None:
     """Step through tokens (B, T); the most probable token comes to the host after each."""
     for column in np.ascontiguousarray(tokens.T):
-        stream.step(column)
-        stream.top(1)
+        runner.step(column)
+        runner.top(1)
 
 
 @dataclass(frozen=True)

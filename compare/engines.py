@@ -55,22 +55,22 @@ class RetNetEngine:
             else generator.standard_normal((1, *spec.shape[1:]), np.float32).astype(NUMPY_DTYPES[spec.dtype])
             for spec in manifest.state
         }
-        self._stream = self._backend.open_stream(batch)
+        self._runner = self._backend.open_runner(batch)
         for slot in range(batch):
-            self._stream.write_state(slot, state)
+            self._runner.write_state(slot, state)
         self._tokens = generator.integers(0, manifest.model.vocab_size, batch)
 
     def step(self) -> None:
-        self._stream.step(self._tokens)
-        self._stream.logits()
+        self._runner.step(self._tokens)
+        self._runner.logits()
 
     def prefill(self, tokens: int) -> None:
         chunk_size = self._bundle.manifest.graphs["prefill"].chunk_size
         for start in range(0, tokens, chunk_size):
             size = min(chunk_size, tokens - start)
             chunk = np.repeat(self._tokens[:, None], size, 1)
-            self._stream.prefill(chunk, np.full(len(chunk), size, np.int64))
-        self._stream.logits()
+            self._runner.prefill(chunk, np.full(len(chunk), size, np.int64))
+        self._runner.logits()
 
 
 class TransformerEngine:

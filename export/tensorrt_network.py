@@ -81,7 +81,7 @@ def optimization_profile(
 ) -> trt.IOptimizationProfile:
     """Sizes left open in a graph are the batch, on the first axis, and the tokens or the rows of `rows`, on the second.
 
-    A step and a chunk of a prompt want logits of one row; `Stream.score` up to as many as the chunk has tokens. A graph that this
+    A step and a chunk of a prompt want logits of one row; `Runner.score` up to as many as the chunk has tokens. A graph that this
     profile is not for has a batch of 0. A batch that is never more than 1 gets the range 1…2 where no other size is open: a profile
     without a free size makes TensorRT lay the weights out for it alone, and write INT8 weights out as floats at every step.
     """

@@ -158,9 +158,9 @@ def evaluate_all(
             if expected is not None:
                 reading.compare(log_p, expected)
         if reference is not None and start + len(part) in marks:
-            theirs = reference.stream.read_state(0)
+            theirs = reference.runner.read_state(0)
             for reading in readings:
-                reading.state.append(_state_error(start + len(part), reading.stream.read_state(0), theirs))
+                reading.state.append(_state_error(start + len(part), reading.runner.read_state(0), theirs))
     predicted = len(ids) - 1
     size = len(models[0].tokenizer.decode(ids[1:].tolist()).encode())
     comparisons: Sequence[Divergence | None] = [None] * len(models)
@@ -186,12 +186,12 @@ class _Reading:
 
     Attributes:
         model: the bundle.
-        stream: its state.
+        runner: its state.
         state: how far it was from the reference's, at the marks.
     """
 
     def __init__(self, model: Model, steps: bool) -> None:
-        self.model, self.stream = model, model.backend.open_stream(1)
+        self.model, self.runner = model, model.backend.open_runner(1)
         self._read_logits = by_steps if steps else by_chunks
         self._chunk_size = model.bundle.manifest.graphs["prefill"].chunk_size
         self.state: list[StateError] = []
@@ -202,7 +202,7 @@ class _Reading:
 
     def advance(self, part: NDArray[np.int64], following: NDArray[np.int64]) -> NDArray[np.float64]:
         """Read a chunk (T,), note what the following tokens cost, and give log p, (T, V); of the last chunk without the end."""
-        log_p = _log_softmax(self._read_logits(self.stream, part, self._chunk_size))[: len(following)]
+        log_p = _log_softmax(self._read_logits(self.runner, part, self._chunk_size))[: len(following)]
         losses = -log_p[np.arange(len(following)), following]
         if not (finite := np.isfinite(losses)).all():
             count = self._read + int(finite.argmin()) + 1
@@ -296,11 +296,11 @@ def _greedy_lengths(models: Sequence[Model], against: Model, ids: NDArray[np.int
 
 
 def _continue(model: Model, prompt: NDArray[np.int64]) -> Sequence[int]:
-    stream = model.backend.open_stream(1)
-    token = int(by_chunks(stream, prompt, model.bundle.manifest.graphs["prefill"].chunk_size)[-1].argmax())
+    runner = model.backend.open_runner(1)
+    token = int(by_chunks(runner, prompt, model.bundle.manifest.graphs["prefill"].chunk_size)[-1].argmax())
     tokens = [token]
     while len(tokens) < GREEDY_TOKENS:
-        stream.step(np.array([token]))
-        token = int(stream.logits()[0].argmax())
+        runner.step(np.array([token]))
+        token = int(runner.logits()[0].argmax())
         tokens.append(token)
     return tokens

@@ -12,25 +12,25 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet_export.runtime.backends.base import Stream
+from retnet_export.runtime.backends.base import Runner
 from retnet_export.runtime.bundle.manifest import Manifest
 
 Logits = NDArray[np.float32]
 
 
-def by_steps(stream: Stream, tokens: NDArray[np.int64], chunk_size: int = 1) -> Logits:
+def by_steps(runner: Runner, tokens: NDArray[np.int64], chunk_size: int = 1) -> Logits:
     """Logits (T, V) after each of `tokens` (T,), read one by one."""
     rows = []
     for token in tokens:
-        stream.step(np.array([token]))
-        rows.append(stream.logits()[0].copy())
+        runner.step(np.array([token]))
+        rows.append(runner.logits()[0].copy())
     return np.stack(rows)
 
 
-def by_chunks(stream: Stream, tokens: NDArray[np.int64], chunk_size: int) -> Logits:
+def by_chunks(runner: Runner, tokens: NDArray[np.int64], chunk_size: int) -> Logits:
     """The same, up to `chunk_size` tokens at a time."""
     parts = np.split(tokens, range(chunk_size, len(tokens), chunk_size))
-    logits = [stream.score(part[None], np.array([len(part)]), np.arange(len(part))[None])[0] for part in parts]
+    logits = [runner.score(part[None], np.array([len(part)]), np.arange(len(part))[None])[0] for part in parts]
     return logits[0] if len(logits) == 1 else np.concatenate(logits)
 
 

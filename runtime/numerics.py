@@ -51,7 +51,7 @@ TOLERANCES: Mapping[str, Tolerance] = {
     "torch-float32": Tolerance(1e-4, "float32 rounding; the parallel form sums T terms in another order than the recurrent one"),
     "onnxruntime-float32": Tolerance(1e-4, "float32 rounding, and angles quantised to 2^-32 of a turn per token"),
     "chunkwise-float32": Tolerance(2e-5, "prefill against steps: the same float32 terms of a sum in another order"),
-    "state-float32": Tolerance(1e-4, "float32 rounding of every update, which decay forgets: it must not grow with the stream"),
+    "state-float32": Tolerance(1e-4, "float32 rounding of every update, which decay forgets: it must not grow with the sequence"),
     "onnxruntime-float16": Tolerance(5e-2, "operands of every product rounded to 11 bits, residual and state in float32"),
     "onnxruntime-bfloat16": Tolerance(4e-1, "operands of every product rounded to 8 bits"),
     "int8-cache": Tolerance(3e-1, "keys and values of the compared Transformer rounded to 8 bits with one scale for all"),

@@ -302,13 +302,13 @@ class StateBackend:
             for path in (decode, prefill)
         ]
 
-    def open_stream(self, batch: int) -> StateStream:
+    def open_runner(self, batch: int) -> StateRunner:
         if batch != 1:
             raise ValueError("measurements run one sequence")
-        return StateStream(self._config, self._form, *self._sessions)
+        return StateRunner(self._config, self._form, *self._sessions)
 
 
-class StateStream:
+class StateRunner:
     """One sequence; the state is written where it was read, as the CPU backend does."""
 
     batch = 1

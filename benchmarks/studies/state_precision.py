@@ -44,7 +44,7 @@ from state_formats import (
     Codec,
     Format,
     StateBackend,
-    StateStream,
+    StateRunner,
     mixed,
     state_bytes,
     store_state,
@@ -160,13 +160,13 @@ def slow_heads(tokens: int, folder: Path) -> dict[str, Any]:
     checkpoint = Checkpoint(path=folder, family="random", config=SLOW, read=weights.__getitem__, files=())
     bundle = export_bundle(checkpoint, folder / "slow.retnet")
     forms = chosen(SLOW, "slowest", "both")
-    streams = {name: rewritten(bundle, form, number).open_stream(1) for number, (name, form) in enumerate(forms.items())}
+    runners = {name: rewritten(bundle, form, number).open_runner(1) for number, (name, form) in enumerate(forms.items())}
     # Zipf's law: the n-th most frequent of 512 tokens is drawn with a frequency of 1/n.
     odds = 1 / np.arange(1, SLOW.vocab_size + 1)
     for token in np.random.default_rng(0).choice(SLOW.vocab_size, tokens, p=odds / odds.sum()):
-        for stream in streams.values():
-            stream.step(np.array([token]))
-    states = {name: _by_head(stream) for name, stream in streams.items()}
+        for runner in runners.values():
+            runner.step(np.array([token]))
+    states = {name: _by_head(runner) for name, runner in runners.items()}
     expected = states.pop("fp32")
     size = np.linalg.norm(expected, axis=1)
     return {
@@ -182,9 +182,9 @@ def slow_heads(tokens: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def _by_head(stream: StateStream) -> NDArray[np.float64]:
+def _by_head(runner: StateRunner) -> NDArray[np.float64]:
     """(H, all elements of all layers)."""
-    state = stream.read_state(0)
+    state = runner.read_state(0)
     layers = [array[0].astype(np.float64) for name, array in state.items() if name.startswith("state.")]
     return np.stack(layers, 1).reshape(len(layers[0]), -1)
 
@@ -202,16 +202,16 @@ def speed(steps: int, turns: int, threads: int) -> dict[str, Any]:
             bundle = Bundle(folder / weights, origin.manifest)
             config = bundle.manifest.model
             forms = chosen(config, "2 slowest", "column", "both", "random", "row, slowest")
-            streams = {
-                name: rewritten(bundle, form, number, threads=threads).open_stream(1)
+            runners = {
+                name: rewritten(bundle, form, number, threads=threads).open_runner(1)
                 for number, (name, form) in enumerate(forms.items())
             }
-            times: dict[str, list[float]] = {name: [] for name in streams}
+            times: dict[str, list[float]] = {name: [] for name in runners}
             token = np.array([1])
             for _ in range(turns):
-                for name, stream in streams.items():
-                    stream.step(token)
-                    times[name] += [timed_ms(partial(stream.step, token)) for _ in range(steps)]
+                for name, runner in runners.items():
+                    runner.step(token)
+                    times[name] += [timed_ms(partial(runner.step, token)) for _ in range(steps)]
             found[weights] = {
                 name: {"bytes": state_bytes(config, forms[name]), "ms": [Sample(t).low, Sample(t).median, Sample(t).high]}
                 for name, t in times.items()

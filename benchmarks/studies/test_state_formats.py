@@ -27,44 +27,44 @@ def bundle(tmp_path_factory):
     return tiny.bundle(tmp_path_factory.mktemp("formats"), CONFIG)
 
 
-def stream_of(bundle, form, every_logit=None):
+def runner_of(bundle, form, every_logit=None):
     paths = []
     for source in (bundle.file("decode.onnx"), *([every_logit] if every_logit else [])):
         model = ir.load(source)
         store_state(model, CONFIG, form)
         paths.append(source.with_name(f"rewritten-{source.name}"))
         ir.save(model, paths[-1])
-    return StateBackend(CONFIG, form, *paths).open_stream(1)
+    return StateBackend(CONFIG, form, *paths).open_runner(1)
 
 
-def stepped(stream):
+def stepped(runner):
     for token in TOKENS:
-        stream.step(np.array([token]))
-    return stream.logits().copy(), stream.read_state(0)["state.000"][0]
+        runner.step(np.array([token]))
+    return runner.logits().copy(), runner.read_state(0)["state.000"][0]
 
 
 def exact(bundle):
-    return stepped(tiny.model(bundle, "portable", threads=1, low_memory=False).backend.open_stream(1))
+    return stepped(tiny.model(bundle, "portable", threads=1, low_memory=False).backend.open_runner(1))
 
 
 def test_a_float32_state_in_one_part_or_two_is_the_bundles_own(bundle):
     logits, state = exact(bundle)
     for form in (whole(CONFIG, Codec(FLOAT32)), mixed(CONFIG, Codec(FLOAT32), Codec(FLOAT32), 1)):
-        found_logits, found = stepped(stream_of(bundle, form))
+        found_logits, found = stepped(runner_of(bundle, form))
         np.testing.assert_array_equal(found, state)
         np.testing.assert_array_equal(found_logits, logits)
 
 
 def test_a_float16_state_is_that_of_a_bundle_exported_so(bundle, tmp_path):
     logits, state = exact(tiny.bundle(tmp_path, CONFIG, state="fp16"))
-    found_logits, found = stepped(stream_of(bundle, whole(CONFIG, Codec(FLOAT16))))
+    found_logits, found = stepped(runner_of(bundle, whole(CONFIG, Codec(FLOAT16))))
     np.testing.assert_array_equal(found, state)
     np.testing.assert_array_equal(found_logits, logits)
 
 
 def test_mixed_states_keep_the_slowest_heads_exactly(bundle):
     _, state = exact(bundle)
-    _, found = stepped(stream_of(bundle, mixed(CONFIG, Codec(FLOAT16), Codec(FLOAT32), 2)))
+    _, found = stepped(runner_of(bundle, mixed(CONFIG, Codec(FLOAT16), Codec(FLOAT32), 2)))
     np.testing.assert_array_equal(found[2:], state[2:])
     assert (found[:2] != state[:2]).any((1, 2)).all()
 
@@ -85,7 +85,7 @@ ERRORS = {
 def test_scaled_states_are_off_by_their_steps_and_no_more(bundle, name):
     codec, least, most = ERRORS[name]
     _, state = exact(bundle)
-    _, found = stepped(stream_of(bundle, whole(CONFIG, codec)))
+    _, found = stepped(runner_of(bundle, whole(CONFIG, codec)))
     error = np.linalg.norm(found - state, axis=(1, 2)) / np.linalg.norm(state, axis=(1, 2))
     assert least < error.min()
     assert error.max() < most
@@ -94,9 +94,9 @@ def test_scaled_states_are_off_by_their_steps_and_no_more(bundle, name):
 def test_prefill_stores_the_state_in_the_same_format(bundle, tmp_path):
     logits, state = exact(bundle)
     form = mixed(CONFIG, Codec(INT16), Codec(FLOAT32), 1)
-    stream = stream_of(bundle, form, bundle.file("prefill.onnx"))
-    rows = np.concatenate([stream.read(TOKENS[:16]), stream.read(TOKENS[16:])])
-    found = stream.read_state(0)["state.000"][0]
+    runner = runner_of(bundle, form, bundle.file("prefill.onnx"))
+    rows = np.concatenate([runner.read(TOKENS[:16]), runner.read(TOKENS[16:])])
+    found = runner.read_state(0)["state.000"][0]
     assert rows.shape == (len(TOKENS), CONFIG.vocab_size)
     np.testing.assert_allclose(rows[-1:], logits, atol=1e-3 * logits.std())
     np.testing.assert_allclose(found[3], state[3], atol=1e-5 * state.std())

@@ -1,6 +1,6 @@
 """The interface of a backend: it holds a bundle's weights once, and runs steps on its own buffers.
 
-A backend belongs to a model and knows nothing of text or sampling; a stream is one set of state buffers in it. The state
+A backend belongs to a model and knows nothing of text or sampling; a runner is one set of state buffers in it. The state
 stays where the backend keeps it, and so do the logits: each crosses to the host only when asked for.
 """
 
@@ -27,8 +27,8 @@ State = Mapping[str, NDArray[np.generic]]
 """The state of one sequence: an array for each `StateSpec`, by its input name: (1,) of the position, (1, H, Dk, Dv) of a layer."""
 
 
-class Stream(Protocol):
-    """State buffers for a batch of sequences that step together; a slot is one sequence's place in them."""
+class Runner(Protocol):
+    """Steps a batch of sequences together and holds their state; a slot is one sequence's place in it."""
 
     @property
     def batch(self) -> int:
@@ -79,7 +79,7 @@ class Stream(Protocol):
 
 @runtime_checkable
 class Narrowing(Protocol):
-    """A stream whose steps cost what the slots in use cost."""
+    """A runner whose steps cost what the slots in use cost."""
 
     def narrow(self, slots: int) -> None:
         """From now on `step`, `prefill` and `score` take the first so many slots, (slots,) and (slots, C), and `top` gives theirs.
@@ -90,7 +90,7 @@ class Narrowing(Protocol):
 
 @dataclass(frozen=True)
 class PassCost:
-    """What `Stream.score` of n tokens takes for one sequence: 1 + fixed + token · (n - 1) steps."""
+    """What `Runner.score` of n tokens takes for one sequence: 1 + fixed + token · (n - 1) steps."""
 
     fixed: float
     token: float
@@ -111,7 +111,7 @@ class Chunking(Protocol):
 
     @property
     def chunk_tokens(self) -> int:
-        """The most tokens per sequence of one `Stream.prefill` or `Stream.score`."""
+        """The most tokens per sequence of one `Runner.prefill` or `Runner.score`."""
 
 
 def chunk_tokens(backend: Backend, graph_chunk: int) -> int:
@@ -130,7 +130,7 @@ class Backend(Protocol):
     def variant(self) -> str:
         """Which of the bundle's variants it runs, or was made from."""
 
-    def open_stream(self, batch: int) -> Stream:
+    def open_runner(self, batch: int) -> Runner:
         """Allocate buffers for `batch` sequences, at the initial state."""
 
 
@@ -163,7 +163,7 @@ def initial_state(specs: Sequence[StateSpec]) -> State:
 
 
 def top_of(logits: NDArray[np.float32], k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """`Stream.top` for logits (B, V) on the host."""
+    """`Runner.top` for logits (B, V) on the host."""
     if k == 1:
         tokens = logits.argmax(-1, keepdims=True)
     else:

@@ -1,7 +1,7 @@
 """ONNX Runtime on the CPU: the best variant of the graphs that its version runs, the state looped through two sets of buffers.
 
 Rule: a step copies neither weights nor state. The graph reads the state from one set of buffers and writes it to the
-other; the next step swaps them. All buffers are bound once, when a stream is opened.
+other; the next step swaps them. All buffers are bound once, when a runner is opened.
 
 A step may write a layer's state where it read it, if its graph says so (`GraphSpec.steps_in_place`): one operator reads it, a later
 one writes it, and ONNX Runtime runs operators one after another. That spares a third of the memory traffic of the state. Only the
@@ -90,18 +90,18 @@ class OnnxRuntimeBackend:
         """Float weights are read at the speed of memory, so that more tokens cost little; products of quantized ones are not."""
         return PassCost(0.15, 0.07) if self._bundle.manifest.quantization is None else PassCost(0.3, 0.12)
 
-    def open_stream(self, batch: int) -> OnnxRuntimeStream:
+    def open_runner(self, batch: int) -> OnnxRuntimeRunner:
         manifest = self._bundle.manifest
         fixed = manifest.graphs["decode"].inputs[0].shape[0]
         if fixed not in (-1, batch):
             raise UserError(f"{self._bundle.path}: exported for batch {fixed}, asked for {batch}; export it without --batch")
-        return OnnxRuntimeStream(self._decode, self._prefill, manifest, self._graphs, batch)
+        return OnnxRuntimeRunner(self._decode, self._prefill, manifest, self._graphs, batch)
 
 
 _Bindings: TypeAlias = "tuple[onnxruntime.IOBinding, ...]"
 
 
-class OnnxRuntimeStream:
+class OnnxRuntimeRunner:
     """Buffers and bindings of one batch of sequences."""
 
     def __init__(

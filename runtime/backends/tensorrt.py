@@ -116,17 +116,17 @@ class TensorRtBackend:
         """The loaded engine of a part."""
         return self._engines[part.file]
 
-    def open_stream(self, batch: int) -> TensorRtStream:
+    def open_runner(self, batch: int) -> TensorRtRunner:
         fixed = self.manifest.graphs["decode"].inputs[0].shape[0]
         if not 1 <= batch <= self.record.max_batch or fixed not in (-1, batch):
             expected = f"1 to {self.record.max_batch}" if fixed == -1 else str(fixed)
             raise UserError(
                 f"{self.name}: asked for a batch of {batch}, the engine takes {expected}; compile it with --max-batch {batch}"
             )
-        return TensorRtStream(self, batch)
+        return TensorRtRunner(self, batch)
 
 
-class TensorRtStream:
+class TensorRtRunner:
     """Buffers, execution contexts and CUDA graphs of one batch of sequences."""
 
     def __init__(self, backend: TensorRtBackend, batch: int) -> None:

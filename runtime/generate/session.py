@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet_export.runtime.backends.base import Backend, Narrowing, PassCost, Stream, chunk_tokens, initial_state
+from retnet_export.runtime.backends.base import Backend, Narrowing, PassCost, Runner, chunk_tokens, initial_state
 from retnet_export.runtime.bundle.manifest import Manifest
 from retnet_export.runtime.errors import ArgumentError, UserError
 from retnet_export.runtime.generate.generation import Continuation, Generation, OptionChanges, Options, Piece
@@ -35,13 +35,13 @@ class _LastLogits:
     """The view of one sequence's logits; the largest is checked before anything is chosen.
 
     Attributes:
-        stream: where they are, unless they are `restored`, (B, V).
-        tops: what was asked of the stream since its last step, for all sequences.
+        runner: where they are, unless they are `restored`, (B, V).
+        tops: what was asked of the runner since its last step, for all sequences.
         slot: the sequence's.
         check_finite: takes the largest logit and the slot.
     """
 
-    stream: Stream
+    runner: Runner
     restored: Logits | None
     tops: dict[int, tuple[Tokens, Logits]]
     slot: int
@@ -52,13 +52,13 @@ class _LastLogits:
             tokens, logits = Row(self.restored[self.slot]).top(k)
         else:
             if k not in self.tops:
-                self.tops[k] = self.stream.top(k)
+                self.tops[k] = self.runner.top(k)
             tokens, logits = (each[self.slot] for each in self.tops[k])
         self.check_finite(logits[0], self.slot)
         return tokens, logits
 
     def all(self) -> Logits:
-        logits: Logits = (self.stream.logits() if self.restored is None else self.restored)[self.slot]
+        logits: Logits = (self.runner.logits() if self.restored is None else self.restored)[self.slot]
         # NaN is passed on by max, and so are +inf and a row of nothing but -inf.
         self.check_finite(logits.max(), self.slot)
         return logits
@@ -86,7 +86,7 @@ class Session:
             raise UserError(f"session: batch is {batch}, expected at least 1; keep is {keep}, expected 0 or more")
         self.manifest, self.batch, self._backend, self._tokenizer = manifest, batch, backend, tokenizer
         try:
-            self._stream: Stream = self._backend.open_stream(batch)
+            self._runner: Runner = self._backend.open_runner(batch)
         except MemoryError as error:
             raise UserError(
                 f"{manifest.name}: not enough memory for the state of {batch} sequences, "
@@ -106,7 +106,7 @@ class Session:
         self._tails: list[deque[int]] = [deque(maxlen=TAIL) for _ in range(self.batch)]
         self._unread = [""] * self.batch
         self._histories = [History() for _ in range(self.batch)]
-        # Chosen from logits that a pass over a draft has shown; the stream takes them in with the next pass.
+        # Chosen from logits that a pass over a draft has shown; the runner takes them in with the next pass.
         self._ahead: list[list[int]] = [[] for _ in range(self.batch)]
         self._in_use = self.batch  # the first so many slots hold sequences
         self._restored: Logits | None = None
@@ -144,14 +144,14 @@ class Session:
         """Float32 (B, V) after the last token read, valid until the next step; None at the start."""
         if self._restored is not None:
             return self._restored
-        return self._stream.logits() if self._positions.any() else None
+        return self._runner.logits() if self._positions.any() else None
 
     def reset(self) -> None:
         """Back to the start of a sequence; kept snapshots are forgotten. It also recovers a session that failed."""
         with self._alone():
             start = initial_state(self.manifest.state)
             for slot in range(self.batch):
-                self._stream.write_state(slot, start)
+                self._runner.write_state(slot, start)
             self._kept.clear()
             self._forget()
 
@@ -164,7 +164,7 @@ class Session:
         if len(tokens) != self.batch:
             raise UserError(f"expected one token for each of {self.batch} sequences, found {len(tokens)}")
         self.advance(tokens)
-        return self._stream.logits()
+        return self._runner.logits()
 
     def advance(self, tokens: Sequence[int] | Tokens) -> None:
         """The same, but the logits stay where they are: for those who then `choose`.
@@ -207,7 +207,7 @@ class Session:
         self._checked(tokens[np.arange(tokens.shape[1]) < lengths[:, None]])
         with self._alone():
             self._advance(tokens, lengths)
-            return self._stream.logits()
+            return self._runner.logits()
 
     def score(self, tokens: Tokens) -> NDArray[np.float32]:
         """Read up to a chunk of tokens (B, C) and give the logits after every one of them, (B, C, V)."""
@@ -220,7 +220,7 @@ class Session:
             before, self._failed = self.logits, True
             wide = self._widened(tokens)
             rows = np.tile(np.arange(width), (len(wide), 1))
-            logits = self._stream.score(wide, np.full(len(wide), width), rows)[:count]
+            logits = self._runner.score(wide, np.full(len(wide), width), rows)[:count]
             self._note_read(tokens, np.full(count, width))
             self._restored = np.zeros((self.batch, self._vocab_size), np.float32) if before is None else before.copy()
             self._restored[:count] = logits[:, -1]
@@ -404,7 +404,7 @@ class Session:
         self._tops.clear()
         self._restored = None
         if not any(drafts) and len(max(taken, key=len)) == 1:
-            self._stream.step(self._widened(np.array(taken))[:, 0])
+            self._runner.step(self._widened(np.array(taken))[:, 0])
         else:
             rows = self._pass(taken, drafts)
             self._restored = np.zeros((self.batch, self._vocab_size), np.float32) if self.batch > 1 else rows[0][:1]
@@ -414,7 +414,7 @@ class Session:
         self._ahead, self._failed = [[] for _ in range(self.batch)], False
 
     def _pass(self, taken: Sequence[Sequence[int]], drafts: Sequence[Sequence[int]]) -> list[Logits]:
-        """Let the stream take in tokens of the first sequences; logits after the last one and after each of the drafts'."""
+        """Let the runner take in tokens of the first sequences; logits after the last one and after each of the drafts'."""
         lengths = np.array([len(each) for each in taken])
         wanted = 1 + max(map(len, drafts))
         tokens = np.zeros((len(taken), max(len(own) + len(draft) for own, draft in zip(taken, drafts, strict=True))), np.int64)
@@ -424,7 +424,7 @@ class Session:
             rows[slot] = len(own) - 1 + np.minimum(np.arange(wanted), len(draft))
         wide = self._widened(tokens)
         more = len(wide) - len(tokens)
-        logits = self._stream.score(wide, np.pad(lengths, (0, more)), np.pad(rows, ((0, more), (0, 0))))
+        logits = self._runner.score(wide, np.pad(lengths, (0, more)), np.pad(rows, ((0, more), (0, 0))))
         return [logits[slot, : 1 + len(draft)] for slot, draft in enumerate(drafts)]
 
     def _foresee(self, slot: int, token: int, row: Logits) -> None:
@@ -438,7 +438,7 @@ class Session:
         self._tops.clear()
 
     def _settle(self) -> None:
-        """Let the stream take in what was chosen from logits that a pass has shown; all logits stay as they are."""
+        """Let the runner take in what was chosen from logits that a pass has shown; all logits stay as they are."""
         if not any(self._ahead):
             return
         self._check_whole()
@@ -449,7 +449,7 @@ class Session:
         for slot, length in enumerate(lengths):
             tokens[slot, :length] = self._ahead[slot]
         wide = self._widened(tokens)
-        self._stream.prefill(wide, np.pad(lengths, (0, len(wide) - len(lengths))))
+        self._runner.prefill(wide, np.pad(lengths, (0, len(wide) - len(lengths))))
         self._ahead, self._failed = [[] for _ in range(self.batch)], False
 
     def _go_back(self, start: Snapshot, made: int, tokens: list[int], text: str) -> None:
@@ -469,7 +469,7 @@ class Session:
             logits = self.logits
             return Snapshot(
                 model=model_hash(self.manifest),
-                state=self._stream.read_state(slot),
+                state=self._runner.read_state(slot),
                 logits=None if logits is None or not self._positions[slot] else logits[slot].copy(),
                 read=self._read[slot].copy(),
                 tail=tuple(self._tails[slot]),
@@ -492,7 +492,7 @@ class Session:
             self._restored = np.zeros((self.batch, self._vocab_size), np.float32) if logits is None else logits.copy()
             if snapshot.logits is not None:
                 self._restored[slot] = snapshot.logits
-            self._stream.write_state(slot, snapshot.state)
+            self._runner.write_state(slot, snapshot.state)
             self._in_use = max(self._in_use, slot + 1)
             self._positions[slot] = snapshot.position
             self._read[slot] = snapshot.read.copy()
@@ -559,13 +559,13 @@ class Session:
         self._failed = True
         wide = self._widened(tokens)
         if lengths is None:
-            self._stream.step(wide[:, 0])
+            self._runner.step(wide[:, 0])
         else:
-            self._stream.prefill(wide, np.pad(lengths, (0, len(wide) - len(lengths))))
+            self._runner.prefill(wide, np.pad(lengths, (0, len(wide) - len(lengths))))
         self._note_read(tokens, lengths)
 
     def _note_read(self, tokens: Tokens, lengths: NDArray[np.int64] | None) -> None:
-        """The stream has read them."""
+        """The runner has read them."""
         self._changes += 1
         self._tops.clear()
         for slot, row in enumerate(tokens):
@@ -584,10 +584,10 @@ class Session:
         self._positions[slot] += len(tokens)
 
     def _widened(self, tokens: Tokens) -> Tokens:
-        """Tokens (n, C) of the first n sequences as the stream wants them: as they are if it can leave the others out."""
+        """Tokens (n, C) of the first n sequences as the runner wants them: as they are if it can leave the others out."""
         self._in_use = len(tokens)
-        if isinstance(self._stream, Narrowing):
-            self._stream.narrow(len(tokens))
+        if isinstance(self._runner, Narrowing):
+            self._runner.narrow(len(tokens))
             return tokens
         return np.pad(tokens, ((0, self.batch - len(tokens)), (0, 0)))
 
@@ -595,7 +595,7 @@ class Session:
         """Let one sequence go on in another slot, with its continuation. Its logits stay behind: advance before you choose."""
         with self._alone():
             self._check_whole()
-            self._stream.write_state(target, self._stream.read_state(source))
+            self._runner.write_state(target, self._runner.read_state(source))
             self._positions[target] = self._positions[source]
             self._read[target], self._read[source] = self._read[source], np.zeros(self._vocab_size, np.int32)
             self._tails[target] = deque(self._tails[source], TAIL)
@@ -623,12 +623,12 @@ class Session:
 
     def _choose(self, continuation: Continuation, slot: int) -> int | None:
         self._check_whole()
-        return continuation.choose(_LastLogits(self._stream, self._restored, self._tops, slot, self._check_finite))
+        return continuation.choose(_LastLogits(self._runner, self._restored, self._tops, slot, self._check_finite))
 
     def _check_finite(self, largest: np.floating[Any], slot: int) -> None:
         if np.isfinite(largest):
             return
-        where = first_broken_layer(self.manifest.state, self._stream.read_state(slot))
+        where = first_broken_layer(self.manifest.state, self._runner.read_state(slot))
         raise UserError(
             f"the logits after step {self._positions[slot]} are not finite ({largest}), so nothing was sampled: {where}. "
             "Reset the session or restore an earlier snapshot; if the bundle is fp16, export with --precision fp32 or --state fp32"

@@ -1,7 +1,7 @@
 """Drafts by prompt lookup: guesses of the next tokens from what the sequence has read or written before.
 
 Rule: a draft is only a guess at what will be chosen. It is checked by one pass over [tokens to take in, draft], which gives logits
-after every one of them (`Stream.score`); each place then draws from its own logits, and the next place counts if the draw is what
+after every one of them (`Runner.score`); each place then draws from its own logits, and the next place counts if the draw is what
 the draft has there. So the text is the same as without, token by token, and a draft that fails has touched no state.
 
 How much to draft follows from how often such guesses were right. That is learned without drafting: after every token it is known

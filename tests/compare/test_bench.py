@@ -1,4 +1,4 @@
-"""`bench`: which tests it runs, what they do to a stream, and that every format says the same."""
+"""`bench`: which tests it runs, what they do to a runner, and that every format says the same."""
 
 from __future__ import annotations
 
@@ -48,23 +48,23 @@ def test_what_cannot_be_tested_is_refused(arguments, message):
 
 
 class Counting:
-    """A backend that notes what its streams are asked to do."""
+    """A backend that notes what its runners are asked to do."""
 
     name = "counting"
 
     def __init__(self, backend):
         self._backend, self.positions = backend, []
 
-    def open_stream(self, batch):
-        stream, positions = self._backend.open_stream(batch), self.positions
-        write = stream.write_state
+    def open_runner(self, batch):
+        runner, positions = self._backend.open_runner(batch), self.positions
+        write = runner.write_state
 
         def write_state(slot, state):
-            positions.append((slot, int(stream.read_state(slot)["position"][0])))
+            positions.append((slot, int(runner.read_state(slot)["position"][0])))
             write(slot, state)
 
-        stream.write_state = write_state
-        return stream
+        runner.write_state = write_state
+        return runner
 
 
 @pytest.mark.parametrize(("test", "read"), [(Trial(20, 0, 2, 5), 20), (Trial(0, 7, 3, 0), 7)])

@@ -64,17 +64,17 @@ def expected(bundle, tokens, monkeypatch):
     return oracle.logits(bundle.manifest.model, canonical(bundle), tokens)
 
 
-def steps(stream, tokens):
+def steps(runner, tokens):
     rows = []
     for token in tokens:
-        stream.step(np.array([token]))
-        rows.append(stream.logits()[0].copy())
+        runner.step(np.array([token]))
+        rows.append(runner.logits()[0].copy())
     return np.stack(rows)
 
 
 def check(bundle, monkeypatch, count=16):
     tokens = np.random.default_rng(5).integers(0, bundle.manifest.model.vocab_size, count)
-    logits = steps(opened(bundle).open_stream(1), tokens)
+    logits = steps(opened(bundle).open_runner(1), tokens)
     wanted = expected(bundle, tokens, monkeypatch)
     assert measure(logits, wanted).relative < LIMIT[bundle.manifest.precision.compute]
 
@@ -121,11 +121,11 @@ def test_the_reference_implementations_logits_come_out(tmp_path, monkeypatch, na
 
 
 def test_the_largest_logits_are_chosen_on_the_device(tmp_path):
-    stream = opened(tiny.bundle(tmp_path, MEDIUM, precision="fp16")).open_stream(1)
+    runner = opened(tiny.bundle(tmp_path, MEDIUM, precision="fp16")).open_runner(1)
     for token in range(5):
-        stream.step(np.array([token]))
+        runner.step(np.array([token]))
         for k in (1, 10, 64, 100):
-            for found, wanted in zip(stream.top(k), top_of(stream.logits(), k), strict=True):
+            for found, wanted in zip(runner.top(k), top_of(runner.logits(), k), strict=True):
                 np.testing.assert_array_equal(found, wanted)
 
 
@@ -134,11 +134,11 @@ def test_equal_logits_come_in_the_order_of_their_tokens(tmp_path):
 
     weights = dict(random_weights(MEDIUM))
     weights["head.weight"] = np.repeat(weights["head.weight"][:1], MEDIUM.vocab_size, 0)  # all logits are equal
-    stream = opened(tiny.bundle(tmp_path, MEDIUM, weights)).open_stream(1)
-    stream.step(np.array([3]))
-    np.testing.assert_array_equal(stream.top(64)[0][0], np.arange(64))
-    stream.step_on()  # reads token 0, the first of equals
-    assert stream.read_state(0)["position"][0] == 2
+    runner = opened(tiny.bundle(tmp_path, MEDIUM, weights)).open_runner(1)
+    runner.step(np.array([3]))
+    np.testing.assert_array_equal(runner.top(64)[0][0], np.arange(64))
+    runner.step_on()  # reads token 0, the first of equals
+    assert runner.read_state(0)["position"][0] == 2
 
 
 def test_a_logit_that_is_not_finite_shows(tmp_path):
@@ -147,16 +147,16 @@ def test_a_logit_that_is_not_finite_shows(tmp_path):
     weights = dict(random_weights(MEDIUM))
     weights["head.weight"] = weights["head.weight"].copy()
     weights["head.weight"][[700, 30]] = np.inf
-    stream = opened(tiny.bundle(tmp_path, MEDIUM, weights)).open_stream(1)
-    stream.step(np.array([3]))
-    tokens, values = stream.top(2)
+    runner = opened(tiny.bundle(tmp_path, MEDIUM, weights)).open_runner(1)
+    runner.step(np.array([3]))
+    tokens, values = runner.top(2)
     assert not np.isfinite(values).all()
     assert set(tokens[0]) <= {30, 700}
 
 
 def test_the_next_step_takes_the_best_token_without_the_host(tmp_path):
     backend = opened(tiny.bundle(tmp_path, MEDIUM, precision="fp16"))
-    one, other = backend.open_stream(1), backend.open_stream(1)
+    one, other = backend.open_runner(1), backend.open_runner(1)
     one.step(np.array([3]))
     other.step(np.array([3]))
     for _ in range(10):
@@ -167,34 +167,34 @@ def test_the_next_step_takes_the_best_token_without_the_host(tmp_path):
 
 def test_two_runs_give_the_same_bits(tmp_path):
     backend = opened(tiny.bundle(tmp_path, MEDIUM, precision="fp16"))
-    first, second = (steps(backend.open_stream(1), range(20)) for _ in range(2))
+    first, second = (steps(backend.open_runner(1), range(20)) for _ in range(2))
     np.testing.assert_array_equal(first, second)
 
 
 def test_prefill_score_and_snapshots_are_those_of_steps(tmp_path):
     backend = opened(tiny.bundle(tmp_path, MEDIUM, precision="fp16"))
     tokens = np.random.default_rng(0).integers(0, MEDIUM.vocab_size, (2, 12))
-    stepped = [backend.open_stream(1) for _ in range(2)]
-    rows = [steps(stream, row) for stream, row in zip(stepped, tokens, strict=True)]
-    read = backend.open_stream(2)
+    stepped = [backend.open_runner(1) for _ in range(2)]
+    rows = [steps(runner, row) for runner, row in zip(stepped, tokens, strict=True)]
+    read = backend.open_runner(2)
     read.prefill(tokens, np.array([12, 7]))
     np.testing.assert_allclose(read.logits(), [rows[0][11], rows[1][6]], atol=2e-2)
-    scored = backend.open_stream(2)
+    scored = backend.open_runner(2)
     scores = scored.score(tokens, np.array([5, 12]), np.array([[4, 11], [0, 3]]))
     np.testing.assert_allclose(scores, [[rows[0][4], rows[0][11]], [rows[1][0], rows[1][3]]], atol=2e-2)
     assert scored.read_state(0)["position"][0] == 5
-    other = backend.open_stream(1)
+    other = backend.open_runner(1)
     other.write_state(0, scored.read_state(0))
     np.testing.assert_allclose(steps(other, tokens[0, 5:]), rows[0][5:], atol=2e-2)
 
 
-def test_streams_in_two_threads_do_not_disturb_each_other(tmp_path):
+def test_runners_in_two_threads_do_not_disturb_each_other(tmp_path):
     backend = opened(tiny.bundle(tmp_path, MEDIUM, precision="fp16"))
-    alone = [steps(backend.open_stream(1), range(start, start + 60)) for start in (0, 100)]
+    alone = [steps(backend.open_runner(1), range(start, start + 60)) for start in (0, 100)]
     together = [None, None]
 
     def run(index, start):
-        together[index] = steps(backend.open_stream(1), range(start, start + 60))
+        together[index] = steps(backend.open_runner(1), range(start, start + 60))
 
     threads = [threading.Thread(target=run, args=pair) for pair in ((0, 0), (1, 100))]
     for thread in threads:
@@ -204,15 +204,15 @@ def test_streams_in_two_threads_do_not_disturb_each_other(tmp_path):
     np.testing.assert_array_equal(alone, together)
 
 
-def test_thousands_of_streams_leave_nothing_behind(tmp_path):
+def test_thousands_of_runners_leave_nothing_behind(tmp_path):
     backend = opened(tiny.bundle(tmp_path, MEDIUM, precision="fp16"))
     for _ in range(20):
-        backend.open_stream(1).step(np.array([1]))
+        backend.open_runner(1).step(np.array([1]))
     backend.stream.synchronize()
     gc.collect()
     before = cuda.memory_info().free
     for _ in range(3000):
-        backend.open_stream(1).step(np.array([1]))
+        backend.open_runner(1).step(np.array([1]))
     backend.stream.synchronize()
     gc.collect()
     assert cuda.memory_info().free >= before - (8 << 20)
@@ -228,17 +228,17 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_loaded(tmp_path):
 
 
 def test_a_token_outside_the_vocabulary_is_refused(tmp_path):
-    stream = opened(tiny.bundle(tmp_path, MEDIUM)).open_stream(1)
+    runner = opened(tiny.bundle(tmp_path, MEDIUM)).open_runner(1)
     with pytest.raises(UserError, match="token 1100: the vocabulary has 1100"):
-        stream.step(np.array([1100]))
+        runner.step(np.array([1100]))
 
 
 def test_a_damaged_kernel_in_the_cache_is_compiled_again(tmp_path, monkeypatch):
     monkeypatch.setenv("RETNET_EXPORT_CACHE", str(tmp_path / "kernels"))
     bundle = tiny.bundle(tmp_path, MEDIUM)
-    first = steps(opened(bundle).open_stream(1), range(3))
+    first = steps(opened(bundle).open_runner(1), range(3))
     for path in (tmp_path / "kernels").iterdir():
         path.write_bytes(path.read_bytes()[:-100])
     with pytest.warns(UserWarning, match="damaged, compiling it again"):
-        second = steps(opened(bundle).open_stream(1), range(3))
+        second = steps(opened(bundle).open_runner(1), range(3))
     np.testing.assert_array_equal(first, second)

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from retnet_export.graph.weights import random_weights
-from retnet_export.runtime.backends.cuda.backend import CudaBackend, CudaStream
+from retnet_export.runtime.backends.cuda.backend import CudaBackend, CudaRunner
 
 PTX = (
     tuple(int(part) for part in os.environ["RETNET_EXPORT_TEST_PTX"].split(".")) if "RETNET_EXPORT_TEST_PTX" in os.environ else None
@@ -56,64 +56,64 @@ def case(request, tmp_path: Path) -> tuple[CudaBackend, Reference, float]:
     return CudaBackend(bundle, ptx=PTX), Reference(config, weights, 3), TOLERANCE[compute]
 
 
-def tokens_for(stream: CudaStream, *shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, stream._config.vocab_size, shape)
+def tokens_for(runner: CudaRunner, *shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, runner._config.vocab_size, shape)
 
 
 def test_steps_of_a_batch_prompts_and_steps_again_are_those_of_the_oracle(case) -> None:
     backend, reference, tolerance = case
-    stream = backend.open_stream(3)
+    runner = backend.open_runner(3)
 
     def steps(count: int, seed: int) -> None:
-        for tokens in tokens_for(stream, count, 3, seed=seed):
-            stream.step(tokens)
+        for tokens in tokens_for(runner, count, 3, seed=seed):
+            runner.step(tokens)
             expected = np.stack([reference.feed(slot, [token])[-1] for slot, token in enumerate(tokens)])
-            assert off(stream.logits(), expected) < tolerance
-            assert (stream.top(1)[0][:, 0] == stream.logits().argmax(-1)).all()
+            assert off(runner.logits(), expected) < tolerance
+            assert (runner.top(1)[0][:, 0] == runner.logits().argmax(-1)).all()
 
     steps(33, 1)  # the state is written on the way
     for lengths in ([5, 0, 9], [1, 70, 33]):
-        tokens = tokens_for(stream, 3, max(lengths), seed=2)
-        stream.prefill(tokens, np.array(lengths))
+        tokens = tokens_for(runner, 3, max(lengths), seed=2)
+        runner.prefill(tokens, np.array(lengths))
         for slot, length in enumerate(lengths):
             if length:
                 expected = reference.feed(slot, tokens[slot, :length])[-1]
-                assert off(stream.logits()[slot], expected) < tolerance
-                assert (stream.top(5)[0][slot] == np.argsort(-stream.logits()[slot], kind="stable")[:5]).all()
+                assert off(runner.logits()[slot], expected) < tolerance
+                assert (runner.top(5)[0][slot] == np.argsort(-runner.logits()[slot], kind="stable")[:5]).all()
     steps(3, 3)
 
 
 def test_drafts_are_scored_and_leave_no_trace(case) -> None:
     backend, reference, tolerance = case
-    stream = backend.open_stream(2)
-    stream.step(tokens_for(stream, 2))
-    for slot, token in enumerate(tokens_for(stream, 2)):
+    runner = backend.open_runner(2)
+    runner.step(tokens_for(runner, 2))
+    for slot, token in enumerate(tokens_for(runner, 2)):
         reference.feed(slot, [token])
-    tokens, lengths, rows = tokens_for(stream, 2, 40, seed=4), np.array([2, 35]), np.array([[0, 1, 2, 39], [34, 35, 36, 37]])
-    scores = stream.score(tokens, lengths, rows)
+    tokens, lengths, rows = tokens_for(runner, 2, 40, seed=4), np.array([2, 35]), np.array([[0, 1, 2, 39], [34, 35, 36, 37]])
+    scores = runner.score(tokens, lengths, rows)
     for slot in range(2):
         expected = reference.feed(slot, tokens[slot], keep=int(lengths[slot]))
         assert off(scores[slot], expected[rows[slot]]) < tolerance
-    stream.step(tokens[:, 0])
-    assert off(stream.logits(), np.stack([reference.feed(slot, tokens[slot, :1])[-1] for slot in range(2)])) < tolerance
+    runner.step(tokens[:, 0])
+    assert off(runner.logits(), np.stack([reference.feed(slot, tokens[slot, :1])[-1] for slot in range(2)])) < tolerance
 
 
 def test_a_state_read_after_some_steps_goes_on_in_another_slot_alone(case) -> None:
     backend, reference, tolerance = case
-    stream, other = backend.open_stream(3), backend.open_stream(1)
-    for tokens in tokens_for(stream, 7, 3, seed=5):
-        stream.step(tokens)
+    runner, other = backend.open_runner(3), backend.open_runner(1)
+    for tokens in tokens_for(runner, 7, 3, seed=5):
+        runner.step(tokens)
         for slot, token in enumerate(tokens):
             reference.feed(slot, [token])
-    other.write_state(0, stream.read_state(2))
+    other.write_state(0, runner.read_state(2))
     other.step(np.array([1]))
-    stream.step(np.array([2, 3, 1]))
+    runner.step(np.array([2, 3, 1]))
     assert off(other.logits()[0], reference.feed(2, [1])[-1]) < tolerance
-    assert off(stream.logits()[2], other.logits()[0].astype(np.float64)) < tolerance
-    stream.narrow(1)
-    stream.step(np.array([4]))
+    assert off(runner.logits()[2], other.logits()[0].astype(np.float64)) < tolerance
+    runner.narrow(1)
+    runner.step(np.array([4]))
     reference.feed(0, [2])
-    assert off(stream.logits()[0], reference.feed(0, [4])[-1]) < tolerance
+    assert off(runner.logits()[0], reference.feed(0, [4])[-1]) < tolerance
 
 
 def test_a_prompt_is_the_same_in_any_pieces(case) -> None:
@@ -121,11 +121,11 @@ def test_a_prompt_is_the_same_in_any_pieces(case) -> None:
     tokens = np.random.default_rng(6).integers(0, backend.manifest.model.vocab_size, (1, 131))
 
     def logits_of(*pieces: int) -> np.ndarray:
-        stream, done = backend.open_stream(1), 0
+        runner, done = backend.open_runner(1), 0
         for piece in pieces:
-            stream.prefill(tokens[:, done : done + piece], np.array([piece]))
+            runner.prefill(tokens[:, done : done + piece], np.array([piece]))
             done += piece
-        return stream.logits()[0].astype(np.float64)
+        return runner.logits()[0].astype(np.float64)
 
     whole = logits_of(131)
     for pieces in ((1, 130), (16, 17, 98), (64, 64, 3), (1,) * 131):
@@ -137,8 +137,8 @@ def test_a_prompt_beyond_one_run_is_read_in_several(case, monkeypatch: pytest.Mo
     from retnet_export.runtime.backends.cuda import many
 
     monkeypatch.setattr(many, "ROWS_AT_ONCE", 24)
-    stream = backend.open_stream(3)
-    tokens, lengths = tokens_for(stream, 3, 60, seed=7), np.array([60, 3, 31])
-    stream.prefill(tokens, lengths)
+    runner = backend.open_runner(3)
+    tokens, lengths = tokens_for(runner, 3, 60, seed=7), np.array([60, 3, 31])
+    runner.prefill(tokens, lengths)
     for slot, length in enumerate(lengths):
-        assert off(stream.logits()[slot], reference.feed(slot, tokens[slot, :length])[-1]) < tolerance
+        assert off(runner.logits()[slot], reference.feed(slot, tokens[slot, :length])[-1]) < tolerance

@@ -29,7 +29,7 @@ SUITE = (
 )
 OF_THE_CPU_ALONE = (
     "generate/test_session.py::test_a_batch_too_large_for_memory_is_refused_with_its_size",  # a GPU's message says how much is free
-    "generate/test_conversation.py::test_a_message_whose_reply_is_not_finite_is_taken_back",  # looks into that stream's buffers
+    "generate/test_conversation.py::test_a_message_whose_reply_is_not_finite_is_taken_back",  # looks into that runner's buffers
 )
 CONFIG = tiny.config(vocab_size=300, hidden_size=128, num_heads=2, num_kv_heads=2, head_key_dim=64, head_value_dim=128)
 WEIGHTS = random_weights(CONFIG, seed=4)

@@ -17,11 +17,11 @@ CONFIGS = {**tiny.CONFIGS, "odd head sizes": tiny.config(num_heads=2, num_kv_hea
 
 def step_through(bundle, tokens: np.ndarray) -> np.ndarray:
     """Logits (B, T, V) of tokens (B, T), one step at a time."""
-    stream = load(bundle.path, "onnxruntime", threads=1).backend.open_stream(len(tokens))
+    runner = load(bundle.path, "onnxruntime", threads=1).backend.open_runner(len(tokens))
     rows = []
     for column in tokens.T:
-        stream.step(column)
-        rows.append(stream.logits().copy())
+        runner.step(column)
+        rows.append(runner.logits().copy())
     return np.stack(rows, 1)
 
 
@@ -97,11 +97,11 @@ def test_positions_beyond_int32_turn_by_the_same_angles(tmp_path):
     tokens = np.random.default_rng(1).integers(0, config.vocab_size, 40)
     rows = {}
     for start in (0, 2**31 + 5, 2**53 + 1):
-        stream = load(bundle.path, "onnxruntime", threads=1).backend.open_stream(1)
-        stream.write_state(0, {**stream.read_state(0), "position": np.array([start])})
+        runner = load(bundle.path, "onnxruntime", threads=1).backend.open_runner(1)
+        runner.write_state(0, {**runner.read_state(0), "position": np.array([start])})
         rows[start] = []
         for token in tokens:
-            stream.step(np.array([token]))
-            rows[start].append(stream.logits()[0].copy())
+            runner.step(np.array([token]))
+            rows[start].append(runner.logits()[0].copy())
     for start in (2**31 + 5, 2**53 + 1):
         assert measure(np.stack(rows[start]), np.stack(rows[0])).relative < TOLERANCES["onnxruntime-float32"].relative

@@ -29,7 +29,7 @@ VARIANTS = ("portable", "onnxruntime-cpu")
 def logits_of(bundle, variant, tokens, batch=1):
     """Logits by steps, (T, B, V), and after all tokens by prefill, (B, V), and the state after either."""
     backend = tiny.model(bundle, variant, low_memory=False).backend
-    stepping, reading = backend.open_stream(batch), backend.open_stream(batch)
+    stepping, reading = backend.open_runner(batch), backend.open_runner(batch)
     rows = []
     for token in tokens:
         stepping.step(np.full(batch, token))
@@ -56,15 +56,15 @@ def test_steps_and_chunks_give_the_portable_graphs_logits_and_state(tmp_path, na
 def test_drafts_see_one_another_and_the_state_sees_none(tmp_path, name):
     tokens = np.random.default_rng(0).integers(0, 50, (2, 12))
     bundle = tiny.bundle(tmp_path, CONFIGS[name])
-    streams = [tiny.model(bundle, variant).backend.open_stream(2) for variant in VARIANTS]
+    runners = [tiny.model(bundle, variant).backend.open_runner(2) for variant in VARIANTS]
     for chunk in (
         (tokens[:, :7], np.array([3, 7]), np.tile(np.arange(7), (2, 1))),
         (tokens, np.array([2, 0]), np.array([[11], [4]])),
     ):
-        portable, special = (stream.score(*chunk) for stream in streams)
+        portable, special = (runner.score(*chunk) for runner in runners)
         assert measure(special, portable).relative < TOLERANCES["chunkwise-float32"].relative
     for slot in range(2):
-        states = [stream.read_state(slot) for stream in streams]
+        states = [runner.read_state(slot) for runner in runners]
         for key in states[0]:
             if key.startswith("state."):
                 assert measure(states[1][key], states[0][key]).relative < TOLERANCES["chunkwise-float32"].relative

@@ -41,11 +41,11 @@ def model(request, tmp_path_factory) -> Model:
 @pytest.fixture(scope="module")
 def stepped(model) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
     """Logits and state after 0, 1, 2, … single steps."""
-    stream = model.backend.open_stream(1)
-    after = [(np.zeros(50, np.float32), stream.read_state(0))]
+    runner = model.backend.open_runner(1)
+    after = [(np.zeros(50, np.float32), runner.read_state(0))]
     for token in TOKENS:
-        stream.step(np.array([token]))
-        after.append((stream.logits()[0].copy(), stream.read_state(0)))
+        runner.step(np.array([token]))
+        after.append((runner.logits()[0].copy(), runner.read_state(0)))
     return after
 
 
@@ -56,14 +56,14 @@ def reference(model) -> np.ndarray:
     return oracle.logits(config, random_weights(config), TOKENS)
 
 
-def assert_same(stream, slot, expected) -> None:
+def assert_same(runner, slot, expected) -> None:
     logits, state = expected
-    assert measure(stream.logits()[slot], logits).relative < TOLERANCE
-    assert_same_state(stream, slot, state)
+    assert measure(runner.logits()[slot], logits).relative < TOLERANCE
+    assert_same_state(runner, slot, state)
 
 
-def assert_same_state(stream, slot, state) -> None:
-    for name, value in stream.read_state(slot).items():
+def assert_same_state(runner, slot, state) -> None:
+    for name, value in runner.read_state(slot).items():
         if name == "position":
             assert value == state[name]
         elif state[name].any():
@@ -83,7 +83,7 @@ def test_every_family_reads_a_prompt_as_the_oracle_does(model, reference):
 @given(data=st.data(), batch=st.integers(1, 3))
 def test_any_rows_of_any_split_are_those_of_the_oracle_and_drafts_leave_no_trace(model, reference, stepped, data, batch):
     """Chunks of tokens taken in, drafts and padding, in any mix; drafts right and wrong ones."""
-    stream = model.backend.open_stream(batch)
+    runner = model.backend.open_runner(batch)
     read = [0] * batch
     for _ in range(data.draw(st.integers(1, 3))):
         width = data.draw(st.integers(1, CHUNK))
@@ -94,14 +94,14 @@ def test_any_rows_of_any_split_are_those_of_the_oracle_and_drafts_leave_no_trace
         wrong = [data.draw(st.integers(length, width)) for length in lengths]  # from here on drafts are wrong, or padding
         for slot, start in enumerate(wrong):
             tokens[slot, start:] = data.draw(st.sampled_from([0, 49, -7, 50, 2**62]))
-        logits = stream.score(tokens, lengths, rows)
+        logits = runner.score(tokens, lengths, rows)
         assert logits.shape == (batch, wanted, 50)
         for slot in range(batch):
             for column, row in enumerate(rows[slot]):
                 if row < wrong[slot]:
                     assert measure(logits[slot, column], reference[read[slot] + row]).relative < AS_ORACLE
             read[slot] += int(lengths[slot])
-            assert_same_state(stream, slot, stepped[read[slot]][1])
+            assert_same_state(runner, slot, stepped[read[slot]][1])
 
 
 @settings(deadline=None, max_examples=20)
@@ -109,54 +109,54 @@ def test_any_rows_of_any_split_are_those_of_the_oracle_and_drafts_leave_no_trace
 def test_the_state_is_the_same_bit_by_bit_whatever_the_drafts_are(model, length, drafts):
     states = []
     for tail in (drafts, [0] * len(drafts)):
-        stream = model.backend.open_stream(1)
-        stream.step(TOKENS[:1])
+        runner = model.backend.open_runner(1)
+        runner.step(TOKENS[:1])
         tokens = np.array([*TOKENS[1 : 1 + length], *tail], np.int64)[None, :CHUNK]
-        stream.score(tokens, np.array([length]), np.array([[tokens.shape[1] - 1]]))
-        states.append(stream.read_state(0))
+        runner.score(tokens, np.array([length]), np.array([[tokens.shape[1] - 1]]))
+        states.append(runner.read_state(0))
     assert all(np.array_equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_a_step_after_a_score_goes_on_from_the_tokens_taken_in(model, stepped):
-    stream = model.backend.open_stream(1)
-    stream.score(TOKENS[None, :9], np.array([5]), np.array([[4, 8]]))
-    stream.step(TOKENS[5:6])
-    assert_same(stream, 0, stepped[6])
+    runner = model.backend.open_runner(1)
+    runner.score(TOKENS[None, :9], np.array([5]), np.array([[4, 8]]))
+    runner.step(TOKENS[5:6])
+    assert_same(runner, 0, stepped[6])
 
 
 @settings(deadline=None, max_examples=20)
 @given(splits=st.lists(st.tuples(st.integers(0, CHUNK), st.integers(0, 3)), min_size=1, max_size=3))
 def test_any_split_into_chunks_is_as_many_steps(model, stepped, splits):
-    stream = model.backend.open_stream(1)
+    runner = model.backend.open_runner(1)
     read = 0
     for length, padding in splits:
         row = np.zeros((1, max(1, min(length + padding, CHUNK))), np.int64)
         row[0, :length] = TOKENS[read : read + length]
-        stream.prefill(row, np.array([length]))
+        runner.prefill(row, np.array([length]))
         read += length
         if length:
-            assert_same(stream, 0, stepped[read])
+            assert_same(runner, 0, stepped[read])
         else:
-            assert_same_state(stream, 0, stepped[read][1])
+            assert_same_state(runner, 0, stepped[read][1])
 
 
 @settings(deadline=None, max_examples=20)
 @given(data=st.data(), batch=st.integers(1, 4))
 def test_a_batch_of_any_lengths_is_its_single_runs(model, stepped, data, batch):
-    stream = model.backend.open_stream(batch)
+    runner = model.backend.open_runner(batch)
     read = np.zeros(batch, np.int64)
     for _ in range(2):
         lengths = np.array(data.draw(st.lists(st.integers(0, CHUNK), min_size=batch, max_size=batch)))
         rows = np.zeros((batch, CHUNK), np.int64)
         for slot, length in enumerate(lengths):
             rows[slot, :length] = TOKENS[read[slot] : read[slot] + length]
-        stream.prefill(rows, lengths)
+        runner.prefill(rows, lengths)
         read += lengths
         for slot in range(batch):
             if lengths[slot]:
-                assert_same(stream, slot, stepped[read[slot]])
+                assert_same(runner, slot, stepped[read[slot]])
             else:
-                assert_same_state(stream, slot, stepped[read[slot]][1])
+                assert_same_state(runner, slot, stepped[read[slot]][1])
 
 
 @settings(deadline=None, max_examples=20)
@@ -164,31 +164,31 @@ def test_a_batch_of_any_lengths_is_its_single_runs(model, stepped, data, batch):
 def test_padding_leaves_no_trace_whatever_stands_in_it(model, length, poison):
     results = []
     for filler in (0, poison):
-        stream = model.backend.open_stream(2)
-        stream.step(TOKENS[:2])
+        runner = model.backend.open_runner(2)
+        runner.step(TOKENS[:2])
         rows = np.full((2, CHUNK), filler)
         rows[0, :length], rows[1] = TOKENS[:length], TOKENS[:CHUNK]
-        stream.prefill(rows, np.array([length, CHUNK]))
-        results.append((stream.logits()[0].copy(), stream.read_state(0)))
+        runner.prefill(rows, np.array([length, CHUNK]))
+        results.append((runner.logits()[0].copy(), runner.read_state(0)))
     (clean, clean_state), (poisoned, poisoned_state) = results
     assert length == 0 or np.array_equal(clean, poisoned)  # after no tokens they are undefined
     assert all(np.array_equal(clean_state[name], poisoned_state[name]) for name in clean_state)
 
 
 def test_a_sequence_of_no_tokens_keeps_its_state_bit_by_bit(model):
-    stream = model.backend.open_stream(2)
-    stream.prefill(np.stack([TOKENS[:CHUNK]] * 2), np.array([CHUNK, CHUNK]))
-    before = stream.read_state(0)
-    stream.prefill(np.stack([TOKENS[:CHUNK]] * 2), np.array([0, 5]))
-    after = stream.read_state(0)
+    runner = model.backend.open_runner(2)
+    runner.prefill(np.stack([TOKENS[:CHUNK]] * 2), np.array([CHUNK, CHUNK]))
+    before = runner.read_state(0)
+    runner.prefill(np.stack([TOKENS[:CHUNK]] * 2), np.array([0, 5]))
+    after = runner.read_state(0)
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
 def test_prefill_goes_on_past_position_two_to_the_31(model):
-    start = model.backend.open_stream(1).read_state(0) | {"position": np.array([2**31 - 5])}
-    chunked, stepped = (model.backend.open_stream(1) for _ in range(2))
-    for stream in (chunked, stepped):
-        stream.write_state(0, start)
+    start = model.backend.open_runner(1).read_state(0) | {"position": np.array([2**31 - 5])}
+    chunked, stepped = (model.backend.open_runner(1) for _ in range(2))
+    for runner in (chunked, stepped):
+        runner.write_state(0, start)
     chunked.prefill(TOKENS[None, :CHUNK], np.array([CHUNK]))
     for token in TOKENS[:CHUNK]:
         stepped.step(np.array([token]))
@@ -211,7 +211,7 @@ def test_both_graphs_share_one_copy_of_the_weights(tmp_path):
 def test_reduced_precision_prefill_is_as_many_steps(tmp_path, precision, state):
     tiny.bundle(tmp_path, tiny.config(), precision=precision, state=state, chunk=CHUNK)
     model = load(tmp_path / "tiny.retnet", "onnxruntime", threads=1)
-    chunked, stepped = (model.backend.open_stream(1) for _ in range(2))
+    chunked, stepped = (model.backend.open_runner(1) for _ in range(2))
     chunked.prefill(TOKENS[None, :CHUNK], np.array([CHUNK]))
     for token in TOKENS[:CHUNK]:
         stepped.step(np.array([token]))

@@ -20,11 +20,11 @@ CONFIGS = {**tiny.CONFIGS, "two pieces a head": WIDE}
 SAME = TOLERANCES["onnxruntime-float32"].relative
 
 
-def streams(bundle, batch):
+def runners(bundle, batch):
     """One session for everything, and a session a graph of the portable graphs."""
     shared = OnnxRuntimeBackend(bundle, variant="onnxruntime-cpu")
     assert shared._decode is shared._prefill
-    return shared.open_stream(batch), OnnxRuntimeBackend(bundle, variant="portable", low_memory=False).open_stream(batch)
+    return shared.open_runner(batch), OnnxRuntimeBackend(bundle, variant="portable", low_memory=False).open_runner(batch)
 
 
 def agree(ours, theirs, slots):
@@ -36,29 +36,29 @@ def agree(ours, theirs, slots):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_steps_and_chunks_of_any_lengths_agree_with_the_portable_graphs(tmp_path, name):
-    ours, theirs = streams(tiny.bundle(tmp_path, CONFIGS[name], chunk=6), 3)
+    ours, theirs = runners(tiny.bundle(tmp_path, CONFIGS[name], chunk=6), 3)
     random = np.random.default_rng(0)
     lengths = [(1, 1, 1), (1, 0, 1), (0, 0, 0), (1, 1, 1), (6, 1, 0), (2, 2, 2), (1, 1, 1)]
     for length in lengths:
         tokens = random.integers(0, 50, (3, max(length) or 1))
-        for stream in (ours, theirs):
-            stream.prefill(tokens, np.array(length))
+        for runner in (ours, theirs):
+            runner.prefill(tokens, np.array(length))
         agree(ours, theirs, range(3))
         real = [slot for slot in range(3) if length[slot]]
         if real:
             assert measure(ours.logits()[real], theirs.logits()[real]).relative < SAME
-        for stream in (ours, theirs):
-            stream.step(tokens[:, 0])
+        for runner in (ours, theirs):
+            runner.step(tokens[:, 0])
         agree(ours, theirs, range(3))
         assert measure(ours.logits(), theirs.logits()).relative < SAME
 
 
 def test_a_draft_of_one_token_leaves_no_trace(tmp_path):
-    ours, theirs = streams(tiny.bundle(tmp_path, WIDE, chunk=6), 1)
-    for stream in (ours, theirs):
-        stream.prefill(np.array([[3, 1, 4]]), np.array([3]))
+    ours, theirs = runners(tiny.bundle(tmp_path, WIDE, chunk=6), 1)
+    for runner in (ours, theirs):
+        runner.prefill(np.array([[3, 1, 4]]), np.array([3]))
     before = ours.read_state(0)
-    rows = [stream.score(np.array([[9]]), np.array([0]), np.array([[0]])) for stream in (ours, theirs)]
+    rows = [runner.score(np.array([[9]]), np.array([0]), np.array([[0]])) for runner in (ours, theirs)]
     assert measure(rows[0], rows[1]).relative < SAME
     for name, array in ours.read_state(0).items():
         np.testing.assert_array_equal(array, before[name])
@@ -75,10 +75,10 @@ def test_weights_are_outside_the_branches_and_the_state_is_updated_in_place(tmp_
         assert not {"DequantizeLinear", "If"} & set(inside)
     assert {graph.steps_in_place for graph in bundle.manifest.variants["onnxruntime-cpu"].graphs.values()} == {True}
     assert not bundle.manifest.graphs["prefill"].steps_in_place
-    stream = OnnxRuntimeBackend(bundle).open_stream(2)
-    side = stream._side
-    stream.step(np.array([1, 2]))
-    assert stream._side == side
+    runner = OnnxRuntimeBackend(bundle).open_runner(2)
+    side = runner._side
+    runner.step(np.array([1, 2]))
+    assert runner._side == side
 
 
 def test_older_versions_keep_a_session_a_graph_for_quantized_weights(tmp_path):

@@ -29,13 +29,13 @@ INTEGERS = "onnxruntime-cpu-integers"
 
 
 def logits(bundle, variant):
-    stream = tiny.model(bundle, variant).backend.open_stream(1)
+    runner = tiny.model(bundle, variant).backend.open_runner(1)
     rows = []
     for token in TOKENS:
-        stream.step(np.array([token]))
-        rows.append(stream.logits()[0].copy())
-    stream.prefill(TOKENS[None], np.array([len(TOKENS)]))
-    return np.stack([*rows, stream.logits()[0]])
+        runner.step(np.array([token]))
+        rows.append(runner.logits()[0].copy())
+    runner.prefill(TOKENS[None], np.array([len(TOKENS)]))
+    return np.stack([*rows, runner.logits()[0]])
 
 
 def operators(bundle, variant, graph="decode"):
@@ -137,7 +137,7 @@ def test_for_older_versions_products_of_bytes_are_integer_products(tmp_path, con
 
 def test_a_row_of_an_integer_product_does_not_depend_on_the_others(tmp_path):
     model = tiny.model(quantized(tmp_path, CONFIG, "int8"), INTEGERS)
-    alone, together = model.backend.open_stream(1), model.backend.open_stream(3)
+    alone, together = model.backend.open_runner(1), model.backend.open_runner(3)
     for token in TOKENS:
         alone.step(np.array([token]))
         together.step(np.array([9, token, 63 - token]))

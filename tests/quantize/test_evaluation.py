@@ -70,7 +70,7 @@ def test_perplexity_and_bits_per_byte_are_those_of_the_logits(folder):
 def test_reading_in_chunks_is_reading_by_steps(folder, weights, tolerance):
     model = load(folder / "float.retnet", threads=1) if weights == "float" else small(folder, weights)
     tokens = np.array(model.tokenizer.encode(PASSAGE)[:200])
-    chunked, stepped = (model.backend.open_stream(1) for _ in range(2))
+    chunked, stepped = (model.backend.open_runner(1) for _ in range(2))
     assert measure(by_chunks(chunked, tokens, 64), by_steps(stepped, tokens)).relative < TOLERANCES[tolerance].relative
     for name, value in stepped.read_state(0).items():
         assert name == "position" or measure(chunked.read_state(0)[name], value).relative < TOLERANCES[tolerance].relative

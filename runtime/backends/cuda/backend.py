@@ -98,7 +98,7 @@ def _facts() -> Mapping[str, str]:
 class CudaBackend:
     """A portable bundle on this machine's GPU.
 
-    Streams may be used by different threads, each by one at a time: their steps take turns on the GPU.
+    Runners may be used by different threads, each by one at a time: their steps take turns on the GPU.
 
     Args:
         bundle: the bundle.
@@ -193,14 +193,14 @@ class CudaBackend:
             tile_largest=self.tile_largest.address,
         )
 
-    def open_stream(self, batch: int) -> CudaStream:
+    def open_runner(self, batch: int) -> CudaRunner:
         fixed = self.manifest.graphs["decode"].inputs[0].shape[0]
         if batch < 1 or fixed not in (-1, batch):
             raise UserError(f"{self.path}: exported for batch {fixed}, asked for {batch}; export it without --batch")
-        return CudaStream(self, batch)
+        return CudaRunner(self, batch)
 
 
-class CudaStream:
+class CudaRunner:
     """State, position and logits of a batch of sequences."""
 
     def __init__(self, backend: CudaBackend, batch: int) -> None:

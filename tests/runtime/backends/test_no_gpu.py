@@ -24,6 +24,6 @@ def test_the_backend_is_refused_with_what_would_mend_it(bundle):
 def test_auto_takes_the_cpu(bundle):
     backend = open_backend("auto", bundle)
     assert backend.name == "onnxruntime"
-    stream = backend.open_stream(1)
-    stream.step(np.array([3]))
-    assert np.isfinite(stream.logits()).all()
+    runner = backend.open_runner(1)
+    runner.step(np.array([3]))
+    assert np.isfinite(runner.logits()).all()

@@ -63,19 +63,19 @@ def test_a_state_moves_between_all_forms(bundle, source, target):
     before, after = (tiny.model(bundle, name) for name in (source, target))
     session = before.session()
     session.feed(TOKENS)
-    stream = after.backend.open_stream(2)
-    stream.write_state(1, session.snapshot().state)
-    stream.step(np.array([0, 7]))
-    assert measure(stream.logits()[1], session.step([7])[0]).relative < TOLERANCES["chunkwise-float32"].relative
+    runner = after.backend.open_runner(2)
+    runner.write_state(1, session.snapshot().state)
+    runner.step(np.array([0, 7]))
+    assert measure(runner.logits()[1], session.step([7])[0]).relative < TOLERANCES["chunkwise-float32"].relative
 
 
 @NEEDS_OPERATORS
 def test_a_state_is_read_back_bit_by_bit(bundle):
-    stream, turned = (tiny.model(bundle, name).backend.open_stream(1) for name in VARIANTS)
-    state = {name: np.random.default_rng(1).standard_normal(array.shape) for name, array in stream.read_state(0).items()}
-    for each in (stream, turned):
+    runner, turned = (tiny.model(bundle, name).backend.open_runner(1) for name in VARIANTS)
+    state = {name: np.random.default_rng(1).standard_normal(array.shape) for name, array in runner.read_state(0).items()}
+    for each in (runner, turned):
         each.write_state(0, state | {"position": np.array([7])})
-    for name, array in stream.read_state(0).items():
+    for name, array in runner.read_state(0).items():
         np.testing.assert_array_equal(turned.read_state(0)[name], array)
 
 

@@ -45,12 +45,12 @@ def bundle(tmp_path, cuda):
     return compiled(tmp_path, cuda)
 
 
-def follow(stream, tokens):
+def follow(runner, tokens):
     """Logits after each of a batch's tokens (B, T)."""
     logits = []
     for column in tokens.T:
-        stream.step(column)
-        logits.append(stream.logits().copy())
+        runner.step(column)
+        logits.append(runner.logits().copy())
     return np.array(logits)
 
 
@@ -60,10 +60,10 @@ def test_steps_and_chunks_give_what_onnx_runtime_gives_on_every_release(tmp_path
     tensorrt_double.install(monkeypatch, release, capability)
     target = release.split()[0]
     bundle = compiled(tmp_path, None, options=CompileOptions(target=target, max_batch=3))
-    ours, reference = (open_backend(name, bundle).open_stream(3) for name in (target, "onnxruntime"))
-    for stream in (ours, reference):
-        stream.prefill(TOKENS[:, :8], np.array([8, 3, 0]))
-        stream.prefill(TOKENS[:, 8:13], np.array([5, 1, 2]))
+    ours, reference = (open_backend(name, bundle).open_runner(3) for name in (target, "onnxruntime"))
+    for runner in (ours, reference):
+        runner.prefill(TOKENS[:, :8], np.array([8, 3, 0]))
+        runner.prefill(TOKENS[:, 8:13], np.array([5, 1, 2]))
     assert measure(ours.logits(), reference.logits()).relative < SAME
     assert measure(follow(ours, TOKENS[:, 13:]), follow(reference, TOKENS[:, 13:])).relative < SAME
     for slot in range(3):
@@ -75,7 +75,7 @@ def test_steps_and_chunks_give_what_onnx_runtime_gives_on_every_release(tmp_path
 @pytest.mark.parametrize("candidates", [0, 5])
 def test_scores_are_those_of_onnx_runtime_and_drafts_leave_no_trace(tmp_path, cuda, candidates):
     bundle = compiled(tmp_path, cuda, options=CompileOptions(max_batch=3, candidates=candidates))
-    ours, reference = (open_backend(name, bundle).open_stream(3) for name in ("tensorrt", "onnxruntime"))
+    ours, reference = (open_backend(name, bundle).open_runner(3) for name in ("tensorrt", "onnxruntime"))
     chunks = (
         (TOKENS[:, :8], np.array([8, 3, 0]), np.array([[0, 7, 3], [2, 4, 1], [0, 1, 2]])),
         (TOKENS[:, 8:13], np.array([1, 0, 5]), np.array([[4], [4], [0]])),
@@ -83,8 +83,8 @@ def test_scores_are_those_of_onnx_runtime_and_drafts_leave_no_trace(tmp_path, cu
     )
     for chunk in chunks:
         assert measure(ours.score(*chunk), reference.score(*chunk)).relative < SAME
-    for stream in (ours, reference):
-        stream.step(TOKENS[:, 14])
+    for runner in (ours, reference):
+        runner.step(TOKENS[:, 14])
     assert measure(ours.logits(), reference.logits()).relative < SAME
     np.testing.assert_array_equal(ours.top(3)[0], reference.top(3)[0])
     for slot, taken in enumerate((12, 6, 8)):
@@ -110,44 +110,44 @@ def test_every_form_of_engines_and_fixed_batches_run_alike(tmp_path, cuda, form,
     bundle = tiny.bundle(tmp_path, tiny.config(), chunk=8, batch=batch)
     record = compile_bundle(bundle, CompileOptions(max_batch=3, form=form))
     assert record.form == (form or ("joined" if batch is None else "prefill"))
-    ours, reference = (open_backend(name, bundle).open_stream(3) for name in ("tensorrt", "onnxruntime"))
-    for stream in (ours, reference):
-        stream.prefill(TOKENS[:, :8], np.array([8, 8, 8]))
+    ours, reference = (open_backend(name, bundle).open_runner(3) for name in ("tensorrt", "onnxruntime"))
+    for runner in (ours, reference):
+        runner.prefill(TOKENS[:, :8], np.array([8, 8, 8]))
     assert measure(follow(ours, TOKENS[:, 8:12]), follow(reference, TOKENS[:, 8:12])).relative < SAME
 
 
 def test_each_direction_runs_once_and_is_then_a_graph(bundle, cuda):
-    stream = open_backend("tensorrt", bundle).open_stream(1)
+    runner = open_backend("tensorrt", bundle).open_runner(1)
     for count, launches in ((1, 0), (2, 0), (3, 1), (4, 2), (10, 8)):
-        while stream_steps(stream) < count:
-            stream.step(TOKENS[:1, 0])
+        while steps_read(runner) < count:
+            runner.step(TOKENS[:1, 0])
         assert cuda.launches == launches
 
 
-def stream_steps(stream) -> int:
+def steps_read(runner) -> int:
     """Steps taken so far, from the position in the state."""
-    return int(stream.read_state(0)["position"][0])
+    return int(runner.read_state(0)["position"][0])
 
 
 def test_a_step_waits_once_and_copies_only_the_candidates(bundle, cuda):
-    stream = open_backend("tensorrt", bundle).open_stream(2)
+    runner = open_backend("tensorrt", bundle).open_runner(2)
     for column in TOKENS[:2, :6].T:
-        stream.step(column)
-        stream.top(5)
+        runner.step(column)
+        runner.top(5)
     waited, copied = cuda.synchronizations, cuda.copied_to_host
     for column in TOKENS[:2, 6:10].T:
-        stream.step(column)
-        stream.top(1)
-        stream.top(5)
+        runner.step(column)
+        runner.top(1)
+        runner.top(5)
     assert cuda.synchronizations - waited == 4
     assert cuda.copied_to_host - copied == 4 * 2 * 5 * (4 + 4)
 
 
 def test_candidates_are_the_largest_logits_in_order_and_more_are_taken_from_the_logits(bundle):
-    ours, reference = (open_backend(name, bundle).open_stream(3) for name in ("tensorrt", "onnxruntime"))
+    ours, reference = (open_backend(name, bundle).open_runner(3) for name in ("tensorrt", "onnxruntime"))
     for column in TOKENS.T:
-        for stream in (ours, reference):
-            stream.step(column)
+        for runner in (ours, reference):
+            runner.step(column)
         for k in (1, 5, 6, 50):
             tokens, logits = ours.top(k)
             expected_tokens, expected_logits = reference.top(k)
@@ -163,32 +163,32 @@ def test_equal_logits_come_in_the_order_of_their_tokens(tmp_path, cuda):
     weights["head.weight"] = np.zeros_like(weights["head.weight"])
     bundle = tiny.bundle(tmp_path, model, weights, chunk=8)
     compile_bundle(bundle, CompileOptions(candidates=50))
-    stream = open_backend("tensorrt", bundle).open_stream(1)
-    stream.step(TOKENS[:1, 0])
-    assert stream.top(3)[0].tolist() == [[0, 1, 2]]
+    runner = open_backend("tensorrt", bundle).open_runner(1)
+    runner.step(TOKENS[:1, 0])
+    assert runner.top(3)[0].tolist() == [[0, 1, 2]]
 
 
 def test_without_candidates_the_logits_cross_instead(tmp_path, cuda):
     bundle = compiled(tmp_path, cuda, options=CompileOptions(candidates=0))
-    stream = open_backend("tensorrt", bundle).open_stream(1)
-    stream.step(TOKENS[:1, 0])
-    assert stream.top(2)[0][0, 0] == stream.logits().argmax()
+    runner = open_backend("tensorrt", bundle).open_runner(1)
+    runner.step(TOKENS[:1, 0])
+    assert runner.top(2)[0][0, 0] == runner.logits().argmax()
 
 
 def test_a_state_that_was_read_can_be_written_into_another_slot(bundle):
-    stream = open_backend("tensorrt", bundle).open_stream(3)
-    follow(stream, TOKENS[:, :5])
-    saved = stream.read_state(1)
-    expected = follow(stream, TOKENS[[1, 1, 1], 5:9])[:, 1]
-    stream.write_state(2, saved)
-    actual = follow(stream, TOKENS[[0, 0, 1], 5:9])[:, 2]
+    runner = open_backend("tensorrt", bundle).open_runner(3)
+    follow(runner, TOKENS[:, :5])
+    saved = runner.read_state(1)
+    expected = follow(runner, TOKENS[[1, 1, 1], 5:9])[:, 1]
+    runner.write_state(2, saved)
+    actual = follow(runner, TOKENS[[0, 0, 1], 5:9])[:, 2]
     assert measure(actual, expected).maximum == 0
 
 
-def test_streams_of_one_backend_do_not_disturb_each_other(bundle):
+def test_runners_of_one_backend_do_not_disturb_each_other(bundle):
     backend = open_backend("tensorrt", bundle)
-    alone = follow(backend.open_stream(1), TOKENS[:1])
-    first, second = backend.open_stream(1), backend.open_stream(2)
+    alone = follow(backend.open_runner(1), TOKENS[:1])
+    first, second = backend.open_runner(1), backend.open_runner(2)
     together = []
     for index, column in enumerate(TOKENS.T):
         first.step(column[:1])
@@ -200,25 +200,25 @@ def test_streams_of_one_backend_do_not_disturb_each_other(bundle):
 
 
 def test_logits_stay_valid_until_the_next_step(bundle):
-    stream = open_backend("tensorrt", bundle).open_stream(1)
-    stream.step(TOKENS[:1, 0])
-    first = stream.logits()
+    runner = open_backend("tensorrt", bundle).open_runner(1)
+    runner.step(TOKENS[:1, 0])
+    first = runner.logits()
     kept = first.copy()
-    stream.top(2)
-    np.testing.assert_array_equal(stream.logits(), kept)
+    runner.top(2)
+    np.testing.assert_array_equal(runner.logits(), kept)
     np.testing.assert_array_equal(first, kept)
 
 
 def test_where_nothing_can_be_captured_steps_are_enqueued_with_a_warning(bundle, cuda):
     cuda.refuse_capture = True
-    stream, reference = (open_backend(name, bundle).open_stream(1) for name in ("tensorrt", "onnxruntime"))
+    runner, reference = (open_backend(name, bundle).open_runner(1) for name in ("tensorrt", "onnxruntime"))
     with pytest.warns(
         RuntimeWarning, match="CUDA graphs do not work here, so each step starts kernel by kernel: cudaStreamEndCapture"
     ):
-        actual = follow(stream, TOKENS[:1, :4])
+        actual = follow(runner, TOKENS[:1, :4])
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it is said once
-        actual = np.concatenate([actual, follow(stream, TOKENS[:1, 4:8])])
+        actual = np.concatenate([actual, follow(runner, TOKENS[:1, 4:8])])
     assert measure(actual, follow(reference, TOKENS[:1, :8])).relative < SAME
     assert cuda.launches == 0
 
@@ -226,16 +226,16 @@ def test_where_nothing_can_be_captured_steps_are_enqueued_with_a_warning(bundle,
 def test_all_device_memory_comes_back(bundle, cuda):
     before = len(cuda.device)
     backend = open_backend("tensorrt", bundle)
-    stream = backend.open_stream(3)
-    follow(stream, TOKENS[:, :6])
-    del stream, backend
+    runner = backend.open_runner(3)
+    follow(runner, TOKENS[:, :6])
+    del runner, backend
     gc.collect()
     assert (len(cuda.device), len(cuda.host), len(cuda.graphs)) == (before, 0, 0)
 
 
 def test_a_batch_that_the_engine_does_not_take_is_refused(bundle):
     with pytest.raises(UserError, match=r"asked for a batch of 4, the engine takes 1 to 3; compile it with --max-batch 4"):
-        open_backend("tensorrt", bundle).open_stream(4)
+        open_backend("tensorrt", bundle).open_runner(4)
 
 
 def test_without_an_engine_the_error_says_how_to_make_one(tmp_path, cuda):
@@ -267,7 +267,7 @@ def test_no_room_on_the_device_is_said_with_numbers(bundle, cuda):
     backend = open_backend("tensorrt", bundle)
     cuda.memory -= cuda.cudaMemGetInfo()[1] - 1000
     with pytest.raises(UserError, match=r"the GPU has no memory for [\d,]+ bytes: [\d,]+ of [\d,]+ are free"):
-        backend.open_stream(3)
+        backend.open_runner(3)
 
 
 def test_an_old_tensorrt_is_refused_with_the_jetpack_that_has_a_newer_one(monkeypatch):
@@ -314,16 +314,16 @@ def test_where_tensorrt_takes_no_empty_graph_the_prefill_graph_plays_both_roles(
     bundle = tiny.bundle(tmp_path, tiny.config(), chunk=8)
     record = compile_bundle(bundle, CompileOptions(max_batch=3))
     assert (record.form, record.probe.joined, {part.graph for part in record.parts}) == ("prefill", False, {"prefill"})
-    ours, reference = (open_backend(name, bundle).open_stream(3) for name in ("tensorrt", "onnxruntime"))
+    ours, reference = (open_backend(name, bundle).open_runner(3) for name in ("tensorrt", "onnxruntime"))
     assert measure(follow(ours, TOKENS[:, :6]), follow(reference, TOKENS[:, :6])).relative < SAME
 
 
 def test_a_full_chunk_and_the_rest_of_a_prompt_run_in_profiles_of_their_own(bundle):
-    stream = open_backend("tensorrt", bundle).open_stream(1)
+    runner = open_backend("tensorrt", bundle).open_runner(1)
     for count, profiles in ((8, {1}), (5, {1, 2}), (1, {1, 2})):
-        stream.prefill(TOKENS[:1, :count], np.array([count]))
-        assert set(stream._prefill) == profiles
-    assert stream_steps(stream) == 14
+        runner.prefill(TOKENS[:1, :count], np.array([count]))
+        assert set(runner._prefill) == profiles
+    assert steps_read(runner) == 14
 
 
 class TestTheDoubleIsStrict:
@@ -331,36 +331,36 @@ class TestTheDoubleIsStrict:
 
     @pytest.fixture
     def context(self, bundle):
-        stream = open_backend("tensorrt", bundle).open_stream(1)
-        stream.step(TOKENS[:1, 0])
-        stream.top(1)
-        return stream._decode._context, stream
+        runner = open_backend("tensorrt", bundle).open_runner(1)
+        runner.step(TOKENS[:1, 0])
+        runner.top(1)
+        return runner._decode._context, runner
 
     def test_a_shared_address_of_input_and_output(self, context):
-        context, stream = context
-        context.set_tensor_address("decode.state.000_out", stream._state[1]["state.000"].address)
-        context.set_tensor_address("decode.state.000", stream._state[1]["state.000"].address)
+        context, runner = context
+        context.set_tensor_address("decode.state.000_out", runner._state[1]["state.000"].address)
+        context.set_tensor_address("decode.state.000", runner._state[1]["state.000"].address)
         with pytest.raises(Misuse, match="share memory"):
-            context.execute_async_v3(stream._stream.handle)
+            context.execute_async_v3(runner._stream.handle)
 
     @pytest.mark.parametrize("address", [0, "another empty tensor's", "no memory"])
     def test_an_address_of_an_empty_tensor_that_is_not_its_own(self, context, address):
-        context, stream = context
-        idle = stream._decode._idle.address
+        context, runner = context
+        idle = runner._decode._idle.address
         chosen = {"another empty tensor's": idle, "no memory": idle - 4096}.get(address, 0)
         context.set_tensor_address("prefill.logits", chosen)
         with pytest.raises(Misuse, match=r"has an address|share memory|not within device memory"):
-            context.execute_async_v3(stream._stream.handle)
+            context.execute_async_v3(runner._stream.handle)
 
     def test_a_graph_whose_inputs_are_not_all_empty(self, context):
         context, _ = context
         assert not context.set_input_shape("prefill.tokens", (1, 1))
 
     def test_memory_that_was_freed(self, context):
-        context, stream = context
-        stream._logits.close()
+        context, runner = context
+        runner._logits.close()
         with pytest.raises(Misuse, match="not within device memory that is allocated now"):
-            context.execute_async_v3(stream._stream.handle)
+            context.execute_async_v3(runner._stream.handle)
 
     def test_a_shape_outside_the_profile(self, context):
         assert not context[0].set_input_shape("decode.tokens", (1, 9))
@@ -390,6 +390,6 @@ class TestTheDoubleIsStrict:
 
 
 def test_the_initial_state_is_the_one_that_the_manifest_gives(bundle):
-    stream = open_backend("tensorrt", bundle).open_stream(2)
+    runner = open_backend("tensorrt", bundle).open_runner(2)
     for name, value in initial_state(bundle.manifest.state).items():
-        np.testing.assert_array_equal(stream.read_state(1)[name], value)
+        np.testing.assert_array_equal(runner.read_state(1)[name], value)

@@ -125,7 +125,7 @@ def test_a_backend_that_fails_costs_those_it_failed_for_and_the_engine_goes_on(m
         raise RuntimeError("out of luck")
 
     with monkeypatch.context() as patch:
-        patch.setattr(session._stream, at, broken)
+        patch.setattr(session._runner, at, broken)
         events = run(engine)
     assert [type(event.error) for event in events if isinstance(event, Failed)] == [RuntimeError]
     engine.add(fine := job([1], options))

@@ -159,24 +159,24 @@ def test_changing_a_session_under_a_running_generation_is_refused(model):
 
 
 class Paused:
-    """A stream whose next step waits, so that a second thread meets the first in the middle of it."""
+    """A runner whose next step waits, so that a second thread meets the first in the middle of it."""
 
-    def __init__(self, stream) -> None:
-        self._stream = stream
+    def __init__(self, runner) -> None:
+        self._runner = runner
         self.entered, self.leave = threading.Event(), threading.Event()
 
     def __getattr__(self, name: str):
-        return getattr(self._stream, name)
+        return getattr(self._runner, name)
 
     def step(self, tokens) -> None:
         self.entered.set()
         assert self.leave.wait(10)
-        self._stream.step(tokens)
+        self._runner.step(tokens)
 
 
 def test_a_second_thread_on_one_session_is_refused_and_the_first_goes_on(model):
     session = fed(model)
-    paused = session._stream = Paused(session._stream)
+    paused = session._runner = Paused(session._runner)
     thread = threading.Thread(target=session.step, args=([1],))
     thread.start()
     assert paused.entered.wait(10)
@@ -206,13 +206,13 @@ def test_two_sessions_of_one_model_work_in_two_threads(model):
 
 
 class Broken:
-    """A stream whose device fails once."""
+    """A runner whose device fails once."""
 
-    def __init__(self, stream) -> None:
-        self._stream = stream
+    def __init__(self, runner) -> None:
+        self._runner = runner
 
     def __getattr__(self, name: str):
-        return getattr(self._stream, name)
+        return getattr(self._runner, name)
 
     def step(self, tokens) -> None:
         raise RuntimeError("device lost")
@@ -221,10 +221,10 @@ class Broken:
 def test_a_session_that_failed_in_a_step_says_so_until_it_is_restored(model):
     session = fed(model)
     snapshot = session.snapshot()
-    stream, session._stream = session._stream, Broken(session._stream)
+    runner, session._runner = session._runner, Broken(session._runner)
     with pytest.raises(RuntimeError, match="device lost"):
         session.step([1])
-    session._stream = stream
+    session._runner = runner
     for action in (lambda: session.step([1]), session.snapshot, lambda: next(session.generate_tokens())):
         with pytest.raises(UserError, match="earlier step of this session failed"):
             action()
@@ -249,7 +249,7 @@ def test_logits_that_are_not_finite_are_reported_with_step_and_layer_and_never_s
 
 def test_faults_behind_the_last_layer_are_told_from_those_in_a_state(model):
     session = fed(model)
-    session._stream.logits()[:] = np.nan
+    session._runner.logits()[:] = np.nan
     with pytest.raises(UserError, match="every layer's state is finite, so the cause is after the last layer"):
         next(session.generate_tokens())
 
