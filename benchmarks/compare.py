@@ -1,6 +1,7 @@
 """The comparison of docs/lab/comparison.md: a random RetNet of 148M parameters against its Transformer, in one number format.
 
     python benchmarks/compare.py fp32|int8|int4 [--peer onnxruntime-genai] [--peer llama.cpp]
+    python benchmarks/compare.py fp32|int8|int4 --redraw    # page and figures again from report.json
 
 Writes report.json, report.html and the figures to docs/lab/comparison/FORMAT. Speed does not depend on what the weights are.
 """
@@ -18,7 +19,7 @@ from common import ROOT, random_bundle
 
 from retnet_export.commands.compare import print_comparison
 from retnet_export.compare.comparison import CompareOptions, compare
-from retnet_export.compare.report import write_report
+from retnet_export.compare.report import JSON_NAME, read_report, write_report
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.runtime.bundle.bundle import Bundle
 
@@ -31,7 +32,7 @@ def bundle_in(form: str, size: str, folder: Path) -> Bundle:
     return quantize_bundle(bundle, folder / f"{size}-{form}.retnet", QuantizeOptions(weights=form))
 
 
-def told(stage: str, share: float) -> None:
+def show(stage: str, share: float) -> None:
     """Progress for a log."""
     typer.echo(f"{time.strftime('%H:%M:%S')} {stage} {100 * share:.0f} %", err=True)
 
@@ -43,12 +44,16 @@ def main(
     peer: Annotated[list[str] | None, typer.Option(help="outside engines to run, too")] = None,
     cache: Annotated[str, typer.Option(help="the Transformer's cache: compute or int8")] = "compute",
     output: Annotated[Path | None, typer.Option("-o", help="docs/lab/comparison/FORMAT if not given")] = None,
+    redraw: Annotated[bool, typer.Option("--redraw", help="measure nothing: draw the figures of report.json again")] = False,
 ) -> None:
     """Measure, print, and write the report."""
     target = output or ROOT / "docs" / "lab" / "comparison" / form
+    if redraw:
+        write_report(read_report(target / JSON_NAME), target)
+        return
     with tempfile.TemporaryDirectory() as folder:
         options = CompareOptions(seconds=seconds, peers=tuple(peer or ()), cache=cache)
-        comparison = compare(bundle_in(form, size, Path(folder)), options, progress=told)
+        comparison = compare(bundle_in(form, size, Path(folder)), options, progress=show)
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     write_report(comparison, target)

@@ -1,42 +1,36 @@
-"""The figures, in the manner of the paper's Figure 6: memory, latency and throughput over context and batch.
-
-Rule: readable in black and white. Engines differ by line style and marker as much as by colour, and the colours are Okabe and
-Ito's, which the colour-blind tell apart.
-"""
+"""The figures, in the manner of the paper's Figure 6: memory, latency and throughput over context and batch."""
 
 from __future__ import annotations
 
 import importlib.util
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from retnet_export.compare import drawing
+from retnet_export.compare.drawing import BLUE, GREEN, GREY, INK, PAGE, SOFT, VERMILION, Look
 from retnet_export.compare.results import GENAI, LLAMA_CPP, RETNET, TRANSFORMER, Comparison, Measurement
 from retnet_export.runtime.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-INK, SOFT, PAGE = "#1a1a1a", "#dddddd", "#ffffff"
-"""Of text, of grid lines, and behind them."""
-
-STYLES: dict[str, dict[str, Any]] = {
-    RETNET: {"color": "#0072B2", "linestyle": "-", "marker": "o", "linewidth": 2.4, "zorder": 4},
-    TRANSFORMER: {"color": "#D55E00", "linestyle": "--", "marker": "s", "linewidth": 2.0, "zorder": 3},
-    GENAI: {"color": "#009E73", "linestyle": "-.", "marker": "^", "linewidth": 1.4, "zorder": 2},
-    LLAMA_CPP: {"color": "#555555", "linestyle": ":", "marker": "D", "linewidth": 1.4, "zorder": 2},
+LOOKS = {
+    RETNET: Look(BLUE, "-", "o", 2.4, order=4),
+    TRANSFORMER: Look(VERMILION, "--", "s"),
+    GENAI: Look(GREEN, "-.", "^", 1.4, order=2),
+    LLAMA_CPP: Look(GREY, ":", "D", 1.4, order=2),
 }
+"""Of each engine."""
 
 THEMED = {
     INK: "currentColor",
     SOFT: "var(--rule)",
     PAGE: "var(--page)",
-    "#0072b2": "var(--retnet)",
-    "#d55e00": "var(--transformer)",
-    "#009e73": "var(--genai)",
-    "#555555": "var(--llama)",
+    BLUE.lower(): "var(--retnet)",
+    VERMILION.lower(): "var(--transformer)",
+    GREEN.lower(): "var(--genai)",
+    GREY: "var(--llama)",
 }
 """Colors of an SVG figure that follow the page's theme, as variables of its style sheet (report.py)."""
 
@@ -105,11 +99,8 @@ def plots(comparison: Comparison) -> list[Plot]:
 
 
 def svg(plot: Plot) -> str:
-    """The figure as an SVG element, its text as outlines, so that it needs no font."""
-    buffer = io.StringIO()
-    figure = _figure(plot)
-    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    text = buffer.getvalue()[buffer.getvalue().index("<svg") :]
+    """The figure as an SVG element in the colors of the page's theme."""
+    text = drawing.svg(drawing.new_figure(plot.draw))
     for color, variable in THEMED.items():
         text = text.replace(color, variable)
     return text
@@ -117,9 +108,7 @@ def svg(plot: Plot) -> str:
 
 def png(plot: Plot) -> bytes:
     """The figure as a PNG file."""
-    buffer = io.BytesIO()
-    _figure(plot, title=True).savefig(buffer, format="png", dpi=144)
-    return buffer.getvalue()
+    return drawing.png(drawing.new_figure(plot.draw, title=plot.title))
 
 
 def require_matplotlib() -> None:
@@ -130,40 +119,6 @@ def require_matplotlib() -> None:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingExtraError("matplotlib", "compare", "drawing the report")
-
-
-def _figure(plot: Plot, *, title: bool = False) -> Figure:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    settings: Any = {
-        "font.family": "DejaVu Sans",
-        "font.size": 12,
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "axes.edgecolor": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "figure.facecolor": PAGE,
-        "axes.facecolor": PAGE,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.color": SOFT,
-        "axes.axisbelow": True,
-        # The same input gives the same file.
-        "svg.hashsalt": "retnet-export",
-        "svg.fonttype": "path",
-    }
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(6.0, 4.0), layout="constrained")
-        axes = figure.subplots()
-        plot.draw(axes)
-        if title:
-            figure.suptitle(plot.title, x=0.01, ha="left", fontsize=13, fontweight="bold")
-        # Above the axes, where it hides no data.
-        figure.legend(loc="outside upper left", ncols=2, frameon=False, handlelength=2.6, columnspacing=1.4)
-        return figure
 
 
 def _latency(axes: Axes, comparison: Comparison) -> None:
@@ -215,26 +170,12 @@ def _series(comparison: Comparison, kind: str, wanted: Callable[[Measurement], b
 
 
 def _line(axes: Axes, engine: str, x: Sequence[float], y: Sequence[float], above: Sequence[float] | None = None) -> None:
-    style = STYLES[engine]
-    axes.plot(x, y, label=engine, markersize=6, markeredgecolor=PAGE, **style)
+    look = LOOKS[engine]
+    look.draw(axes, x, y, engine)
     if above is not None:
-        axes.errorbar(x, y, yerr=[[0.0] * len(y), above], fmt="none", ecolor=style["color"], elinewidth=1.0, capsize=3)
+        axes.errorbar(x, y, yerr=[[0.0] * len(y), above], fmt="none", ecolor=look.color, elinewidth=1.0, capsize=3)
 
 
 def _finish(axes: Axes, x_label: str, y_label: str, ticks: Sequence[int]) -> None:
-    """The y axis starts at 0. The x axis is logarithmic, or linear up to the first tick above 0 where it starts at 0."""
-    ticks = sorted(set(ticks))
-    least = min((tick for tick in ticks if tick > 0), default=1)
-    if ticks[0] == 0:
-        axes.set_xscale("symlog", base=2, linthresh=least, linscale=0.7)
-        x_label = f"{x_label} (linear up to {least:,}, then logarithmic)"
-    else:
-        axes.set_xscale("log", base=2)
-        x_label = f"{x_label} (logarithmic)"
-    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    axes.minorticks_off()
-    axes.set_xlim(min(ticks) - (0.06 * least if min(ticks) == 0 else 0.07 * min(ticks)), max(ticks) * 1.25)
-    axes.set_ylim(0, 1.06 * axes.get_ylim()[1])
-    axes.yaxis.set_major_formatter(lambda value, position: f"{value:,.10g}")
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
+    drawing.logarithmic_x(axes, x_label, ticks)
+    drawing.linear_y(axes, y_label)

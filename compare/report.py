@@ -146,7 +146,7 @@ def model_table(comparison: Comparison) -> Table:
     sides = (comparison.retnet, comparison.transformer)
     shapes = dict.fromkeys(name for side in sides for name in side.shape)
     lines = [
-        ["parameters", f"{sides[0].parameters:,}", f"{sides[1].parameters:,} ({100 * parameter_difference(comparison):+.1f} %)"],
+        ["parameters", f"{sides[0].parameters:,}", f"{sides[1].parameters:,} ({_change(parameter_difference(comparison))})"],
         ["weights", *(f"{side.weights}, {side.weights_bytes / 1e6:,.1f} MB" for side in sides)],
         ["one sequence", *(_sequence(side) for side in sides)],
         *([name, *(f"{side.shape[name]:,}" if name in side.shape else "–" for side in sides)] for name in shapes),
@@ -205,6 +205,12 @@ def _sequence(side: Side) -> str:
 
 def _setting(value: object) -> str:
     return " ".join(str(entry) for entry in value) if isinstance(value, (tuple, list)) else str(value)
+
+
+def _change(share: float) -> str:
+    """Such as "+0.3 %"; never "-0.0 %"."""
+    percent = round(100 * share, 1)
+    return f"{percent:+.1f} %" if percent else "0.0 %"
 
 
 def _million(side: Side) -> str:
