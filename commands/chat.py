@@ -51,27 +51,14 @@ HISTORY_LINES = 1000
 @sampling.with_sampling(max_new_tokens=256)
 def chat(
     bundle: BundlePath,
-    system: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A text to read before the conversation.", show_default=False)
-    ] = None,
-    load_state: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Continue a saved conversation.", show_default=False)
-    ] = None,
-    template: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="A Jinja chat template instead of the model's own.", show_default=False),
-    ] = None,
+    system: Annotated[Path | None, typer.Option(metavar="FILE", help="A text to read before the conversation.")] = None,
+    load_state: Annotated[Path | None, typer.Option(metavar="FILE", help="Continue a saved conversation.")] = None,
+    template: Annotated[Path | None, typer.Option(metavar="FILE", help="A Jinja chat template instead of the model's own.")] = None,
     before: Annotated[
-        str | None,
-        typer.Option(
-            help=r"Without a template: text before each message, for example 'User: '; \n is a new line.", show_default=False
-        ),
+        str | None, typer.Option(help=r"Without a template: text before each message, for example 'User: '; \n is a new line.")
     ] = None,
     after: Annotated[
-        str | None,
-        typer.Option(
-            help=r"Without a template: text after each message, for example '\nAssistant: '; default \n.", show_default=False
-        ),
+        str | None, typer.Option(help=r"Without a template: text after each message, for example '\nAssistant: '; default \n.")
     ] = None,
     keep: Annotated[int, typer.Option(min=1, help="How many messages /rewind can remove.")] = 16,
     *,

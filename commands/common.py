@@ -51,37 +51,27 @@ def checkpoint_path(given: str) -> Path:
 
 BundlePath = Annotated[
     Path,
-    typer.Argument(
-        metavar="BUNDLE",
-        help="A bundle: the folder that `export` wrote, or user/name on the Hub.",
-        show_default=False,
-        parser=bundle_path,
-    ),
+    typer.Argument(metavar="BUNDLE", help="A bundle: the folder that `export` wrote, or user/name on the Hub.", parser=bundle_path),
 ]
 CheckpointPath = Annotated[
     Path,
     typer.Argument(
         metavar="CHECKPOINT",
         help="A trained RetNet: a Hugging Face folder, a .pt file, or user/name on the Hub.",
-        show_default=False,
         parser=checkpoint_path,
     ),
 ]
-Output = Annotated[Path, typer.Option("-o", "--output", metavar="BUNDLE", help="The bundle to write.", show_default=False)]
+Output = Annotated[Path, typer.Option("-o", "--output", metavar="BUNDLE", help="The bundle to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")]
 Json = Annotated[bool, typer.Option("--json", help="Print only one JSON document on stdout.")]
 BackendName = Annotated[Backends, typer.Option("--backend", help="Which backend runs the model.")]
-Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, help="CPU threads; default: the backend decides.", show_default=False)
-]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default: the backend decides.")]
 WIDE = 1000
 """Width of a table that is not for a terminal: enough to fold nothing."""
 LowMemory = Annotated[
     bool | None,
     typer.Option(
-        "--low-memory/--no-low-memory",
-        help="Use less memory, or be faster; default: depends on the model and the free memory.",
-        show_default=False,
+        "--low-memory/--no-low-memory", help="Use less memory, or be faster; default: depends on the model and the free memory."
     ),
 ]
 

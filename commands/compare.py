@@ -29,39 +29,26 @@ if TYPE_CHECKING:
 def compare(
     bundle: BundlePath,
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="REPORT",
-            help="The folder for the report; default: BUNDLE.comparison.",
-            show_default=False,
-        ),
+        Path | None, typer.Option("-o", "--output", metavar="REPORT", help="The folder for the report; default: BUNDLE.comparison.")
     ] = None,
     contexts: Annotated[str, typer.Option(help="Tokens read before decoding is timed.")] = "0,512,2048,8192,32768",
     prompts: Annotated[str, typer.Option(help="Lengths of prompts to read.")] = "512,2048",
     batches: Annotated[str, typer.Option(help="Sequences that decode together.")] = "1,2,4,8",
     batch_context: Annotated[int, typer.Option(help="Tokens of context in the batches.")] = 2048,
     kv_heads: Annotated[
-        int | None,
-        typer.Option(help="The Transformer's key and value heads; default: as many as its query heads.", show_default=False),
+        int | None, typer.Option(help="The Transformer's key and value heads; default: as many as its query heads.")
     ] = None,
     cache: Annotated[
-        Literal["compute", "int8"],
-        typer.Option(help="Format of the Transformer's cache; compute: the format of the products."),
+        Literal["compute", "int8"], typer.Option(help="Format of the Transformer's cache; compute: the format of the products.")
     ] = "compute",
     memory_budget: Annotated[
-        float | None, typer.Option(help="Gigabytes that each model may use; default: the free memory.", show_default=False)
+        float | None, typer.Option(help="Gigabytes that each model may use; default: the free memory.")
     ] = None,
     peer: Annotated[
-        list[str] | None,
-        typer.Option(help="Also run another engine: onnxruntime-genai or llama.cpp; may be repeated.", show_default=False),
+        list[str] | None, typer.Option(help="Also run another engine: onnxruntime-genai or llama.cpp; may be repeated.")
     ] = None,
     text: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Report the bundle's perplexity on this text, which it was not trained on.", show_default=False
-        ),
+        Path | None, typer.Option(metavar="FILE", help="Report the bundle's perplexity on this text, which it was not trained on.")
     ] = None,
     seconds: Annotated[float, typer.Option(help="Approximate time for each engine in each cell.")] = 2.0,
     backend: BackendName = "auto",

@@ -22,10 +22,7 @@ def compile_(
     ] = "tensorrt",
     compute_capability: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Compute capability of a GPU to build for, for example 8.6 (tensorrt-rtx only); may be repeated.",
-            show_default=False,
-        ),
+        typer.Option(help="Compute capability of a GPU to build for, for example 8.6 (tensorrt-rtx only); may be repeated."),
     ] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="The most sequences that step together.")] = 1,
     candidates: Annotated[int, typer.Option(min=0, help="How many of the largest logits a step picks on the GPU.")] = 64,
@@ -33,8 +30,7 @@ def compile_(
         int | None, typer.Option(min=1, metavar="MB", help="Scratch memory for building; default: TensorRT decides.")
     ] = None,
     timing_cache: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="File for the times of kernels; makes the next build faster.", show_default=False),
+        Path | None, typer.Option(metavar="FILE", help="File for the times of kernels; makes the next build faster.")
     ] = None,
     separate: Annotated[
         bool, typer.Option("--separate", help="Build one engine for decode and one for prefill; stores the weights twice.")

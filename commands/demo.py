@@ -25,16 +25,11 @@ def demo(
         "classics.retnet"
     ),
     checkpoint: Annotated[
-        Path | None,
-        typer.Option(help="A checkpoint to use in place of the bundled model.", show_default=False, parser=checkpoint_path),
+        Path | None, typer.Option(help="A checkpoint to use in place of the bundled model.", parser=checkpoint_path)
     ] = None,
-    text: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Text to measure quality on; default: a bundled text.", show_default=False),
-    ] = None,
+    text: Annotated[Path | None, typer.Option(metavar="FILE", help="Text to measure quality on; default: a bundled text.")] = None,
     calibration: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Quantize to INT4 by gptq with this calibration text.", show_default=False),
+        Path | None, typer.Option(metavar="FILE", help="Quantize to INT4 by gptq with this calibration text.")
     ] = None,
     force: Force = False,
 ) -> None:

@@ -16,20 +16,16 @@ if TYPE_CHECKING:
 
 def evaluate(
     bundle: BundlePath,
-    text: Annotated[Path, typer.Option(metavar="FILE", help="A text that the model was not trained on.", show_default=False)],
+    text: Annotated[Path, typer.Option(metavar="FILE", help="A text that the model was not trained on.")],
     against: Annotated[
-        Path | None,
-        typer.Option(metavar="BUNDLE", help="Compare with this bundle, token by token.", show_default=False, parser=bundle_path),
+        Path | None, typer.Option(metavar="BUNDLE", help="Compare with this bundle, token by token.", parser=bundle_path)
     ] = None,
-    tokens: Annotated[
-        int | None, typer.Option(min=1, help="Read at most this many tokens; default: all.", show_default=False)
-    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Read at most this many tokens; default: all.")] = None,
     steps: Annotated[
         bool | None,
         typer.Option(
             "--steps/--chunks",
             help="Read token by token, as in decoding, or in chunks. Default: in chunks, unless the state is float16.",
-            show_default=False,
         ),
     ] = None,
     backend: BackendName = "auto",
@@ -58,10 +54,7 @@ def encode_evaluation(evaluation: Evaluation) -> dict[str, object]:
 def print_evaluation(bundle: Path, evaluation: Evaluation) -> None:
     from retnet_export.quantize.evaluation import GREEDY_TOKENS
 
-    rows = [
-        ("perplexity", f"{evaluation.perplexity:.3f} per token"),
-        ("bits per byte", f"{evaluation.bits_per_byte:.4f}"),
-    ]
+    rows = [("perplexity", f"{evaluation.perplexity:.3f} per token"), ("bits per byte", f"{evaluation.bits_per_byte:.4f}")]
     if (c := evaluation.comparison) is not None:
         greedy = sorted(c.greedy)
         last = c.state[-1]

@@ -28,14 +28,13 @@ def export(
     output: Output,
     precision: Annotated[Literal["fp32", "fp16", "bf16"], typer.Option(help="Number format of weights and products.")] = "fp32",
     state: Annotated[Literal["fp32", "fp16"], typer.Option(help="Number format of the stored state.")] = "fp32",
-    batch: Annotated[int | None, typer.Option(help="A fixed number of sequences; default: any.", show_default=False)] = None,
+    batch: Annotated[int | None, typer.Option(help="A fixed number of sequences; default: any.")] = None,
     chunk: Annotated[int, typer.Option(help="Most tokens that prefill reads at once.")] = 128,
     tokenizer: Annotated[
         Path | None,
         typer.Option(
             metavar="FOLDER",
             help="A tokenizer in place of the checkpoint's: a folder with tokenizer.json, or user/name on the Hub.",
-            show_default=False,
             parser=tokenizer_path,
         ),
     ] = None,

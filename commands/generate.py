@@ -44,14 +44,10 @@ NO_RAILS = "not measured: found no power rails (only a Jetson has them)"
 def generate(
     bundle: BundlePath,
     prompt: Annotated[
-        str | None,
-        typer.Option(help="Text to continue; default: read from stdin, unless a saved state is given.", show_default=False),
+        str | None, typer.Option(help="Text to continue; default: read from stdin, unless a saved state is given.")
     ] = None,
     prompt_ids: Annotated[
-        str | None,
-        typer.Option(
-            metavar="IDS", help="Token ids to continue in place of a text, for example '1 15043 29892'.", show_default=False
-        ),
+        str | None, typer.Option(metavar="IDS", help="Token ids to continue in place of a text, for example '1 15043 29892'.")
     ] = None,
     prompts: Annotated[
         Path | None,
@@ -59,29 +55,20 @@ def generate(
             metavar="FILE",
             help="Continue many prompts, a line each, - for stdin (.jsonl: a text, token ids, or an object with 'prompt' and "
             "options of its own); prints a JSON line for each.",
-            show_default=False,
         ),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="With --prompts: how many to generate together.")] = 8,
     load_state: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Continue a saved state; the prompt is read after it.", show_default=False),
+        Path | None, typer.Option(metavar="FILE", help="Continue a saved state; the prompt is read after it.")
     ] = None,
     save_state: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Save the state at the end. With --max-new-tokens 0 it holds only the prompt.",
-            show_default=False,
-        ),
+        typer.Option(metavar="FILE", help="Save the state at the end. With --max-new-tokens 0 it holds only the prompt."),
     ] = None,
     *,
     options: Options,
     logprobs: Annotated[
-        int | None,
-        typer.Option(
-            min=0, help="With --json or --prompts: log-probabilities of the tokens and of the N best tokens.", show_default=False
-        ),
+        int | None, typer.Option(min=0, help="With --json or --prompts: log-probabilities of the tokens and of the N best tokens.")
     ] = None,
     ids: Annotated[bool, typer.Option("--ids", help="Print token ids instead of their text.")] = False,
     backend: BackendName = "auto",
@@ -195,13 +182,7 @@ def _about(model: Model, stats: Stats) -> dict[str, object]:
 
 
 def _continue_many(
-    model: Model,
-    prompts: list[Prompt],
-    options: Options,
-    batch: int,
-    before: Snapshot | None,
-    stats: Stats,
-    as_json: bool,
+    model: Model, prompts: list[Prompt], options: Options, batch: int, before: Snapshot | None, stats: Stats, as_json: bool
 ) -> bool:
     """Continue many prompts; false if interrupted. What was finished by then is printed."""
 

@@ -22,35 +22,24 @@ HEAD = ("device", "fits", "peak", "tokens/s", "range", "Transformer at 8k", "lar
 
 def plan(
     bundle: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="[BUNDLE]", help="A bundle. Without one, give the model's sizes.", show_default=False, parser=bundle_path
-        ),
+        Path | None, typer.Argument(metavar="[BUNDLE]", help="A bundle. Without one, give the model's sizes.", parser=bundle_path)
     ] = None,
-    device: Annotated[
-        list[str] | None, typer.Option(help="A device, for example orin-nano-8gb; may be repeated.", show_default=False)
-    ] = None,
+    device: Annotated[list[str] | None, typer.Option(help="A device, for example orin-nano-8gb; may be repeated.")] = None,
     devices: Annotated[bool, typer.Option("--devices", help="All known devices.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Sequences that step together.")] = 1,
-    layers: Annotated[int | None, typer.Option(min=1, help="Without a bundle: number of layers.", show_default=False)] = None,
-    width: Annotated[int | None, typer.Option(min=2, help="Without a bundle: width of the residual.", show_default=False)] = None,
-    heads: Annotated[int | None, typer.Option(min=1, help="Number of heads; default: width / 256.", show_default=False)] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Without a bundle: number of layers.")] = None,
+    width: Annotated[int | None, typer.Option(min=2, help="Without a bundle: width of the residual.")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Number of heads; default: width / 256.")] = None,
     ffn: Annotated[int | None, typer.Option(min=1, help="Inner width of the FFN; default: twice the width.")] = None,
-    vocabulary: Annotated[
-        int | None, typer.Option(min=1, help="Size of the vocabulary; default: 32000.", show_default=False)
-    ] = None,
+    vocabulary: Annotated[int | None, typer.Option(min=1, help="Size of the vocabulary; default: 32000.")] = None,
     weights: Annotated[
         Literal["fp32", "fp16", "bf16", "int8", "int4", "fp8", "fp4"] | None,
-        typer.Option(help="Number format of the weights; default: fp16.", show_default=False),
+        typer.Option(help="Number format of the weights; default: fp16."),
     ] = None,
-    state: Annotated[
-        Literal["fp32", "fp16"] | None, typer.Option(help="Number format of the stored state; default: fp32.", show_default=False)
-    ] = None,
+    state: Annotated[Literal["fp32", "fp16"] | None, typer.Option(help="Number format of the stored state; default: fp32.")] = None,
     calibrate: Annotated[
         list[Path] | None,
-        typer.Option(
-            metavar="REPORT", help="A report of scripts/jetson-check.sh from that --device; may be repeated.", show_default=False
-        ),
+        typer.Option(metavar="REPORT", help="A report of scripts/jetson-check.sh from that --device; may be repeated."),
     ] = None,
     as_json: Json = False,
 ) -> None:

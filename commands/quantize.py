@@ -27,7 +27,6 @@ def quantize(
         typer.Option(
             metavar="N",
             help="Inputs that share a scale: 16, 32, 64, 128 or 256; default: 64 for int4, all inputs of an output for int8.",
-            show_default=False,
         ),
     ] = None,
     method: Annotated[
@@ -38,23 +37,15 @@ def quantize(
         Literal["int8", "int4", "keep", "fp8"], typer.Option(help="Format of the output head; fp8 needs --activations fp8.")
     ] = "int8",
     calibration: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="A text of every kind that the model will continue, 30 kB or more.", show_default=False),
+        Path | None, typer.Option(metavar="FILE", help="A text of every kind that the model will continue, 30 kB or more.")
     ] = None,
-    state: Annotated[
-        Literal["fp16"] | None, typer.Option(help="Number format of the stored state; default: unchanged.", show_default=False)
-    ] = None,
+    state: Annotated[Literal["fp16"] | None, typer.Option(help="Number format of the stored state; default: unchanged.")] = None,
     activations: Annotated[
-        Literal["int8", "fp8"] | None,
-        typer.Option(help="Format of the inputs of products, for TensorRT; needs --calibration.", show_default=False),
+        Literal["int8", "fp8"] | None, typer.Option(help="Format of the inputs of products, for TensorRT; needs --calibration.")
     ] = None,
     evaluate: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Then compare with the float bundle on this text, and record the result in the bundle.",
-            show_default=False,
-        ),
+        typer.Option(metavar="FILE", help="Then compare with the float bundle on this text, and record the result in the bundle."),
     ] = None,
     force: Force = False,
     as_json: Json = False,

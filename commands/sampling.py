@@ -31,7 +31,7 @@ def _flag(kind: Any, text: str, *names: str, **more: Any) -> Any:
 
 
 def _many(kind: Any, text: str, *names: str, metavar: str | None = None) -> Any:
-    return _flag(kind | None, f"{text}; may be repeated.", *names, metavar=metavar, show_default=False)
+    return _flag(kind | None, f"{text}; may be repeated.", *names, metavar=metavar)
 
 
 FLAGS: dict[str, tuple[Any, Any]] = {
@@ -44,7 +44,7 @@ FLAGS: dict[str, tuple[Any, Any]] = {
     "presence_penalty": (_flag(float, "Subtract this from the logits of tokens already generated."), 0.0),
     "frequency_penalty": (_flag(float, "Subtract this from a token's logit for each time it was generated."), 0.0),
     "logit_bias": (_many(list[str], "Add to a token's logit, by id; -inf bans it", metavar="ID=BIAS"), None),
-    "seed": (_flag(int | None, "The same seed gives the same text; default: a random seed.", show_default=False), None),
+    "seed": (_flag(int | None, "The same seed gives the same text; default: a random seed."), None),
     "speculate": (
         _flag(
             str,

@@ -14,8 +14,8 @@ from retnet_export.runtime.errors import ArgumentError, UserError
 
 def tokenize(
     bundle: BundlePath,
-    text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="The text; default: stdin.", show_default=False)] = None,
-    file: Annotated[Path | None, typer.Option(metavar="FILE", help="Read the text from a file.", show_default=False)] = None,
+    text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="The text; default: stdin.")] = None,
+    file: Annotated[Path | None, typer.Option(metavar="FILE", help="Read the text from a file.")] = None,
     prefix: Annotated[
         bool, typer.Option("--prefix/--no-prefix", help="Include the tokens that begin a text, as `generate` does.")
     ] = True,

@@ -12,13 +12,11 @@ from retnet_export.commands.common import BundlePath, Force
 
 def triton(
     bundle: BundlePath,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The repository to write.", show_default=False)],
-    name: Annotated[str | None, typer.Option(help="Name of the model; default: the bundle's.", show_default=False)] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The repository to write.")],
+    name: Annotated[str | None, typer.Option(help="Name of the model; default: the bundle's.")] = None,
     instances: Annotated[int, typer.Option(min=1, help="Copies of each model (on each GPU).")] = 1,
     max_batch: Annotated[int, typer.Option(min=1, help="Sequences that generate together in an instance.")] = 8,
-    gpu: Annotated[
-        list[int] | None, typer.Option(min=0, help="A GPU to run on; may be repeated; default: the CPU.", show_default=False)
-    ] = None,
+    gpu: Annotated[list[int] | None, typer.Option(min=0, help="A GPU to run on; may be repeated; default: the CPU.")] = None,
     step: Annotated[Literal["onnxruntime", "tensorrt"], typer.Option(help="What runs the single step.")] = "onnxruntime",
     force: Force = False,
 ) -> None:

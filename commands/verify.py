@@ -27,12 +27,8 @@ if TYPE_CHECKING:
 
 def verify(
     bundle: BundlePath,
-    checkpoint: Annotated[
-        Path, typer.Option(help="The checkpoint that the bundle was exported from.", show_default=False, parser=checkpoint_path)
-    ],
-    text: Annotated[
-        Path | None, typer.Option(help="Text to read; default: a passage of Shakespeare and the Bible.", show_default=False)
-    ] = None,
+    checkpoint: Annotated[Path, typer.Option(help="The checkpoint that the bundle was exported from.", parser=checkpoint_path)],
+    text: Annotated[Path | None, typer.Option(help="Text to read; default: a passage of Shakespeare and the Bible.")] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Most positions to compare.")] = 512,
     backend: BackendName = "auto",
     by_layer: Annotated[
@@ -40,7 +36,6 @@ def verify(
         typer.Option(
             "--by-layer/--whole",
             help="A layer at a time, on ONNX Runtime, for models larger than memory; if not given, where memory is short.",
-            show_default=False,
         ),
     ] = None,
     as_json: Json = False,
