@@ -36,7 +36,8 @@ DEBIAN = [
     "zlib1g",
 ]
 PYTHON = "3.11"
-EXTRAS = "cpu"
+EXTRAS = "cpu,serve"
+"""Of the package. Their wheels have a folder of their own, so that other extras are downloaded anew."""
 PLATFORMS = [f"manylinux_2_{minor}_aarch64" for minor in range(35, 16, -1)] + ["manylinux2014_aarch64"]
 """Of wheels that run with glibc 2.35, JetPack 6's, newest first."""
 
@@ -48,12 +49,13 @@ def make(folder: Path, onnxruntime: str) -> None:
         folder: the machine; Debian's part is unpacked once, the wheels of one ONNX Runtime once, this package every time.
         onnxruntime: its version.
     """
-    system, wheels, site = folder / "system", folder / f"wheels-{onnxruntime}", folder / f"site-{onnxruntime}"
+    system, site = folder / "system", folder / f"site-{onnxruntime}"
+    wheels = folder / f"wheels-{onnxruntime}-{EXTRAS.replace(',', '-')}"
     if not (system / "usr/bin" / f"python{PYTHON}").exists():
         _unpack_debian(system, folder / "debian")
     own = _own_wheel(folder / "own")
     if not wheels.exists():
-        partial = wheels.with_suffix(".partial")
+        partial = wheels.with_name(f"{wheels.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         platforms = [argument for name in PLATFORMS for argument in ("--platform", name)]
         version = ["--python-version", PYTHON, "--implementation", "cp"]

@@ -87,23 +87,28 @@ class TokenTexts:
 
 
 class ChatForm:
-    """`/v1/chat/completions`."""
+    """`/v1/chat/completions`.
+
+    Args:
+        texts: of tokens.
+        logprobs, ids: whether log-probabilities and token ids are wanted.
+    """
 
     prefix, whole, chunk = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, texts: TokenTexts, *, logprobs: bool) -> None:
-        self._texts, self._logprobs = texts, logprobs
+    def __init__(self, texts: TokenTexts, *, logprobs: bool, ids: bool) -> None:
+        self._texts, self._logprobs, self._ids = texts, logprobs, ids
 
     def opening(self, index: int) -> Sequence[dict[str, Any]]:
         return [self._delta(index, {"role": "assistant", "content": ""})]
 
     def piece(self, index: int, piece: Piece) -> dict[str, Any] | None:
-        if not piece.text and not (self._logprobs and piece.token is not None):
+        if not piece.text and not ((self._logprobs or self._ids) and piece.token is not None):
             return None
         delta = self._delta(index, {"content": piece.text})
         if self._logprobs and piece.token is not None:
             delta["logprobs"] = {"content": [self._texts.of(piece)]}
-        return delta
+        return delta | _token_ids([piece], self._ids)
 
     def closing(self, index: int, finish: str) -> dict[str, Any]:
         return self._delta(index, {}) | {"finish_reason": finish}
@@ -117,6 +122,7 @@ class ChatForm:
             "message": {"role": "assistant", "content": answer.text},
             "logprobs": logprobs,
             "finish_reason": answer.finish,
+            **_token_ids(answer.pieces, self._ids),
         }
 
     def read(self, job: int, event: Read) -> None:
@@ -133,13 +139,13 @@ class CompletionForm:
         texts: of tokens.
         prompts: text of each prompt, to be repeated before its answers; None if that is not wanted.
         each: answers a prompt.
-        logprobs: whether they are wanted.
+        logprobs, ids: whether log-probabilities and token ids are wanted.
     """
 
     prefix, whole, chunk = "cmpl-", "text_completion", "text_completion"
 
-    def __init__(self, texts: TokenTexts, *, prompts: Sequence[str] | None, each: int, logprobs: bool) -> None:
-        self._texts, self._prompts, self._each, self._logprobs = texts, prompts, each, logprobs
+    def __init__(self, texts: TokenTexts, *, prompts: Sequence[str] | None, each: int, logprobs: bool, ids: bool) -> None:
+        self._texts, self._prompts, self._each, self._logprobs, self._ids = texts, prompts, each, logprobs, ids
         self._scores: dict[int, Sequence[Piece]] = {}
         self._lengths: dict[int, int] = {}
 
@@ -153,12 +159,13 @@ class CompletionForm:
         return [self._choice(index, self._prompts[job], self._scored(self._scores.get(job, ()), 0))]
 
     def piece(self, index: int, piece: Piece) -> dict[str, Any] | None:
-        if not piece.text and not (self._logprobs and piece.token is not None):
+        if not piece.text and not ((self._logprobs or self._ids) and piece.token is not None):
             return None
         job = index // self._each
         start = self._lengths.get(index, len(self._prompts[job]) if self._prompts else 0)
         self._lengths[index] = start + len(piece.text)
-        return self._choice(index, piece.text, self._scored([piece] if piece.token is not None else [], start))
+        choice = self._choice(index, piece.text, self._scored([piece] if piece.token is not None else [], start))
+        return choice | _token_ids([piece], self._ids)
 
     def closing(self, index: int, finish: str) -> dict[str, Any]:
         return self._choice(index, "", None) | {"finish_reason": finish}
@@ -168,7 +175,8 @@ class CompletionForm:
         pieces = [*(self._scores.get(job, ()) if self._prompts is not None else ()), *answer.pieces]
         text = (self._prompts[job] if self._prompts is not None else "") + answer.text
         tokens = [piece for piece in pieces if piece.token is not None]
-        return self._choice(index, text, self._scored(tokens, 0)) | {"finish_reason": answer.finish}
+        choice = self._choice(index, text, self._scored(tokens, 0)) | {"finish_reason": answer.finish}
+        return choice | _token_ids(answer.pieces, self._ids)
 
     def _choice(self, index: int, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}
@@ -268,6 +276,11 @@ class AnswerWriter:
 
     def _event(self, content: dict[str, Any]) -> bytes:
         return _sse({**self._about, "object": self._form.chunk, **content})
+
+
+def _token_ids(pieces: Sequence[Piece], wanted: bool) -> dict[str, list[int]]:
+    """A field of a choice, by vLLM's name."""
+    return {"token_ids": [piece.token for piece in pieces if piece.token is not None]} if wanted else {}
 
 
 def _sse(content: object) -> bytes:

@@ -55,6 +55,7 @@ class Generating(Body):
     ignore_eos: bool | None = None
     cache_prompt: bool | None = None
     state: str | None = None
+    return_token_ids: bool | None = None
 
 
 class CompletionBody(Generating):

@@ -98,13 +98,14 @@ class Endpoints:
             prompts=[service.text_of(job.tokens) for job in jobs] if body.echo else None,
             each=body.n or 1,
             logprobs=body.logprobs is not None,
+            ids=bool(body.return_token_ids),
         )
         return await self._answer(request, body, form, jobs, ignored)
 
     async def chat(self, request: Request) -> Response:
         service, (body, ignored) = self._ready, await self._body(request, ChatBody)
         job = await run_in_threadpool(service.chat_job, body)
-        form = ChatForm(TokenTexts(service), logprobs=bool(body.logprobs))
+        form = ChatForm(TokenTexts(service), logprobs=bool(body.logprobs), ids=bool(body.return_token_ids))
         return await self._answer(request, body, form, [job], ignored)
 
     async def _answer(

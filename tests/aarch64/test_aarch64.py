@@ -8,9 +8,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
+import signal
 import subprocess
 from pathlib import Path
 
+import httpx
 import pytest
 
 from retnet_export.runtime import Snapshot, load
@@ -102,6 +105,33 @@ def test_a_command_answers(bundles, arguments, expected):
     result = cli(VERSIONS[0], *(argument.format(**made) for argument in arguments))
     assert result.returncode == 0, result.stderr[-2000:]
     assert expected in result.stdout
+
+
+def test_serve_answers_as_here_and_ends_well_at_sigterm(bundles):
+    made, greedy = bundles
+    command = emulated(VERSIONS[0], "-m", "retnet_export", "serve", made["int4"], "--port", "0", "--threads", "1")
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if line.startswith("ready"):
+                break
+        assert lines, process.wait()
+        assert lines[-1].startswith("ready"), lines
+        (address,) = re.findall(r"http://[\d.:]+", lines[0])
+        with httpx.Client(base_url=address, timeout=120) as client:
+            assert client.get("/health").json() == {"status": "ok"}
+            body = {"prompt": PROMPT, "temperature": 0, "max_tokens": NEW_TOKENS, "ignore_eos": True}
+            answer = client.post("/v1/completions", json=body).json()
+        assert answer["choices"][0]["text"] == load(made["int4"], "onnxruntime").tokenizer.decode(greedy["int4"])
+        assert answer["usage"]["completion_tokens"] == NEW_TOKENS
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0, process.stderr.read()
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
 
 
 def test_the_report_from_the_field_runs_to_its_end_and_says_what_it_could_not_run(bundles, tmp_path):

@@ -372,8 +372,30 @@ def test_one_request_that_fails_leaves_the_others_alone(running, writer, monkeyp
     assert good["choices"][0]["text"] == text_of(writer, PROMPT, max_new_tokens=5, seed=1)
 
 
+def test_token_ids_of_an_answer_come_if_asked_for(address, writer):
+    session = writer.session()
+    session.feed(PROMPT)
+    ids = list(session.generate_tokens(max_new_tokens=6, temperature=0.0))
+    completion = {"prompt": PROMPT, "max_tokens": 6, "temperature": 0}
+    chat = {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 6, "temperature": 0}
+    assert "token_ids" not in httpx.post(f"{address}/v1/completions", json=completion).json()["choices"][0]
+    (choice,) = httpx.post(f"{address}/v1/completions", json={**completion, "return_token_ids": True}).json()["choices"]
+    assert choice["token_ids"] == ids
+    for path, body in (("completions", completion), ("chat/completions", chat)):
+        (whole,) = httpx.post(f"{address}/v1/{path}", json={**body, "return_token_ids": True}).json()["choices"]
+        streamed = httpx.post(f"{address}/v1/{path}", json={**body, "return_token_ids": True, "stream": True}).text
+        chunks = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
+        pieces = [token for chunk in chunks for token in chunk["choices"][0].get("token_ids", ())]
+        assert pieces == whole["token_ids"]
+        assert len(pieces) == 6
+
+
 def test_a_model_without_a_tokenizer_takes_and_gives_ids(model):
     with server(model, limits=Limits(prompt=20, tokens=30)) as (address, _):
+        body = {"prompt": [1, 2, 3], "max_tokens": 4, "temperature": 0, "return_token_ids": True, "stream": True}
+        lines = httpx.post(f"{address}/v1/completions", json=body).text.splitlines()
+        chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        assert [len(chunk["choices"][0].get("token_ids", ())) for chunk in chunks] == [1, 1, 1, 1, 0]
         body = {"prompt": [1, 2, 3], "max_tokens": 4, "temperature": 0, "logprobs": 1, "echo": True}
         choice = httpx.post(f"{address}/v1/completions", json=body).json()["choices"][0]
         assert choice["text"] == ""
