@@ -114,7 +114,7 @@ def _run(command: Sequence[str]) -> str:
 
 
 def write_gguf(baseline: Baseline, path: Path) -> None:
-    """Write the baseline as GGUF, without a vocabulary: llama-bench reads random tokens.
+    """Write the baseline as GGUF, with names for tokens: llama-bench needs none, llama-server does not start without.
 
     Raises:
         UserError: the package `gguf` is missing.
@@ -137,7 +137,11 @@ def write_gguf(baseline: Baseline, path: Path) -> None:
     writer.add_rope_freq_base(config.rotary_base)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
+    writer.add_tokenizer_model("llama")
+    names, kinds = zip(*token_names(config.vocab_size), strict=True)
+    writer.add_token_list(names)
+    writer.add_token_types(kinds)
+    writer.add_token_scores([0.0] * config.vocab_size)
     read = RandomWeights(config)
     for name in weight_shapes(config):
         array = gguf_array(config, name, read(name))
@@ -148,6 +152,14 @@ def write_gguf(baseline: Baseline, path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def token_names(vocab_size: int) -> list[tuple[str, int]]:
+    """Names and GGUF's types of so many tokens: three special ones, every byte (text may have any), and numbered words."""
+    special = [("<unk>", 2), ("<s>", 3), ("</s>", 3)]
+    text_bytes = [(f"<0x{byte:02X}>", 6) for byte in range(256)]
+    words = [(f"▁{number}", 1) for number in range(vocab_size)]
+    return [*special, *text_bytes, *words][:vocab_size]
 
 
 def gguf_name(name: str) -> str:
