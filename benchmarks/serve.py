@@ -38,7 +38,7 @@ from retnet_export.runtime.bundle.bundle import open_bundle
 LONG_PROMPT = 2_000
 WRITERS = 4
 MESSAGE_TOKENS, REPLY_TOKENS = 12, 16
-GONE_AT_ONCE, GONE_WITHIN = 64, 0.5
+GONE_AT_ONCE, GONE_WITHIN, GONE_SLOTS = 32, 1.0, 16
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def measure_chat(bundle: Path, messages: int, setup: Setup) -> None:
     rows.append(["ratio", *(f"{ratios[place]:.1f}" for place in places)])
     print(f"messages of {MESSAGE_TOKENS} tokens, replies of {REPLY_TOKENS}; {setup.rounds} chats; time to first token, ms")
     table(["message", *(str(place + 1) for place in places)], rows)
-    print(f"of the last prompt's {tokens} tokens, {cached} came from the cache\n")
+    print(f"of the last prompt's {tokens} tokens, {cached} came from the cache")
 
 
 def measure_memory(bundle: Path, requests: int, setup: Setup) -> None:
@@ -177,7 +177,7 @@ def measure_memory(bundle: Path, requests: int, setup: Setup) -> None:
 
 
 def measure_gone(bundle: Path, clients: int, setup: Setup) -> None:
-    """Clients that go away after up to half a second; then the slots."""
+    """Clients that go away after up to a second; then the slots."""
 
     async def leave(server: Server) -> tuple[int, dict[str, Any]]:
         dice, gate, written = random.Random(7), asyncio.Semaphore(GONE_AT_ONCE), 0
@@ -195,7 +195,7 @@ def measure_gone(bundle: Path, clients: int, setup: Setup) -> None:
         await asyncio.sleep(1.0)
         return written, json.loads(await get(server, "/slots"))
 
-    with serving(bundle, "--max-batch", 8, *setup.ours) as server:
+    with serving(bundle, "--max-batch", GONE_SLOTS, *setup.ours) as server:
         before = server.resident_mb
         written, slots = asyncio.run(leave(server))
         after = server.resident_mb

@@ -15,8 +15,8 @@ from clients import Figures, Server, load, median
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print Markdown."""
-    for row in (head, ["---"] * len(head), *rows, []):
-        print("| " + " | ".join(map(str, row)) + " |" if row else "", flush=True)
+    for row in (head, ["---"] * len(head), *rows):
+        print("| " + " | ".join(map(str, row)) + " |", flush=True)
 
 
 def in_ms(figures: tuple[float, ...]) -> str:

@@ -16,19 +16,22 @@ from pathlib import Path
 import httpx
 import pytest
 
-from retnet_export.runtime import Snapshot, load
+from retnet_export.runtime import Session, Snapshot, load
 
 ROOT = Path(__file__).parents[2]
 MACHINE = os.environ.get("RETNET_EXPORT_AARCH64")
 VERSIONS = os.environ.get("RETNET_EXPORT_AARCH64_ONNXRUNTIME", "1.23.2").split(",")
 PROMPT, NEW_TOKENS = "HAMLET.\nWhat, my lord?\n", 24
+TIES = {"fp32": 1e-3, "int8": 0.1, "int4": 0.1}
+"""How far below the largest logit here a token chosen there may lie. Products with integer weights round their other operand to 8
+bits, and kernels differ in how: logits of about 10 were up to 0.03 apart, and one of 24 choices was nearer than that."""
 
 pytestmark = pytest.mark.skipif(MACHINE is None, reason="no emulated aarch64 machine: make test-aarch64 builds one")
 
 THERE = """
 import json, platform, sys
 import onnxruntime
-from retnet_export.runtime import Snapshot, load
+from retnet_export.runtime import Session, Snapshot, load
 
 prompt, count, *folders = sys.argv[1:]
 result = {"machine": platform.machine(), "onnxruntime": onnxruntime.__version__}
@@ -62,7 +65,7 @@ def cli(version: str, *arguments: str | Path) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory):
-    """The bundled model in three formats, each with a state saved here after the prompt and the greedy tokens that follow it."""
+    """The bundled model in three formats, each with a state saved here after the prompt, and the greedy tokens after it in fp32."""
     from retnet_export.export.checkpoints import open_checkpoint
     from retnet_export.export.pipeline import export_bundle
     from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
@@ -72,27 +75,42 @@ def bundles(tmp_path_factory):
     made = {"fp32": bundle.path}
     for weights in ("int8", "int4"):
         made[weights] = quantize_bundle(bundle, folder / f"{weights}.retnet", QuantizeOptions(weights=weights)).path
-    greedy = {}
-    for name, path in made.items():
-        session = load(path, "onnxruntime").session()
-        session.feed(PROMPT)
-        session.snapshot().save(f"{path}.here.state")
-        greedy[name] = list(session.generate_tokens(temperature=0.0, max_new_tokens=NEW_TOKENS))
-    return made, greedy
+    for path in made.values():
+        after_prompt(path).snapshot().save(f"{path}.here.state")
+    return made, list(after_prompt(made["fp32"]).generate_tokens(temperature=0.0, max_new_tokens=NEW_TOKENS))
+
+
+def after_prompt(path: Path) -> Session:
+    session = load(path, "onnxruntime").session()
+    session.feed(PROMPT)
+    return session
+
+
+def shortfall(path: Path, tokens: list[int]) -> float:
+    """The most by which one of these tokens misses the largest logit here, each after the ones before it."""
+    session, most = after_prompt(path), 0.0
+    for token in tokens:
+        logits = session.logits[0]
+        most = max(most, float(logits.max() - logits[token]))
+        session.step([token])
+    return most
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_each_format_gives_the_tokens_it_gives_here_and_states_move_both_ways(bundles, version):
-    made, greedy = bundles
+    made, _ = bundles
     result = run(emulated(version, "-c", THERE, PROMPT, str(NEW_TOKENS), *made.values()))
     assert result.returncode == 0, result.stderr[-2000:]
     there = json.loads(result.stdout.splitlines()[-1])
     assert (there["machine"], there["onnxruntime"]) == ("aarch64", version)
     for name, path in made.items():
-        assert there[str(path)] == {"tokens": greedy[name], "moved": greedy[name]}, name
+        for tokens in there[str(path)].values():
+            assert len(tokens) == NEW_TOKENS
+            assert shortfall(path, tokens) <= TIES[name], name
         session = load(path, "onnxruntime").session()
         session.restore(Snapshot.load(f"{path}.there.state"))
-        assert list(session.generate_tokens(temperature=0.0, max_new_tokens=NEW_TOKENS)) == greedy[name], name
+        moved = list(session.generate_tokens(temperature=0.0, max_new_tokens=NEW_TOKENS))
+        assert shortfall(path, moved) <= TIES[name], name
 
 
 @pytest.mark.parametrize(
@@ -109,7 +127,7 @@ def test_a_command_answers(bundles, arguments, expected):
 
 def test_serve_answers_as_here_and_ends_well_at_sigterm(bundles):
     made, greedy = bundles
-    command = emulated(VERSIONS[0], "-m", "retnet_export", "serve", made["int4"], "--port", "0", "--threads", "1")
+    command = emulated(VERSIONS[0], "-m", "retnet_export", "serve", made["fp32"], "--port", "0", "--threads", "1")
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         lines = []
@@ -124,7 +142,7 @@ def test_serve_answers_as_here_and_ends_well_at_sigterm(bundles):
             assert client.get("/health").json() == {"status": "ok"}
             body = {"prompt": PROMPT, "temperature": 0, "max_tokens": NEW_TOKENS, "ignore_eos": True}
             answer = client.post("/v1/completions", json=body).json()
-        assert answer["choices"][0]["text"] == load(made["int4"], "onnxruntime").tokenizer.decode(greedy["int4"])
+        assert answer["choices"][0]["text"] == load(made["fp32"], "onnxruntime").tokenizer.decode(greedy)
         assert answer["usage"]["completion_tokens"] == NEW_TOKENS
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0, process.stderr.read()
