@@ -5,8 +5,8 @@ through GroupQueryAttention on a pre-allocated cache that it extends in place, f
 step. Weights are random. A step is timed at a given context by telling the Transformer that it has read that many tokens; what
 state and cache hold does not change the time.
 
-    python benchmarks/gpu_compare.py --json results.json
-    python benchmarks/gpu_compare.py --from results.json --plots docs/lab/figures
+    python benchmarks/gpu_compare.py --json docs/lab/figures/gpu_comparison.json
+    python benchmarks/gpu_compare.py --from docs/lab/figures/gpu_comparison.json --plots docs/lab/figures
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,9 +31,14 @@ from gpu_models import MODELS, RandomWeightsFile
 from step import FORMATS, random_model
 from transformer_passes import ResidualNormPass, SinkCastsPass, SwishPass
 
+from retnet_export.compare import drawing
+from retnet_export.compare.drawing import BLUE, VERMILION, Look
 from retnet_export.runtime.backends.cuda.backend import CudaBackend
 from retnet_export.runtime.backends.cuda.many_source import WINDOW
 from retnet_export.runtime.device import cuda
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 GIGA = 1e9
 PROVIDER = "CUDAExecutionProvider"
@@ -199,44 +204,40 @@ def measure_transformer(
     return rows
 
 
-def plot(results: dict[str, Any], folder: Path) -> None:
-    """Memory, throughput and latency against context, as in the paper's Figure 6."""
-    import matplotlib.pyplot as plt
+LOOKS = {"retnet": ("RetNet", BLUE, "-"), "transformer": ("Transformer", VERMILION, "--")}
+MARKERS = "osD^v"
+"""One for each batch."""
 
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = results["rows"]
+
+def plot(results: dict[str, Any], folder: Path) -> None:
+    """Memory, throughput and latency over context, as in the paper's Figure 6: one PNG file each."""
+    rows, folder = results["rows"], folder.resolve()
     contexts = sorted({row["context"] for row in rows if row["context"]})
     batches = sorted({row["batch"] for row in rows})
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.6))
-    views: tuple[tuple[str, Callable[[dict[str, Any]], float]], ...] = (
-        ("device memory, GB", lambda row: row["device_bytes"] / GIGA),
-        ("throughput, tokens/s", lambda row: 1e3 * row["batch"] / row["ms"]),
-        ("latency of a step, ms", lambda row: row["ms"]),
+    views: tuple[tuple[str, str, str, Callable[[dict[str, Any]], float]], ...] = (
+        ("latency", "Time of a step over context", "ms a step", lambda row: row["ms"]),
+        ("throughput", "Throughput over context", "tokens/s", lambda row: 1e3 * row["batch"] / row["ms"]),
+        ("memory", "Device memory over context", "GB", lambda row: row["device_bytes"] / GIGA),
     )
-    for axis, (title, value) in zip(axes, views, strict=True):
-        for index, batch in enumerate(batches):
-            colour = f"C{index}"
-            flat = [row for row in rows if row["model"] == "retnet" and row["batch"] == batch]
-            if flat:
-                axis.plot(contexts, [value(flat[0])] * len(contexts), color=colour, label=f"RetNet, batch {batch}")
-            points = [row for row in rows if row["model"] == "transformer" and row["batch"] == batch and row["ms"]]
-            axis.plot(
-                [row["context"] for row in points],
-                [value(row) for row in points],
-                "o--",
-                color=colour,
-                label=f"Transformer, batch {batch}",
-            )
-        axis.set(title=title, xlabel="tokens read", xscale="log", yscale="log" if "throughput" in title else "linear")
-        if "throughput" not in title:
-            axis.set_ylim(bottom=0)
-        axis.set_xticks(contexts, [f"{context // 1024}k" for context in contexts])
-        axis.minorticks_off()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=len(batches), fontsize=8)
-    where = f"one {results['device']}, the Transformer on ONNX Runtime {results['onnxruntime']}"
-    figure.suptitle(f"{results['size']} fp16, {where}; points that do not fit are missing")
-    figure.tight_layout(rect=(0, 0.12, 1, 1))
-    figure.savefig(folder / "gpu_comparison.png", dpi=110)
+
+    def draw(axes: Axes, unit: str, value: Callable[[dict[str, Any]], float]) -> None:
+        for model, (name, color, line) in LOOKS.items():
+            for batch, marker in zip(batches, MARKERS, strict=False):
+                found = [row for row in rows if row["model"] == model and row["batch"] == batch and row["ms"]]
+                # A step of the RetNet is the same at every context; it was timed once.
+                points = [(context, value(row)) for row in found for context in ([row["context"]] if row["context"] else contexts)]
+                if points:
+                    x, y = zip(*sorted(points), strict=True)
+                    Look(color, line, marker).draw(axes, x, y, f"{name}, batch {batch}")
+        drawing.logarithmic_x(axes, "tokens read", contexts)
+        if unit == "tokens/s":
+            drawing.logarithmic_y(axes, unit, ",.0f")
+        else:
+            drawing.linear_y(axes, unit)
+
+    for name, title, unit, value in views:
+        figure = drawing.new_figure(partial(draw, unit=unit, value=value), title=title)
+        (folder / f"gpu_{name}.png").write_bytes(drawing.png(figure))
 
 
 def main() -> None:

@@ -14,11 +14,13 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from common import ROOT, describe_machine
 
+from retnet_export.compare import drawing
+from retnet_export.compare.drawing import BLUE, ORANGE, VERMILION, Look
 from retnet_export.export.checkpoints import open_checkpoint
 from retnet_export.export.pipeline import ExportOptions, export_bundle
 from retnet_export.quantize.evaluation import evaluate_all
@@ -26,7 +28,9 @@ from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.runtime import load
 from retnet_export.runtime.bundle.bundle import Bundle
 
-GREY = "#333333"
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 Row = dict[str, Any]
 """One bundle of the table, as OUTPUT.json has it: name, method, weights_bytes, evaluation."""
 
@@ -64,60 +68,37 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-LOOKS = {"rtn": ("s-", "#c44e52"), "gptq": ("o-", "#1f3b73"), "awq": ("^--", "#e8a33d")}
-"""Mark, line and colour of each method, told apart in grey as well."""
+LOOKS = {"rtn": Look(VERMILION, "", "s"), "gptq": Look(BLUE, "", "o"), "awq": Look(ORANGE, "", "^")}
+"""Of each method."""
+OFFSETS = {"rtn": 0.0, "gptq": -0.2, "awq": 0.2}
+"""Of a method's mark from the middle of its row, so that equal results are both seen."""
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """KL divergence over bytes of the weights: all formats on logarithmic axes, and INT4 closer by."""
-    import matplotlib
+    """KL divergence of every quantized bundle: a line of the figure for each format, a mark for each method."""
+    shown = [row for row in rows if row["method"] in LOOKS]
+    names = {row["name"]: f"{_format(row['name'])}\n{row['weights_bytes'] / 1e6:.2f} MB" for row in reversed(shown)}
+    places = {name: place for place, name in enumerate(names)}
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    def draw(axes: Axes) -> None:
+        for method, look in LOOKS.items():
+            mine = [row for row in shown if row["method"] == method]
+            kl = [row["evaluation"]["comparison"]["kl_mean"] for row in mine]
+            look.draw(axes, kl, [places[row["name"]] + OFFSETS[method] for row in mine], method)
+        axes.set_yticks(list(places.values()), list(names.values()))
+        axes.set_ylim(-0.5, len(places) - 0.5)
+        axes.set_xlim(1e-4, 3e-2)
+        axes.set_xscale("log")
+        drawing.powers_of_ten(axes.xaxis)
+        axes.set_xlabel("KL from fp32, nats per token (logarithmic)")
 
-    figure, (wide, close) = pyplot.subplots(1, 2, figsize=(9.5, 4.2), layout="constrained", width_ratios=(3, 2))
-    for method, (look, colour) in LOOKS.items():
-        for bits in ("int8", "int4"):
-            points = [_point(row) for row in rows if row["method"] == method and row["name"].startswith(bits)]
-            for axes in (wide, close) if points else ():
-                label = method if bits == "int4" else None
-                axes.plot(*zip(*points, strict=True), look, color=colour, label=label, markersize=6, linewidth=1)
-    for row in rows:
-        size, kl = _point(row)
-        if (row["name"], row["method"]) == ("int8", "rtn"):
-            _note(wide, "a scale an output", (size, kl), align="right")
-        elif row["name"] == "int8 g64":
-            _note(wide, "blocks of 64", (size, kl), align="left")
-        elif row["name"].startswith("int4") and row["method"] == "gptq":
-            _note(close, f"blocks of {row['name'].removeprefix('int4 g')}", (size, kl), align="right")
-        elif row["name"] == "fp16" and kl == 0:
-            wide.plot(size, 1e-4, "D", color=GREY, markersize=6, clip_on=False, zorder=3)
-            _note(wide, "fp16: none", (size, 1e-4), align="center", above=True)
-    wide.annotate("INT4", (3.72, 7e-3), ha="center", fontsize=9, color=GREY)
-    wide.annotate("INT8", (5.86, 4.6e-4), ha="center", fontsize=9, color=GREY)
-    for axes in (wide, close):
-        axes.set(xscale="log", yscale="log", xlabel="weights file, MB (fp32: 22.6)")
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    wide.set(xlim=(3.2, 13), ylim=(1e-4, 4e-2), ylabel="KL divergence from fp32, nats per token")
-    wide.set_xticks([4, 5, 6, 8, 10, 12], ["4", "5", "6", "8", "10", "12"])
-    close.set(xlim=(3.4, 4.1), ylim=(9e-3, 2.3e-2))
-    close.set_xticks([3.4, 3.6, 3.8, 4.0], ["3.4", "3.6", "3.8", "4.0"])
-    close.set_yticks([0.01, 0.015, 0.02], ["0.01", "0.015", "0.02"])
-    close.set_title("INT4", loc="left", fontsize=11)
-    wide.legend(frameon=False, title="method")
-    tokens = rows[0]["evaluation"]["tokens"]
-    wide.set_title(f"Bundled model (5.6M parameters), {tokens:,} tokens", loc="left", fontsize=11)
-    figure.savefig(path, dpi=130)
+    path.write_bytes(drawing.png(drawing.new_figure(draw, title="What quantized weights cost", columns=3)))
 
 
-def _point(row: Row) -> tuple[float, float]:
-    return row["weights_bytes"] / 1e6, row["evaluation"]["comparison"]["kl_mean"]
-
-
-def _note(axes: Any, text: str, point: tuple[float, float], *, align: str, above: bool = False) -> None:
-    offset, side = ((0, 9), "bottom") if above else ((0, -9), "top")
-    axes.annotate(text, point, offset, textcoords="offset points", ha=align, va=side, fontsize=8, color=GREY)
+def _format(name: str) -> str:
+    """Such as "INT4, blocks of 64" for "int4 g64"."""
+    form, _, group = name.partition(" g")
+    return f"{form.upper()}, blocks of {group}" if group else form.upper()
 
 
 def measure(text: Path, calibration: Path, tokens: int | None, threads: int) -> list[Row]:
@@ -141,7 +122,7 @@ def report(stage: str, share: float) -> None:
 
 
 def main(
-    output: Annotated[Path, typer.Option("-o", "--output", help="writes OUTPUT.json, OUTPUT.md and OUTPUT.png")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="writes OUTPUT.json and OUTPUT.png")],
     text: Annotated[Path | None, typer.Option(help="a text that the model was not trained on")] = None,
     calibration: Annotated[Path | None, typer.Option(help="a text of the same kind, for gptq and awq")] = None,
     tokens: Annotated[int | None, typer.Option(help="read at most so many tokens")] = None,
@@ -156,7 +137,6 @@ def main(
     elif text is not None or calibration is not None or not document.exists():
         raise typer.BadParameter(f"give --text and --calibration to measure, or neither to draw {document} again")
     rows = json.loads(document.read_text())["rows"]
-    output.with_suffix(".md").write_text(table(rows) + "\n")
     plot(rows, output.with_suffix(".png"))
     print(table(rows))
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 INK, SOFT, PAGE = "#1a1a1a", "#dddddd", "#ffffff"
@@ -90,7 +91,10 @@ def new_figure(draw: Callable[[Axes], None], *, title: str = "", columns: int = 
     }
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        draw(figure.subplots())
+        axes = figure.subplots()
+        draw(axes)
+        if not axes.get_legend_handles_labels()[0]:
+            raise ValueError("no line has a label: nothing to name in the legend")
         # The title is the legend's: a title of the figure would be drawn over a legend outside the axes.
         figure.legend(
             loc="outside upper left",
@@ -130,7 +134,7 @@ def logarithmic_x(axes: Axes, label: str, ticks: Sequence[float]) -> None:
     else:
         axes.set_xscale("log", base=2)
         axes.set_xlabel(f"{label} (logarithmic)")
-        margin = (ticks[-1] / ticks[0]) ** 0.04
+        margin = (ticks[-1] / ticks[0]) ** 0.04 if len(ticks) > 1 else 2
         axes.set_xlim(ticks[0] / margin, ticks[-1] * margin)
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.minorticks_off()
@@ -141,3 +145,18 @@ def linear_y(axes: Axes, label: str) -> None:
     axes.set_ylim(0, 1.06 * axes.get_ylim()[1])
     axes.yaxis.set_major_formatter(lambda value, position: f"{value:,.10g}")
     axes.set_ylabel(label)
+
+
+def logarithmic_y(axes: Axes, label: str, form: str = ".0e") -> None:
+    """A logarithmic y axis."""
+    axes.set_yscale("log")
+    powers_of_ten(axes.yaxis, form)
+    axes.set_ylabel(f"{label} (logarithmic)")
+
+
+def powers_of_ten(axis: Axis, form: str = ".0e") -> None:
+    """Ticks of a logarithmic axis at powers of ten, written as numbers of the tables are: 1e-04, or with "," 1,000."""
+    from matplotlib.ticker import NullLocator
+
+    axis.set_major_formatter(lambda value, position: format(value, form))
+    axis.set_minor_locator(NullLocator())

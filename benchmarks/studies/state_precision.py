@@ -14,7 +14,7 @@ It needs PYTHONPATH=benchmarks.
 - heads: a random model of 16 heads, γ up to 1 - 2^-20, reads 16,384 tokens drawn as words are, a few often and many seldom.
 - speed: a step of a random model of 148M parameters, formats in turns.
 
-Each part is kept in OUT.json; OUT.md and OUT.png are made of all parts that are there.
+Each part is kept in OUT.json; tables and OUT.png are made of all parts that are there.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -51,6 +51,8 @@ from state_formats import (
     whole,
 )
 
+from retnet_export.compare import drawing
+from retnet_export.compare.drawing import BLUE, GREEN, GREY, INK, ORANGE, SOFT, VERMILION, Look
 from retnet_export.export.checkpoints import open_checkpoint
 from retnet_export.export.checkpoints.base import Checkpoint
 from retnet_export.export.pipeline import export_bundle
@@ -61,6 +63,9 @@ from retnet_export.runtime.bundle.bundle import Bundle, open_bundle
 from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.model import Model
 from retnet_export.runtime.timing import Sample, timed_ms
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PARTS = ("text", "prefill", "runs", "slower", "heads")
 RUN = 1000
@@ -268,43 +273,36 @@ TABLES = {
 
 
 LOOKS = {
-    "fp8 e4m3, scale a row": ("v:", "#8c8c8c"),
-    "int8, scale a row": ("s-", "#c44e52"),
-    "int8 row, random rounding": ("D--", "#e8a33d"),
-    "bf16": ("^-.", "#55a868"),
-    "fp16": ("o-", "#1f3b73"),
-    "int16, scale a row": ("P-", "#000000"),
+    "fp8 e4m3, scale a row": Look(GREY, ":", "v", 1.4),
+    "int8, scale a row": Look(VERMILION, "-", "s", 1.4),
+    "int8 row, random rounding": Look(ORANGE, "--", "D", 1.4),
+    "bf16": Look(GREEN, "-.", "^", 1.4),
+    "fp16": Look(BLUE, "-", "o", 2.4),
+    "int16, scale a row": Look(INK, "-", "P", 1.4),
 }
-"""The formats that are drawn, told apart in grey as well."""
+"""Of the formats that are drawn."""
 
 
 def plot(record: Mapping[str, Any], path: Path) -> None:
     """State error over a head's memory: lines are the random model of 16 heads, hollow marks the bundled model on the text."""
-    import matplotlib
+    memory = [1 << (5 + head) for head in range(SLOW.num_heads)]
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    def draw(axes: Axes) -> None:
+        for name, look in LOOKS.items():
+            look.draw(axes, memory, record["heads"]["formats"][name]["error"], name)
+            errors = record["text"][name]["evaluation"]["comparison"]["state"][-1]["by_head"]
+            axes.plot(memory[: len(errors)], errors, look.marker, color=look.color, markersize=10, fillstyle="none")
+        axes.plot([], [], "o", color=INK, markersize=10, fillstyle="none", label="bundled model")
+        axes.axvspan(1024 * 2**0.5, memory[-1] * 2, color=SOFT, alpha=0.5, linewidth=0, label="--state fp16 warns")
+        drawing.logarithmic_x(axes, "tokens that a head remembers, 1/(1 - γ)", memory[::3])
+        drawing.logarithmic_y(axes, "relative error")
 
-    figure, axes = pyplot.subplots(figsize=(8, 4.6), layout="constrained")
-    memory = 2.0 ** (5 + np.arange(SLOW.num_heads))
-    for name, (look, colour) in LOOKS.items():
-        axes.plot(memory, record["heads"]["formats"][name]["error"], look, color=colour, label=name, markersize=5, linewidth=1)
-        errors = record["text"][name]["evaluation"]["comparison"]["state"][-1]["by_head"]
-        axes.plot(memory[: len(errors)], errors, look[0], color=colour, markersize=9, fillstyle="none")
-    axes.axvspan(1024 * 2**0.5, memory[-1] * 1.5, color="#000000", alpha=0.05, linewidth=0)
-    axes.annotate("a warning with --state fp16", (2**15.5, 1.2e-4), ha="center", fontsize=8, color="#333333")
-    axes.set(xscale="log", yscale="log", xlabel="what a head remembers, 1/(1 - γ) tokens", ylabel="relative error of its state")
-    axes.set_xticks(memory[::3], [f"{int(tokens):,}" for tokens in memory[::3]])
-    axes.minorticks_off()
-    axes.set(xlim=(memory[0] / 1.5, memory[-1] * 1.5), ylim=(6e-5, 8))
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    axes.set_title(f"State stored between steps, after {record['heads']['tokens']:,} tokens", loc="left", fontsize=11)
-    figure.savefig(path, dpi=130)
+    figure = drawing.new_figure(draw, title=f"Error of the state after {record['heads']['tokens']:,} tokens", height=5.0)
+    path.write_bytes(drawing.png(figure))
 
 
 def main(
-    output: Annotated[Path, typer.Option("-o", "--output", help="OUTPUT.json, OUTPUT.md and OUTPUT.png")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="writes OUTPUT.json and OUTPUT.png")],
     text: Annotated[Path | None, typer.Option(help="a text that the model was not trained on")] = None,
     parts: Annotated[str, typer.Option(help=f"some of {','.join(PARTS)},speed; none: tables and plot again")] = ",".join(PARTS),
     tokens: Annotated[int, typer.Option(help="read at most so many")] = 20_480,
@@ -336,7 +334,6 @@ def main(
         output.parent.mkdir(parents=True, exist_ok=True)
         document.write_text(json.dumps(record, indent=1))
     tables = [line for part, table in TABLES.items() if part in record for line in ("", f"{part}:", "", *table(record[part]))]
-    output.with_suffix(".md").write_text("\n".join([record["machine"], *tables]) + "\n")
     print("\n".join(tables))
     if {"text", "heads"} <= set(record):
         plot(record, output.with_suffix(".png"))

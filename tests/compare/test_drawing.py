@@ -39,7 +39,11 @@ def test_text_has_ten_pixels_on_a_phone():
     [((128, 512, 2048), "tokens (logarithmic)"), ((0, 512, 2048), "tokens (linear up to 512, then logarithmic)")],
 )
 def test_an_axis_says_what_its_scale_is(ticks, label):
-    figure = drawing.new_figure(lambda axes: drawing.logarithmic_x(axes, "tokens", ticks))
+    def draw(axes):
+        Look(BLUE, "-", "o").draw(axes, ticks, ticks, "RetNet")
+        drawing.logarithmic_x(axes, "tokens", ticks)
+
+    figure = drawing.new_figure(draw)
     (axes,) = figure.axes
     assert axes.get_xlabel() == label
     assert [text.get_text() for text in axes.get_xticklabels()] == [f"{tick:,}" for tick in ticks]
