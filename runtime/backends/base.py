@@ -162,6 +162,10 @@ def initial_state(specs: Sequence[StateSpec]) -> State:
     return {spec.input: np.full((1, *spec.shape[1:]), spec.initial).astype(NUMPY_DTYPES[spec.dtype]) for spec in specs}
 
 
+GROUP = 32
+"""Logits of which one is the maximum that stands for them when the largest are looked for."""
+
+
 def top_of(logits: NDArray[np.float32], k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """`Runner.top` for logits (B, V) on the host."""
     if k == 1:
@@ -175,9 +179,18 @@ def _largest(row: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     """Indices (k,) of the largest of a row (V,), largest first, NaN before all, equal ones by index."""
     if np.isnan(row.max()):
         row = np.nan_to_num(row, nan=np.inf)
-    if k < len(row):
-        # A partition takes any of those equal to the k-th largest: look at all of them.
-        kept = np.flatnonzero(row >= np.partition(row, len(row) - k)[len(row) - k])
-    else:
-        kept = np.arange(len(row))
+    # Those equal to the k-th largest are all looked at.
+    kept = np.flatnonzero(row >= _reached(row, k)) if k < len(row) else np.arange(len(row))
     return kept[np.argsort(-row[kept], kind="stable")][:k]
+
+
+def _reached(row: NDArray[np.float32], k: int) -> np.float32:
+    """What at least k of a row (V,) reach, and few more: the k-th largest of the maxima of groups; of all where k is large.
+
+    To partition a vocabulary takes ten times as long as to take the maxima.
+    """
+    groups = len(row) // GROUP
+    if groups >= 2 * k:
+        row = row[: GROUP * groups].reshape(GROUP, groups).max(0)  # a group's tokens lie apart, so that maxima are of whole rows
+    reached: np.float32 = np.partition(row, len(row) - k)[len(row) - k]
+    return reached

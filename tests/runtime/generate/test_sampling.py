@@ -14,7 +14,7 @@ from retnet_export.commands.sampling import FLAGS
 from retnet_export.runtime.backends.base import top_of
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.generate.generation import OptionChanges, Options
-from retnet_export.runtime.generate.sampling import Row, Sampler, Sampling, log_softmax, nucleus
+from retnet_export.runtime.generate.sampling import Row, Sampler, Sampling, drawn, log_softmax, nucleus
 
 LOGITS = np.array([1.5, -0.3, 2.0, 0.1, 2.0, -4.0, 0.9, 1.1], np.float32)
 """Small enough to write the distribution down; two equal largest logits."""
@@ -97,6 +97,32 @@ def test_the_largest_logits_come_in_order_and_equal_ones_by_token(logits, k):
     expected = sorted(range(len(logits)), key=lambda token: (-logits[token], token))[:k]
     assert tokens[0].tolist() == expected
     assert values[0].tolist() == logits[expected].tolist()
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 300), st.sampled_from([0.0, 0.5, 4.0]))
+@settings(max_examples=50, deadline=None)
+def test_the_largest_of_a_whole_vocabulary_are_those_of_a_sort(seed, k, spread):
+    # A spread of 0.5 rounds to some five values, so that many are equal.
+    logits = np.round(np.random.default_rng(seed).normal(0, spread, 5_003)).astype(np.float32)
+    tokens, values = top_of(logits[None], k)
+    expected = np.argsort(-logits, kind="stable")[:k]
+    assert tokens[0].tolist() == expected.tolist()
+    assert values[0].tolist() == logits[expected].tolist()
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 1_000), st.sampled_from([0.0, 0.5, 0.99]))
+@settings(max_examples=100, deadline=None)
+def test_a_draw_is_where_the_sum_of_weights_exceeds_the_share(seed, count, zeros):
+    dice = np.random.default_rng(seed)
+    weights = dice.random(count).astype(np.float32) * (dice.random(count) >= zeros)
+    weights[dice.integers(count)] = 1.0
+    cumulative = np.cumsum(weights, dtype=np.float64)
+    for share in (0.0, dice.random(), np.nextafter(1.0, 0.0)):
+        place = drawn(weights, share)
+        assert weights[place] > 0
+        # In exact numbers it is the first place beyond; sums over blocks round otherwise in their last bits.
+        assert cumulative[place] > share * cumulative[-1] * (1 - 1e-12)
+        assert cumulative[place] - weights[place] <= share * cumulative[-1] * (1 + 1e-12)
 
 
 class OnlyTop(Row):
