@@ -28,7 +28,7 @@ from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.runtime.backends.base import Runner
 from retnet_export.runtime.bundle.bundle import open_bundle
 from retnet_export.runtime.errors import UserError
-from retnet_export.runtime.generate.generation import Continuation, Generation, Options
+from retnet_export.runtime.generate.generation import Continuation, Options
 from retnet_export.runtime.generate.sampling import LogitsView
 from retnet_export.runtime.generate.session import Session
 from retnet_export.runtime.generate.stats import Stats
@@ -79,8 +79,13 @@ def write(model: Model, text: Text, speculate: int | None) -> tuple[float, Stats
     session.feed(prompt)
     options = Options(temperature=0.0, max_new_tokens=len(reply), speculate=speculate)
     continuation = Dictated(options, session, reply)
+    loop, written = session.loop(stats), []
+    running = loop.begin(continuation, 0)
     began = time.perf_counter()
-    written = [piece.token for piece in Generation(continuation, session._generate(continuation, stats))]
+    while (piece := loop.choose(running, 0)) is not None:
+        if running.waits:
+            loop.advance([running])
+        written.append(piece.token)
     seconds = time.perf_counter() - began
     assert written == list(reply)
     return len(reply) / seconds, stats

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from retnet_export.runtime.errors import UserError
-from retnet_export.runtime.generate.session import TAIL
+from retnet_export.runtime.generate.slot import TAIL
 from retnet_export.runtime.generate.templates import Message, PlainTemplate, Template
 
 if TYPE_CHECKING:

@@ -25,9 +25,9 @@ import numpy as np
 from retnet_export.runtime.backends.base import top_of
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.generate.generation import Continuation, Finish, Options, Piece
+from retnet_export.runtime.generate.loop import Running
 from retnet_export.runtime.generate.sampling import Logits, log_softmax
 from retnet_export.runtime.generate.session import Session
-from retnet_export.runtime.generate.speculation import Speculation
 from retnet_export.runtime.generate.state import Snapshot
 from retnet_export.runtime.generate.stats import Stats
 
@@ -153,13 +153,11 @@ class _Ready:
 
 @dataclass(eq=False)
 class _Sequence:
-    """A continuation in its slot; of the tokens that it `made`, the session counts all but the last one as read."""
+    """A continuation in its slot."""
 
     job: Job
     index: int
-    continuation: Continuation
-    speculation: Speculation
-    made: list[int] = field(default_factory=list)
+    running: Running
 
 
 _Row = TypeVar("_Row", _Reading, _Sequence)
@@ -187,6 +185,7 @@ class Engine:
     ) -> None:
         self.slots, self.cache, self.stats, self.read_tokens = slots, cache, stats or Stats(), read_tokens
         self._open_session, self._generator, self._reader = open_session, open_session(slots), open_session(min(slots, READERS))
+        self._loop = self._generator.loop(self.stats)
         self._start = self._reader.snapshot()
         self._scorer: Session | None = None
         self._waiting: deque[Job] = deque()
@@ -250,28 +249,23 @@ class Engine:
         """A step for all, a share of the prompts, and a token each; what became of the jobs, in order."""
         events: list[Event] = []
         self._drop_cancelled()
-        graph_ms = self._advance(events)
+        began = time.perf_counter()
+        self._advance(events)
         reading_began = time.perf_counter()
         while True:
             self._admit(events)
             self._read(events)
             self._score(events)
             self._join()
-            if not self.reading or 1e3 * (time.perf_counter() - reading_began) >= (graph_ms or 0.0):
+            if not self.reading or time.perf_counter() - reading_began >= reading_began - began:
                 break
-        began = time.perf_counter()
-        made = self._choose(events)
-        if graph_ms is None:
-            self.stats.new_tokens += made
-        else:
-            sampling_ms = 1e3 * (time.perf_counter() - began)
-            self.stats.add_step(graph_ms, sampling_ms, graph_ms + sampling_ms, made)
+        self._choose(events)
         return events
 
     def _drop_cancelled(self) -> None:
         for slot, sequence in enumerate(self._sequences):
             if sequence.job.cancelled:
-                self._keep(sequence, slot, sequence.made[:-1])
+                self._keep(sequence, slot)
         self._drop({job for job in self._jobs() if job.cancelled})
 
     def _jobs(self) -> set[Job]:
@@ -293,24 +287,18 @@ class Engine:
             logger.error("a request failed by an error that is not its own", exc_info=error)
         events.append(Failed(job, error))
 
-    def _advance(self, events: list[Event]) -> float | None:
-        """Read the chosen tokens; returns milliseconds, or None if there were none."""
+    def _advance(self, events: list[Event]) -> None:
+        """Read the chosen tokens."""
         if not self._sequences:
-            return None
-        began = time.perf_counter()
+            return
         try:
-            self._generator.check(
-                [sequence.made[-1] for sequence in self._sequences],
-                [sequence.speculation for sequence in self._sequences],
-                [sequence.continuation.left for sequence in self._sequences],
-            )
+            self._loop.advance([sequence.running for sequence in self._sequences])
         except Exception as error:  # noqa: BLE001 (whatever a backend raises: the jobs are told, others go on)
-            for job in {sequence.job: None for sequence in self._sequences}:
+            jobs, self._sequences = {sequence.job: None for sequence in self._sequences}, []
+            for job in jobs:
                 self._fail(job, error, events)
             self._generator.reset()
-            jobs, self._sequences = {sequence.job for sequence in self._sequences}, []
-            self._drop(jobs)
-        return 1e3 * (time.perf_counter() - began)
+            self._drop(set(jobs))
 
     def _admit(self, events: list[Event]) -> None:
         while (
@@ -415,41 +403,35 @@ class Engine:
             ready, slot = self._ready.popleft(), len(self._sequences)
             self._generator.restore(ready.snapshot, slot)
             continuation = self._generator.continuation(ready.job.options[ready.index], ready.job.with_text, slot)
-            speculation = self._generator.speculation(continuation, self.stats, slot)
-            self._sequences.append(_Sequence(ready.job, ready.index, continuation, speculation))
+            self._sequences.append(_Sequence(ready.job, ready.index, self._loop.begin(continuation, slot)))
 
-    def _choose(self, events: list[Event]) -> int:
-        """A token for every sequence and those that a draft foresaw after it, or its end; returns how many that made."""
-        made, ended, failed = 0, set(), set()
+    def _choose(self, events: list[Event]) -> None:
+        """A token for every sequence and those that a draft predicted after it, or its end."""
+        ended, failed = set(), set()
         for slot, sequence in enumerate(self._sequences):
-            job, continuation = sequence.job, sequence.continuation
+            job, continuation = sequence.job, sequence.running.continuation
             if job in failed:
                 continue
             try:
-                token = None
-                while continuation.finish is None and (token := self._generator.choose(continuation, slot)) is not None:
-                    made += 1
-                    sequence.made.append(token)
-                    events.append(Made(job, sequence.index, continuation.accept(token)))
-                    if continuation.finish is not None or (row := sequence.speculation.row_after(token)) is None:
+                while (piece := self._loop.choose(sequence.running, slot)) is not None:
+                    events.append(Made(job, sequence.index, piece))
+                    if sequence.running.waits:
                         break
-                    self._generator.foresee(slot, token, row)
                 if continuation.finish is not None:
                     if text := continuation.flush():
                         events.append(Made(job, sequence.index, Piece(None, text)))
                     ended.add(slot)
                     events.append(Ended(job, sequence.index, continuation.finish))
-                    self._keep(sequence, slot, sequence.made if token is None else sequence.made[:-1])
+                    self._keep(sequence, slot)
             except Exception as error:  # noqa: BLE001 (one request's fault is its own)
                 failed.add(job)
                 self._fail(job, error, events)
         _close_gaps(self._generator, self._sequences, ended)
         self._drop(failed)
-        return made
 
-    def _keep(self, sequence: _Sequence, slot: int, made: list[int]) -> None:
-        """Let the cache remember a reply, of which the state has read `made`: a chat goes on from there."""
-        cache = self._cache_of(sequence.job)
+    def _keep(self, sequence: _Sequence, slot: int) -> None:
+        """Let the cache remember a reply, as far as it was read: a chat goes on from there."""
+        cache, made = self._cache_of(sequence.job), sequence.running.read
         if cache is not None and made and len(sequence.job.options) == 1:
             cache.keep([*sequence.job.tokens, *made], self._generator.snapshot(slot))
 

@@ -12,12 +12,12 @@ every time.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet_export.runtime.backends.base import Backend, Checking, PassCost
-from retnet_export.runtime.generate.stats import Stats
+from retnet_export.runtime.backends.base import PassCost
 
 HISTORY = 4096
 """Tokens of a sequence that are remembered literally at least; twice as many at most."""
@@ -177,45 +177,25 @@ def length_of_drafts(cost: PassCost, chances: Sequence[Sequence[float]]) -> int:
     return length
 
 
-class Speculation:
-    """What one continuation drafts, and what the last pass over a draft has shown of it.
-
-    Args:
-        backend: where it runs.
-        speculate: as in `Options`; a number asks for so many tokens whenever there is a guess.
-        stats: told what was drafted and what came of it.
+@dataclass
+class Draft:
+    """A draft and what a pass has shown of it.
 
     Attributes:
-        cost: of a pass.
-        most: tokens drafted at most; 0 if none should be.
+        tokens: the draft.
+        rows: logits after the tokens before it and after each one of it, (1 + len(tokens), V); None if nothing was drafted.
+        used: how many of its tokens were chosen so far.
     """
 
-    def __init__(self, backend: Backend, speculate: int | None, stats: Stats | None) -> None:
-        self.cost, self.most = PassCost(0.0, 0.0), 0 if speculate is None else speculate
-        if speculate is None and isinstance(backend, Checking):
-            self.cost, self.most = backend.pass_cost, MOST
-        self._asked = speculate is not None
-        self._stats = Stats() if stats is None else stats
-        self._draft: Sequence[int] = ()
-        self._rows: NDArray[np.float32] | None = None
-        self._used = 0
-
-    def chances(self, history: History, most: int) -> Sequence[float]:
-        """Those of a draft of up to `most` tokens; certain ones if that is what was asked for."""
-        chances = history.chances(min(most, self.most)) if self.most else []
-        return [1.0] * min(most, self.most) if chances and self._asked else chances
-
-    def check(self, draft: Sequence[int], rows: NDArray[np.float32]) -> None:
-        """Take the logits of a pass after the tokens taken in and after each of the draft's, (R, V)."""
-        self._draft, self._rows, self._used = draft, rows, 0
-        self._stats.drafted += len(draft)
+    tokens: Sequence[int] = ()
+    rows: NDArray[np.float32] | None = None
+    used: int = 0
 
     def row_after(self, token: int) -> NDArray[np.float32] | None:
-        """Logits (V,) after a token that was chosen, if it is the draft's next; otherwise the draft has come to its end."""
-        if self._rows is None or self._used == len(self._draft) or self._draft[self._used] != token:
-            self._draft, self._rows = (), None
+        """Logits (V,) after a token that was chosen, if it is the next one here; otherwise the draft has come to its end."""
+        if self.rows is None or self.used == len(self.tokens) or self.tokens[self.used] != token:
+            self.rows = None
             return None
-        self._used += 1
-        self._stats.accepted += 1
-        row: NDArray[np.float32] = self._rows[self._used]
+        self.used += 1
+        row: NDArray[np.float32] = self.rows[self.used]
         return row

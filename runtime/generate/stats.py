@@ -37,21 +37,16 @@ class Stats:
         self.prompt_tokens += tokens
         self.prompt_seconds += seconds
 
-    def add_step(self, graph_ms: float, sampling_ms: float, total_ms: float, tokens: int = 1) -> None:
-        """Count a step and its tokens: one for each sequence."""
+    def add_step(self, graph_ms: float, sampling_ms: float, total_ms: float) -> None:
+        """Count a step, and the time in which its tokens were chosen."""
         if self.first_token_ms is None:
             self.first_token_ms = 1e3 * self.prompt_seconds + total_ms
-        self.new_tokens += tokens
         self.graph_ms.append(graph_ms)
         self.sampling_ms.append(sampling_ms)
         self.total_ms.append(total_ms)
 
     def add_to_step(self, sampling_ms: float, total_ms: float) -> None:
-        """Count one more token of the last step, which had shown its logits already."""
-        if not self.total_ms:
-            self.add_step(0.0, sampling_ms, total_ms)
-            return
-        self.new_tokens += 1
+        """Add the time of one more token of the last step, which had shown its logits already."""
         self.sampling_ms[-1] += sampling_ms
         self.total_ms[-1] += total_ms
 

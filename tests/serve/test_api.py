@@ -14,7 +14,7 @@ import pytest
 openai = pytest.importorskip("openai", reason="the client that the server is made for is not installed")
 from serving import server  # noqa: E402
 
-from retnet_export.runtime.generate.generation import Options  # noqa: E402
+from retnet_export.runtime.generate.generation import Continuation, Options  # noqa: E402
 from retnet_export.runtime.generate.sampling import log_softmax  # noqa: E402
 from retnet_export.serve.service import Limits  # noqa: E402
 
@@ -352,16 +352,15 @@ def test_beyond_the_queue_clients_are_told_when_to_come_again(address):
 
 
 def test_one_request_that_fails_leaves_the_others_alone(running, writer, monkeypatch):
-    address, service = running
-    engine = service.scheduler._engine
-    choose = engine._generator.choose
+    address, _ = running
+    choose = Continuation.choose
 
-    def broken(continuation, slot):
+    def broken(continuation, view):
         if continuation.options.seed == 666:
             raise RuntimeError("a bug")
-        return choose(continuation, slot)
+        return choose(continuation, view)
 
-    monkeypatch.setattr(engine._generator, "choose", broken)
+    monkeypatch.setattr(Continuation, "choose", broken)
     bad = httpx.post(f"{address}/v1/completions", json={"prompt": PROMPT, "seed": 666})
     assert (bad.status_code, bad.json()["error"]["type"]) == (500, "server_error")
     with httpx.stream("POST", f"{address}/v1/completions", json={"prompt": PROMPT, "seed": 666, "stream": True}) as answer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from altered import with_runners
 
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.generate.engine import Ended, Engine, Failed, Job, Made, Read
@@ -116,21 +117,26 @@ def test_a_job_at_fault_fails_alone(model):
 
 
 @pytest.mark.parametrize("at", ["step", "prefill"])
-def test_a_backend_that_fails_costs_those_it_failed_for_and_the_engine_goes_on(model, monkeypatch, at):
-    engine, options = Engine(model.session, 2), Options(temperature=0.0, max_new_tokens=5)
+def test_a_backend_that_fails_costs_those_it_failed_for_and_the_engine_goes_on(model, at):
+    works = False
+
+    def fails(runner):
+        method = getattr(runner, at)
+
+        def failing(*arguments):
+            if not works:
+                raise RuntimeError("out of luck")
+            method(*arguments)
+
+        setattr(runner, at, failing)
+
+    engine, options = Engine(with_runners(model, fails).session, 2), Options(temperature=0.0, max_new_tokens=5, speculate=0)
     engine.add(lost := job([1], options))
-    session = engine._generator if at == "step" else engine._reader
-
-    def broken(*arguments):
-        raise RuntimeError("out of luck")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(session._runner, at, broken)
-        events = run(engine)
-    assert [type(event.error) for event in events if isinstance(event, Failed)] == [RuntimeError]
+    events = run(engine)
+    assert [(event.job, type(event.error)) for event in events if isinstance(event, Failed)] == [(lost, RuntimeError)]
+    works = True
     engine.add(fine := job([1], options))
     assert tokens(run(engine), fine) == alone(model, [1], options)
-    assert lost not in engine._jobs()
 
 
 def test_what_cannot_be_done_is_refused_before_it_waits(model):

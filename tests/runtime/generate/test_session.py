@@ -6,7 +6,9 @@ import threading
 
 import numpy as np
 import pytest
+from altered import with_runners
 
+from retnet_export.runtime.backends.base import top_of
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.generate.generation import Options
 from retnet_export.runtime.generate.stats import Stats
@@ -158,32 +160,27 @@ def test_changing_a_session_under_a_running_generation_is_refused(model):
         next(tokens)
 
 
-class Paused:
-    """A runner whose next step waits, so that a second thread meets the first in the middle of it."""
-
-    def __init__(self, runner) -> None:
-        self._runner = runner
-        self.entered, self.leave = threading.Event(), threading.Event()
-
-    def __getattr__(self, name: str):
-        return getattr(self._runner, name)
-
-    def step(self, tokens) -> None:
-        self.entered.set()
-        assert self.leave.wait(10)
-        self._runner.step(tokens)
-
-
 def test_a_second_thread_on_one_session_is_refused_and_the_first_goes_on(model):
-    session = fed(model)
-    paused = session._runner = Paused(session._runner)
+    entered, leave = threading.Event(), threading.Event()
+
+    def waits(runner):
+        step = runner.step
+
+        def held(tokens):
+            entered.set()
+            assert leave.wait(10)
+            step(tokens)
+
+        runner.step = held
+
+    session = fed(with_runners(model, waits))
     thread = threading.Thread(target=session.step, args=([1],))
     thread.start()
-    assert paused.entered.wait(10)
+    assert entered.wait(10)
     for action in (lambda: session.step([2]), session.snapshot, lambda: session.feed([1]), session.reset):
         with pytest.raises(UserError, match="in use by another thread"):
             action()
-    paused.leave.set()
+    leave.set()
     thread.join(10)
     assert session.position == len(PROMPT) + 1
 
@@ -205,26 +202,24 @@ def test_two_sessions_of_one_model_work_in_two_threads(model):
     assert results == expected
 
 
-class Broken:
-    """A runner whose device fails once."""
-
-    def __init__(self, runner) -> None:
-        self._runner = runner
-
-    def __getattr__(self, name: str):
-        return getattr(self._runner, name)
-
-    def step(self, tokens) -> None:
-        raise RuntimeError("device lost")
-
-
 def test_a_session_that_failed_in_a_step_says_so_until_it_is_restored(model):
-    session = fed(model)
+    lost = True
+
+    def fails(runner):
+        step = runner.step
+
+        def failing(tokens):
+            if lost:
+                raise RuntimeError("device lost")
+            step(tokens)
+
+        runner.step = failing
+
+    session = fed(with_runners(model, fails))
     snapshot = session.snapshot()
-    runner, session._runner = session._runner, Broken(session._runner)
     with pytest.raises(RuntimeError, match="device lost"):
         session.step([1])
-    session._runner = runner
+    lost = False
     for action in (lambda: session.step([1]), session.snapshot, lambda: next(session.generate_tokens())):
         with pytest.raises(UserError, match="earlier step of this session failed"):
             action()
@@ -248,8 +243,12 @@ def test_logits_that_are_not_finite_are_reported_with_step_and_layer_and_never_s
 
 
 def test_faults_behind_the_last_layer_are_told_from_those_in_a_state(model):
-    session = fed(model)
-    session._runner.logits()[:] = np.nan
+    broken = np.full((1, 50), np.nan, np.float32)
+
+    def spoilt(runner):
+        runner.logits, runner.top = lambda: broken, lambda k: top_of(broken, k)
+
+    session = fed(with_runners(model, spoilt))
     with pytest.raises(UserError, match="every layer's state is finite, so the cause is after the last layer"):
         next(session.generate_tokens())
 

@@ -18,7 +18,7 @@ from tokenizers_made import KINDS, write
 
 from retnet_export.runtime.bundle.manifest import TokenizerSpec
 from retnet_export.runtime.errors import UserError
-from retnet_export.runtime.generate.session import TAIL
+from retnet_export.runtime.generate.slot import TAIL
 from retnet_export.runtime.generate.tokenizer import Tokenizer
 
 PASSAGES = (

@@ -1,0 +1,299 @@
+"""The sequences of a runner: they read, they show their logits, and they may be some tokens ahead of the runner's state.
+
+Rule: whoever looks sees each sequence after its last token. Which tokens the state has taken in is known here alone: a chosen token
+enters it with the next pass, and one whose logits a pass over a draft has shown already need not enter before something asks for
+the state itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retnet_export.runtime.backends.base import Backend, Narrowing, chunk_tokens, initial_state
+from retnet_export.runtime.bundle.manifest import Manifest
+from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.generate.sampling import Logits, Row, Tokens
+from retnet_export.runtime.generate.slot import Slot
+from retnet_export.runtime.generate.state import Snapshot, first_broken_layer, model_hash
+
+
+@dataclass(frozen=True)
+class _View:
+    """The logits of one sequence, wherever they are; the largest is checked before anything is chosen."""
+
+    sequences: Sequences
+    place: int
+
+    def top(self, k: int) -> tuple[Tokens, Logits]:
+        tokens, logits = self.sequences.top(self.place, k)
+        self.sequences.check_finite(logits[0], self.place)
+        return tokens, logits
+
+    def all(self) -> Logits:
+        logits = self.sequences.row(self.place)
+        # NaN is passed on by max, and so are +inf and a row of nothing but -inf.
+        self.sequences.check_finite(logits.max(), self.place)
+        return logits
+
+
+class Sequences:
+    """Sequences that step together.
+
+    Args:
+        backend: what runs the bundle.
+        manifest: the bundle's.
+        batch: how many.
+
+    Attributes:
+        slots: what is known of each, by its place in the batch; the runner's slots have the same order.
+        chunk: the most tokens of a sequence that one pass takes.
+
+    Raises:
+        UserError: there is not enough memory for so many.
+    """
+
+    def __init__(self, backend: Backend, manifest: Manifest, batch: int) -> None:
+        try:
+            self._runner = backend.open_runner(batch)
+        except MemoryError as error:
+            raise UserError(
+                f"{manifest.name}: not enough memory for the state of {batch} sequences, "
+                f"{manifest.state_bytes / 1e6:.1f} MB each; use a smaller batch"
+            ) from error
+        self.manifest, self.batch, self.backend = manifest, batch, backend
+        self.chunk = chunk_tokens(backend, manifest.graphs["prefill"].chunk_size)
+        self._vocab_size = manifest.model.vocab_size
+        self._narrowing = self._runner if isinstance(self._runner, Narrowing) else None
+        self._views = [_View(self, place) for place in range(batch)]
+        self._forget()
+
+    def _forget(self) -> None:
+        self.slots = [Slot.empty(self._vocab_size) for _ in range(self.batch)]
+        self._in_use = self.batch  # the first so many places hold sequences
+        self._tops: dict[int, tuple[Tokens, Logits]] = {}  # what was asked of the runner since its last pass, for all sequences
+        self._failed = False
+
+    def check_whole(self) -> None:
+        """Refuse to go on after a failure.
+
+        Raises:
+            UserError: an earlier pass failed, so that the state is unknown.
+        """
+        if self._failed:
+            raise UserError("an earlier step of this session failed, so its state is unknown; call reset() or restore()")
+
+    # What follows the last tokens
+
+    @property
+    def logits(self) -> Logits | None:
+        """Float32 (B, V), valid until the next pass; None if nothing was read."""
+        if not any(slot.position for slot in self.slots):
+            return None
+        if all(slot.logits is None for slot in self.slots):
+            return self._runner.logits()
+        return np.stack([self.row(place) for place in range(self.batch)])
+
+    def last(self) -> Logits:
+        """Float32 (B, V) after a step or a prefill, valid until the next pass."""
+        return self._runner.logits()
+
+    def view(self, place: int) -> _View:
+        """One sequence's logits, for a continuation to choose from."""
+        self.check_whole()
+        return self._views[place]
+
+    def row(self, place: int) -> Logits:
+        """All of one sequence's, (V,)."""
+        own = self.slots[place].logits
+        row: Logits = self._runner.logits()[place] if own is None else own
+        return row
+
+    def top(self, place: int, k: int) -> tuple[Tokens, Logits]:
+        """The k largest of one sequence's; what the runner has to look up it looks up for all sequences at once."""
+        own = self.slots[place].logits
+        if own is not None:
+            return Row(own).top(k)
+        if k not in self._tops:
+            self._tops[k] = self._runner.top(k)
+        tokens, logits = self._tops[k]
+        return tokens[place], logits[place]
+
+    def check_finite(self, largest: np.floating[Any], place: int) -> None:
+        """Refuse to choose from logits whose largest is not a number.
+
+        Raises:
+            UserError: it is not; the message names the step and the layer.
+        """
+        if math.isfinite(largest):
+            return
+        where = first_broken_layer(self.manifest.state, self._runner.read_state(place))
+        raise UserError(
+            f"the logits after step {self.slots[place].position} are not finite ({largest}), so nothing was sampled: {where}. "
+            "Reset the session or restore an earlier snapshot; if the bundle is fp16, export with --precision fp32 or --state fp32"
+        )
+
+    # Passes
+
+    def checked(self, tokens: Sequence[int] | Tokens) -> Tokens:
+        """Tokens of this vocabulary.
+
+        Raises:
+            UserError: one is not.
+        """
+        array = np.asarray(tokens, np.int64)
+        outside = (array < 0) | (array >= self._vocab_size)
+        if outside.any():
+            raise UserError(f"token {int(array[outside][0])} is not in the vocabulary of {self._vocab_size}")
+        return array
+
+    def step(self, tokens: Tokens) -> None:
+        """Read a token of each of the first n sequences, (n,); what the other ones held is given up.
+
+        Raises:
+            UserError: the shape does not fit, or a token is not in the vocabulary; likewise below.
+        """
+        if tokens.ndim != 1 or not 1 <= len(tokens) <= self.batch:
+            raise UserError(f"expected one token for each of {self.batch} sequences, found shape {tokens.shape}")
+        self.checked(tokens)
+        self.settle()
+        self._failed = True
+        self._runner.step(self._widened(tokens[:, None])[:, 0])
+        self._note_read(list(tokens[:, None]))
+
+    def prefill(self, tokens: Tokens, lengths: NDArray[np.int64]) -> None:
+        """Read tokens of the first n sequences, (n, C), of each as many as `lengths` (n,) says."""
+        self._check_chunk(tokens)
+        if lengths.shape != tokens.shape[:1] or lengths.min() < 0 or lengths.max() > tokens.shape[1]:
+            raise UserError(f"lengths {lengths.tolist()} do not fit {len(tokens)} rows of {tokens.shape[1]} tokens")
+        self.checked(tokens[np.arange(tokens.shape[1]) < lengths[:, None]])
+        self.settle()
+        self._failed = True
+        self._read(tokens, lengths)
+        self._note_read([row[:length] for row, length in zip(tokens, lengths, strict=True)])
+
+    def score(self, tokens: Tokens) -> NDArray[np.float32]:
+        """Read tokens of the first n sequences, (n, C), and show the logits after each, (n, C, V)."""
+        self._check_chunk(self.checked(tokens))
+        self.settle()
+        self._failed = True
+        count, width = tokens.shape
+        wide = self._widened(tokens)
+        rows = np.tile(np.arange(width), (len(wide), 1))
+        logits = self._runner.score(wide, np.full(len(wide), width), rows)[:count]
+        self._note_read(list(tokens))
+        for slot, own in zip(self.slots, logits, strict=False):
+            slot.logits = own[-1].copy()  # the others are the caller's own
+        return logits
+
+    def take_in(self, drafts: Sequence[Sequence[int]]) -> Sequence[Logits | None]:
+        """Let the state take in what was chosen in the first n sequences, and look at what follows drafts in the same pass.
+
+        Args:
+            drafts: what may follow in each, (n,), maybe nothing; the state does not take it in.
+
+        Returns:
+            For each sequence its logits after the last token and after each one of the draft, (1 + len(draft), V); None if nothing
+            was drafted, and the logits are where the runner has them.
+        """
+        self.check_whole()
+        self._failed = True
+        slots = self.slots[: len(drafts)]
+        taken = [slot.ahead for slot in slots]
+        shown: Sequence[Logits | None] = [None] * len(slots)
+        if not any(drafts) and max(map(len, taken)) == 1:
+            self._runner.step(self._widened(np.array(taken))[:, 0])
+        else:
+            shown = self._pass(taken, drafts)
+        for slot, rows in zip(slots, shown, strict=True):
+            slot.ahead, slot.logits = [], None if rows is None else rows[0]
+        self._tops.clear()
+        self._failed = False
+        return shown
+
+    def settle(self) -> None:
+        """Let the state take in all tokens that count; all logits stay as they are."""
+        self.check_whole()
+        slots = self.slots[: self._in_use]
+        if not any(slot.ahead for slot in slots):
+            return
+        self._failed = True
+        lengths = np.array([len(slot.ahead) for slot in slots])
+        tokens = np.zeros((len(slots), lengths.max()), np.int64)
+        for row, slot in zip(tokens, slots, strict=True):
+            row[: len(slot.ahead)], slot.ahead = slot.ahead, []
+        self._read(tokens, lengths)
+        self._failed = False
+
+    def _pass(self, taken: Sequence[Sequence[int]], drafts: Sequence[Sequence[int]]) -> list[Logits]:
+        """Logits after the last of the tokens taken in, and after each one of the drafts."""
+        lengths = np.array([len(each) for each in taken])
+        wanted = 1 + max(map(len, drafts))
+        tokens = np.zeros((len(taken), max(len(own) + len(draft) for own, draft in zip(taken, drafts, strict=True))), np.int64)
+        rows = np.zeros((len(taken), wanted), np.int64)
+        for place, (own, draft) in enumerate(zip(taken, drafts, strict=True)):
+            tokens[place, : len(own) + len(draft)] = [*own, *draft]
+            rows[place] = len(own) - 1 + np.minimum(np.arange(wanted), len(draft))
+        wide = self._widened(tokens)
+        more = len(wide) - len(tokens)
+        logits = self._runner.score(wide, np.pad(lengths, (0, more)), np.pad(rows, ((0, more), (0, 0))))
+        return [logits[place, : 1 + len(draft)] for place, draft in enumerate(drafts)]
+
+    def _check_chunk(self, tokens: Tokens) -> None:
+        if tokens.ndim != 2 or not 1 <= len(tokens) <= self.batch or not 1 <= tokens.shape[1] <= self.chunk:
+            raise UserError(f"expected up to {self.chunk} tokens for each of {self.batch} sequences, found shape {tokens.shape}")
+
+    def _read(self, tokens: Tokens, lengths: NDArray[np.int64]) -> None:
+        wide = self._widened(tokens)
+        self._runner.prefill(wide, np.pad(lengths, (0, len(wide) - len(lengths))))
+
+    def _note_read(self, tokens: Sequence[Tokens]) -> None:
+        """A pass over these tokens of the first sequences has succeeded."""
+        for slot, own in zip(self.slots, tokens, strict=False):
+            slot.note_read(own)
+        self._tops.clear()
+        self._failed = False
+
+    def _widened(self, tokens: Tokens) -> Tokens:
+        """Tokens (n, C) of the first n sequences as the runner wants them: as they are if it can leave the others out."""
+        self._in_use = len(tokens)
+        if self._narrowing is not None:
+            self._narrowing.narrow(len(tokens))
+            return tokens
+        return np.pad(tokens, ((0, self.batch - len(tokens)), (0, 0)))
+
+    # Places
+
+    def reset(self) -> None:
+        """Back to the start of all sequences, whatever has happened."""
+        start = initial_state(self.manifest.state)
+        for place in range(self.batch):
+            self._runner.write_state(place, start)
+        self._forget()
+
+    def snapshot(self, place: int) -> Snapshot:
+        """A copy of one sequence."""
+        self.settle()
+        slot = self.slots[place]
+        logits = self.row(place) if slot.position else None
+        return slot.snapshot(model_hash(self.manifest), self._runner.read_state(place), logits)
+
+    def restore(self, snapshot: Snapshot, place: int) -> None:
+        """Let a sequence go on from a snapshot, which fits the model; a single one may do so after a failure."""
+        if self.batch > 1:
+            self.check_whole()
+        self._runner.write_state(place, snapshot.state)
+        self.slots[place] = Slot.restored(snapshot)
+        self._in_use = max(self._in_use, place + 1)
+        self._failed = False
+
+    def move(self, source: int, target: int) -> None:
+        """Let one sequence go on in another place. Logits that the runner holds stay behind."""
+        self.check_whole()
+        self._runner.write_state(target, self._runner.read_state(source))
+        self.slots[target], self.slots[source] = self.slots[source], Slot.empty(self._vocab_size)
