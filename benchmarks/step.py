@@ -3,8 +3,8 @@
     python benchmarks/step.py                        the table of docs/lab/step-h100.md; 20 s on an H100, no files
     python benchmarks/step.py --ptx 8.7              the same as the code that a Jetson Orin would run
 
-A token costs: token in, one step, the best logit's token out, as greedy generation does. "Kernel" is the step alone, each taking
-the token that the last one chose. The weights' bytes are drawn once and repeated on the device: speed does not depend on them.
+A token costs: token in, one step, the best logit's token out, as greedy generation does. "Kernel" is the step alone: one after the
+other, without a look at what they choose. The weights' bytes are drawn once and repeated: speed does not depend on them.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def measure(name: str, fmt: str, bandwidth: float, ptx: tuple[int, int] | None, 
     begin, end = cuda.Event(), cuda.Event()
     backend.stream.record(begin)
     for _ in range(steps):
-        runner.step_on()
+        runner.step(tokens)
     backend.stream.record(end)
     kernel, ms, ordered = end.milliseconds_since(begin) / steps, statistics.median(times[5:]), sorted(times[5:])
     config, sources = random.config, random.sources

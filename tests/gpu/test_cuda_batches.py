@@ -132,11 +132,9 @@ def test_a_prompt_is_the_same_in_any_pieces(case) -> None:
         assert off(logits_of(*pieces), whole) < tolerance
 
 
-def test_a_prompt_beyond_one_run_is_read_in_several(case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_beyond_one_run_is_read_in_several(case) -> None:
     backend, reference, tolerance = case
-    from retnet_export.runtime.backends.cuda import many
-
-    monkeypatch.setattr(many, "ROWS_AT_ONCE", 24)
+    backend.many.rows_at_once = 24
     runner = backend.open_runner(3)
     tokens, lengths = tokens_for(runner, 3, 60, seed=7), np.array([60, 3, 31])
     runner.prefill(tokens, lengths)

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retnet_export.runtime.backends.base import NUMPY_DTYPES, PassCost, State, top_of
+from retnet_export.runtime.backends.cuda.buffers import ManyBatch
 from retnet_export.runtime.backends.cuda.compiler import Kernels, cache_folder, compile_kernels, compiler_version, library
-from retnet_export.runtime.backends.cuda.many import ROWS_AT_ONCE, Many, ManyBatch
+from retnet_export.runtime.backends.cuda.many import ROWS_AT_ONCE, Many
 from retnet_export.runtime.backends.cuda.many_model import ManyKernels, device_model
 from retnet_export.runtime.backends.cuda.many_source import WINDOW
 from retnet_export.runtime.backends.cuda.plan import (
@@ -49,7 +50,7 @@ class StepStructure(ctypes.Structure):
             (name, ctypes.c_uint64)
             for name in (
                 "layers", "head", "embedding", "embedding_scales", "vectors", "phases", "state", "position",
-                "mail", "control", "logits", "tile_largest", "next", "result",
+                "mail", "control", "logits", "tile_largest", "result",
             )
         ),
         ("token", ctypes.c_int),
@@ -209,17 +210,16 @@ class CudaRunner:
         self._config, self._layer_bytes = config, 4 * config.state_elements // config.num_layers
         self._state = cuda.DeviceBuffer(batch * 4 * config.state_elements)
         self._positions = cuda.DeviceBuffer(8 * batch)
-        self._next = cuda.DeviceBuffer(4)
         self._logits = cuda.DeviceBuffer(4 * batch * config.vocab_size)
         self._result, result = kernels.mapped((RESULT_WORDS,), np.uint32)
         self._host_logits: NDArray[np.float32] | None = None
         self._logits_current, self._waiting, self._alone = False, False, True
         structure = backend.structure()
         structure.state, structure.position = self._state.address, self._positions.address
-        structure.next, structure.logits, structure.result = self._next.address, self._logits.address, result
+        structure.logits, structure.result = self._logits.address, result
         self._arguments = kernels.Arguments(structure)
         self._many: ManyBatch | None = None
-        for buffer in (self._state, self._positions, self._next, self._logits):
+        for buffer in (self._state, self._positions, self._logits):
             self._stream.fill(buffer, 0)
         self._stream.synchronize()
 
@@ -234,14 +234,6 @@ class CudaRunner:
             else:
                 self._backend.many.step(self._batch(), tokens)
                 self._advanced(alone=False)
-
-    def step_on(self) -> None:
-        """Read, in every slot, the token with the largest logit of the last step; of a single one it never leaves the device."""
-        if self._slots == 1 and self._alone:
-            with cuda.LOCK:
-                self._step_alone(-1)
-        else:
-            self.step(self.top(1)[0][:, 0])
 
     def prefill(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
         self._check(tokens[np.arange(tokens.shape[1]) < lengths[:, None]])
@@ -313,7 +305,7 @@ class CudaRunner:
     def _batch(self) -> ManyBatch:
         if self._many is None:
             addresses = self._state.address, self._positions.address, self._logits.address
-            self._many = ManyBatch(self._backend.many, self.batch, *addresses)
+            self._many = self._backend.many.open_batch(self.batch, *addresses)
         return self._many
 
     def _fold(self) -> None:
@@ -328,7 +320,7 @@ class CudaRunner:
             raise UserError(f"token {wrong.flat[0]}: the vocabulary has {self._config.vocab_size}")
 
     def _step_alone(self, token: int) -> None:
-        """One step of the first sequence; token -1 is the last one chosen."""
+        """One step of the first sequence."""
         self._fold()
         self._arguments.structure.token = token
         self._backend.step_function.launch_together(self._stream, self._backend.plan.blocks, THREADS, self._arguments)

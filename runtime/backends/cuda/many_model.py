@@ -7,8 +7,8 @@ no kernel that it does not use.
 from __future__ import annotations
 
 from retnet_export.runtime.backends.cuda.compiler import compile_text
+from retnet_export.runtime.backends.cuda.launches import DeviceMatrix, DeviceModel, Launch
 from retnet_export.runtime.backends.cuda.layout import MatrixLayout
-from retnet_export.runtime.backends.cuda.many import DeviceMatrix, DeviceModel, Launch
 from retnet_export.runtime.backends.cuda.many_source import Limits, ManySource
 from retnet_export.runtime.backends.cuda.plan import DeviceLimits
 from retnet_export.runtime.backends.cuda.weights import DeviceWeights

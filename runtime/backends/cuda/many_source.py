@@ -33,7 +33,18 @@ class Span:
 
 SPANS = (Span(32, 32, 2, 16), Span(32, 32, 1, 16), Span(16, 32, 1, 8), Span(16, 16, 1, 8), Span(16, 8, 1, 8))
 """The fastest first."""
-SHORT_SPANS = (Span(16, 32, 1, 8), Span(16, 16, 1, 8), Span(16, 8, 1, 8))
+
+
+@dataclass(frozen=True)
+class Few:
+    """How the retention of a few tokens is cut: tokens of a sequence, and columns of the state that a block takes, at most."""
+
+    tokens: int
+    columns: int
+
+
+FEWS = (Few(32, 32), Few(16, 32), Few(16, 16), Few(16, 8), Few(8, 8))
+"""The widest first."""
 STEP_COLUMNS = (32, 16, 8)
 ROW_KERNELS = ("norm", "inner", "heads")
 Operand = Literal["F32", "F16", "BF16"]
@@ -141,6 +152,13 @@ def prompt_bytes(config: ModelConfig, span: Span) -> int:
     return 4 * (span.buffers * tokens + span.tokens * (span.tokens + (40 - span.tokens % 32) % 32) + rows * wide)
 
 
+def few_bytes(config: ModelConfig, few: Few) -> int:
+    """Shared memory of the retention of a few tokens; as FewShared of kernels/retention_few.cuh."""
+    rows = -(-config.head_key_dim // 4) * 4
+    key = rows if rows // 4 % 2 else rows + 4
+    return 4 * (rows * few.columns + few.tokens * (rows + key + few.columns))
+
+
 def step_bytes(config: ModelConfig, columns: int) -> int:
     """Shared memory of the step's retention; as StepShared of kernels/retention_step.cuh."""
     vector = 1 if config.head_value_dim % 4 else 4
@@ -183,14 +201,11 @@ class ManySource:
 
     @cached_property
     def span(self) -> Span:
-        return self._first(SPANS)
+        return next(span for span in SPANS if prompt_bytes(self.config, span) <= self.limits.shared_bytes)
 
     @cached_property
-    def short_span(self) -> Span:
-        return self._first(SHORT_SPANS)
-
-    def _first(self, spans: tuple[Span, ...]) -> Span:
-        return next(span for span in spans if prompt_bytes(self.config, span) <= self.limits.shared_bytes)
+    def few(self) -> Few:
+        return next(few for few in FEWS if few_bytes(self.config, few) <= self.limits.shared_bytes)
 
     @cached_property
     def step_columns(self) -> int:
@@ -204,7 +219,7 @@ class ManySource:
     @property
     def powers(self) -> int:
         """γ's powers that the kernels read, from the zeroth."""
-        return max(WINDOW, self.span.tokens) + 1
+        return max(WINDOW, self.span.tokens, self.few.tokens) + 1
 
     @property
     def exact(self) -> bool:
@@ -213,7 +228,7 @@ class ManySource:
 
     def text(self, width: int) -> str:
         """The source, for NVRTC: of the products of a width, or for width 0 of everything else."""
-        parts = ("common", "product") if width else ("common", "rows", "retention_step", "retention_prompt", "top")
+        parts = ("common", "product") if width else ("common", "rows", "retention_step", "retention_few", "retention_prompt", "top")
         headers = [_without_includes(files(__package__).joinpath("kernels").joinpath(f"{name}.cuh").read_text()) for name in parts]
         instances = self._products(width) if width else self._others()
         return "\n".join(
@@ -235,15 +250,13 @@ class ManySource:
 
     def _others(self) -> list[str]:
         operands = sorted({OPERANDS[layout.kind] for layout in self.layouts.values()})
-        exact = "true" if self.exact else "false"
+        exact, span = "true" if self.exact else "false", self.span
         return [
             *(f"{kernel.upper()}({kernel}_{operand.lower()}, {operand})" for kernel in ROW_KERNELS for operand in operands),
             f"EMBED(embed, {format_of(self.layouts['embedding.weight']).arguments})",
             f"ROTATE(rotate, {'false' if self.exact else 'true'})",
-            *(
-                f"RETENTION_PROMPT({name}, {span.tokens}, {span.columns}, {span.buffers}, {span.warps}, {exact})"
-                for name, span in (("retention_prompt", self.span), ("retention_short", self.short_span))
-            ),
+            f"RETENTION_FEW(retention_few, {self.few.tokens}, {self.few.columns})",
+            f"RETENTION_PROMPT(retention_prompt, {span.tokens}, {span.columns}, {span.buffers}, {span.warps}, {exact})",
         ]
 
     def _constants(self) -> list[str]:

@@ -254,7 +254,7 @@ def _shared_struct_bytes(config: ModelConfig, parts: int, columns: int) -> int:
     floats = (
         2 * parts * 16 + 2 * config.head_key_dim + (2 + WARPS) * columns + config.head_key_dim + 2 * WARPS + 2 * config.num_heads
     )
-    return -(-(plans + 4 * (floats + 3)) // 16) * 16
+    return -(-(plans + 4 * (floats + 2)) // 16) * 16
 
 
 def _mail_packets(config: ModelConfig, layouts: Mapping[str, MatrixLayout], columns: int) -> int:

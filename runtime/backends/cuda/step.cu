@@ -80,9 +80,8 @@ struct Params {
   u32* control;           // tag of the last launch; blocks that have finished
   float* logits;
   u32* tile_largest;      // of the head's tiles, as ordered keys
-  int* next;              // the best token of the last step
   Result* result;         // in the host's memory
-  int token;              // -1: the one in `next`
+  int token;
 };
 struct Plan { u64 offset; u32 jump, count, length, step; };  // a warp's share of a product; jump: from the end of a part to the next
 
@@ -92,7 +91,7 @@ struct Shared {
   float parts[2][PARTS * 16];
   float q[DK], k[DK], v[SLICE], gate[SLICE], sums[WARPS][SLICE];
   float cosine[HALF], sine[HALF], red[2][WARPS], root[H], mean[H];
-  u32 flag, count, least;
+  u32 flag, count;
 };
 
 // ---- 16-bit numbers
@@ -526,7 +525,7 @@ struct Worker {
     return v * stored<EMBEDDING_SCALE>(run + 1024, in / (EMBEDDING_GRAIN ? EMBEDDING_GRAIN : 1) * 16 + row % 8 * 2 + row / 8);
   }
   __device__ __forceinline__ void embed() {
-    const long token = p.token < 0 ? *(volatile const int*)p.next : p.token;
+    const long token = p.token;
 #pragma unroll
     for (int i = 0; i < PAIRS; ++i)
 #pragma unroll
@@ -801,7 +800,7 @@ struct Worker {
     u32* keys = (u32*)room;
     u64* list = (u64*)(room + up(Head::TILES, 4) * 16);
     for (int i = t; i < Head::TILES; i += THREADS) keys[i] = __ldcg(p.tile_largest + i);
-    if (t == 0) { s.count = 0; s.least = FULL; }
+    if (t == 0) s.count = 0;
     __syncthreads();
     u32 floor = 0;
     if (Head::TILES > TOP)
@@ -830,17 +829,9 @@ struct Worker {
         int n = (int)~(u32)me;
         p.result->tokens[rank] = n;
         p.result->logits[rank] = __ldcg(p.logits + n);
-        if (rank == 0 && found <= CANDIDATES) *p.next = n;
       }
     }
-    if (found > CANDIDATES) {  // many equal logits: the host looks at all of them, the next step wants only the best
-      u32 best = 0;
-      for (int i = 0; i < Head::TILES; ++i) best = keys[i] > best ? keys[i] : best;
-      for (int n = t; n < V; n += THREADS) if (ordered(__ldcg(p.logits + n)) == best) atomicMin(&s.least, (u32)n);
-      __syncthreads();
-      if (t == 0) *p.next = (int)s.least;
-    }
-    if (t == 0) p.result->overflow = found > CANDIDATES;
+    if (t == 0) p.result->overflow = found > CANDIDATES;  // many equal logits: the host looks at all of them
   }
 };
 

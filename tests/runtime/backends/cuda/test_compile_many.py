@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
-from retnet_export.runtime.backends.cuda import many
+from retnet_export.runtime.backends.cuda import pieces
 from retnet_export.runtime.backends.cuda.compiler import compile_text, compiler_version, supported_capabilities
 from retnet_export.runtime.backends.cuda.many_model import many_source
 from retnet_export.runtime.backends.cuda.plan import DeviceLimits
@@ -70,8 +70,8 @@ def test_pieces_cover_every_row_once_and_keep_drafts_together():
     for _ in range(200):
         lengths = random.integers(0, 3000, 5)
         needed = lengths + random.integers(0, 2, 5) * random.integers(0, 20, 5)
-        cut = many.pieces(lengths, needed, 1)
+        cut = pieces.takes(lengths, needed, 1, 1024)
         assert (sum(cut, np.zeros(5, np.int64)) == needed).all()
         drafts = needed > lengths
         assert all(((piece == needed) | (piece == 0))[drafts].all() for piece in cut)
-        assert all(piece[~drafts].sum() <= many.ROWS_AT_ONCE for piece in cut)
+        assert all(piece[~drafts].sum() <= 1024 for piece in cut)
