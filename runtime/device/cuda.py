@@ -176,7 +176,7 @@ def versions() -> tuple[int, int]:
 
 
 class DeviceBuffer:
-    """Bytes on the device, freed with `close` or with the object.
+    """Bytes on the device, freed with `close` or with the object; in pieces if they do not fit as one (pieces.py).
 
     Args:
         size: how many bytes; at least one is allocated, so that every buffer has an address of its own.
@@ -186,19 +186,37 @@ class DeviceBuffer:
     """
 
     def __init__(self, size: int) -> None:
+        from retnet_export.runtime.device.pieces import OUT_OF_MEMORY, largest_allocation
+
         self.bytes = size
+        largest = largest_allocation()
+        if largest is not None and size > largest:
+            self._map(size, largest)
+            return
         try:
             self._address = int(call("cudaMalloc", max(size, 1)))
         except CudaError as error:
-            if error.code != "cudaErrorMemoryAllocation":
+            if error.code not in OUT_OF_MEMORY:
                 raise
             memory = memory_info()
-            hint = "; its free memory is fragmented: close other programs or restart" if memory.free > size else ""
-            raise CudaMemoryError(
-                f"the GPU has no memory for {size:,} bytes: {memory.free:,} of {memory.total:,} are free{hint}; "
-                "take a smaller batch or quantized weights"
-            ) from error
+            if memory.free <= size:
+                raise _no_memory(size, memory, "") from error
+            self._map(size, size // 2)
+            return
         self._finalizer = _freed_with(self, "cudaFree", self._address)
+
+    def _map(self, size: int, largest: int) -> None:
+        """Take pieces under one address."""
+        from retnet_export.runtime.device.pieces import Pieces
+
+        try:
+            pieces = Pieces(size, largest)
+        except (CudaError, AttributeError) as error:  # AttributeError: a cuda-bindings without these functions
+            hint = f"; in pieces it did not go either ({error}): close other programs or restart"
+            raise _no_memory(size, memory_info(), hint) from error
+        self._address = pieces.address
+        self._finalizer = weakref.finalize(self, _free, pieces.close, None)
+        self._finalizer.atexit = False
 
     @property
     def address(self) -> int:
@@ -214,6 +232,13 @@ class DeviceBuffer:
     def close(self) -> None:
         """Free it; twice does nothing."""
         self._finalizer()
+
+
+def _no_memory(size: int, memory: MemoryInfo, hint: str) -> CudaMemoryError:
+    return CudaMemoryError(
+        f"the GPU has no memory for {size:,} bytes: {memory.free:,} of {memory.total:,} are free{hint}; "
+        "take a smaller batch or quantized weights"
+    )
 
 
 def pinned(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
