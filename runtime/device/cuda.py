@@ -31,6 +31,15 @@ from numpy.typing import DTypeLike, NDArray
 
 from retnet_export.runtime.errors import MissingExtraError, UserError
 
+LOST = frozenset(
+    ("cudaErrorIllegalAddress", "cudaErrorMisalignedAddress", "cudaErrorInvalidAddressSpace", "cudaErrorInvalidPc",
+     "cudaErrorIllegalInstruction", "cudaErrorHardwareStackError", "cudaErrorAssert", "cudaErrorLaunchFailure",
+     "cudaErrorLaunchTimeout", "cudaErrorECCUncorrectable", "cudaErrorContained",
+     "CUDA_ERROR_ILLEGAL_ADDRESS", "CUDA_ERROR_MISALIGNED_ADDRESS", "CUDA_ERROR_INVALID_ADDRESS_SPACE", "CUDA_ERROR_INVALID_PC",
+     "CUDA_ERROR_ILLEGAL_INSTRUCTION", "CUDA_ERROR_HARDWARE_STACK_ERROR", "CUDA_ERROR_ASSERT", "CUDA_ERROR_LAUNCH_FAILED",
+     "CUDA_ERROR_LAUNCH_TIMEOUT", "CUDA_ERROR_ECC_UNCORRECTABLE", "CUDA_ERROR_CONTAINED")
+)  # fmt: skip
+"""Errors after which a process cannot use the GPU any more, as runtime and driver call them (CUDA's reference of cudaError_t)."""
 T = TypeVar("T", bound=np.generic)
 LOCK = threading.RLock()
 """Held during every call of CUDA, and by those who let a library call it. Reentrant: memory is freed wherever it is forgotten."""
@@ -46,8 +55,24 @@ class CudaError(RuntimeError):
         self.call, self.code = call, code
 
 
+class DeviceLostError(CudaError, UserError):
+    """The GPU stopped in the middle of something: CUDA answers every further call of this process with an error."""
+
+    def __init__(self, call: str, code: str, text: str) -> None:
+        super().__init__(call, code, text)
+        self.args = (
+            f"the GPU stopped at work that it had been given ({call}: {code}, {text}). This process cannot use it any more: start "
+            "the program again. If it happens again, look for 'Xid' or 'nvgpu' in the kernel's log (dmesg) and report it",
+        )
+
+
 class CudaMemoryError(UserError):
     """The device has no room for an allocation."""
+
+
+def failure(call: str, code: str, text: str) -> CudaError:
+    """The error for a call that failed."""
+    return (DeviceLostError if code in LOST else CudaError)(call, code, text)
 
 
 @functools.cache
@@ -78,7 +103,7 @@ def call(name: str, *arguments: Any) -> Any:
         code, *results = getattr(runtime, name)(*arguments)
     if code != runtime.cudaError_t.cudaSuccess:
         _, text = runtime.cudaGetErrorString(code)
-        raise CudaError(name, code.name, text.decode(errors="replace"))
+        raise failure(name, code.name, text.decode(errors="replace"))
     return None if not results else results[0] if len(results) == 1 else tuple(results)
 
 

@@ -39,7 +39,7 @@ def call(name: str, *arguments: Any) -> Any:
         code, *results = getattr(driver, name)(*arguments)
     if code != driver.CUresult.CUDA_SUCCESS:
         _, text = driver.cuGetErrorString(code)
-        raise cuda.CudaError(name, code.name, text.decode(errors="replace") if text else "unknown error")
+        raise cuda.failure(name, code.name, text.decode(errors="replace") if text else "unknown error")
     return None if not results else results[0] if len(results) == 1 else tuple(results)
 
 

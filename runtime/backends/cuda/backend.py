@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retnet_export.runtime.backends.base import NUMPY_DTYPES, PassCost, State, top_of
-from retnet_export.runtime.backends.cuda.buffers import ManyBatch
+from retnet_export.runtime.backends.cuda.buffers import ManyBatch, Size, ring_bytes
 from retnet_export.runtime.backends.cuda.compiler import Kernels, cache_folder, compile_kernels, compiler_version, library
 from retnet_export.runtime.backends.cuda.many import ROWS_AT_ONCE, Many
-from retnet_export.runtime.backends.cuda.many_model import ManyKernels, device_model
+from retnet_export.runtime.backends.cuda.many_model import ManyKernels, device_model, many_source
 from retnet_export.runtime.backends.cuda.many_source import WINDOW
 from retnet_export.runtime.backends.cuda.plan import (
     THREADS,
@@ -136,6 +136,7 @@ class CudaBackend:
             self.weights.model_vectors,
             limits,
         )
+        self._source = many_source(self.weights, limits)
         self._check_memory()
         self.kernels: Kernels = compile_kernels("step.cu", self.plan.constants, limits.capability, ptx=ptx is not None)
         self.stream = shared_stream()
@@ -156,8 +157,8 @@ class CudaBackend:
     @functools.cached_property
     def many(self) -> Many:
         """What runs batches and prompts; made when one is first asked for."""
-        model = device_model(self.weights, self._limits)
-        return Many(model, ManyKernels(model.source, self.stream, self._limits, ptx=self._ptx), self.stream)
+        launcher = ManyKernels(self._source, self.stream, self._limits, ptx=self._ptx)
+        return Many(device_model(self.weights, self._source), launcher, self.stream)
 
     @property
     def chunk_tokens(self) -> int:
@@ -168,13 +169,28 @@ class CudaBackend:
         return PASS_COST
 
     def _check_memory(self) -> None:
+        """Whether weights, one sequence and runs of few rows fit; longer prompts take what is left (many.py)."""
         memory, weights = cuda.memory_info(), self.weights
-        needed = weights.bytes + weights.largest + state_and_scratch_bytes(self.plan, weights.config) + SPARE_BYTES
+        work = state_and_scratch_bytes(self.plan, weights.config) + Size.for_runs_of(1).bytes_of(self._source)
+        needed = weights.bytes + max(weights.largest, work) + SPARE_BYTES
         if needed > memory.free:
             raise cuda.CudaMemoryError(
                 f"{self.path}: needs {needed:,} bytes on the GPU ({weights.bytes:,} of weights, {weights.largest:,} while loading "
-                f"them, {state_and_scratch_bytes(self.plan, weights.config):,} for a sequence), {memory.free:,} of "
-                f"{memory.total:,} are free; close other programs or quantize the bundle"
+                f"them and {work:,} for a sequence afterwards), {memory.free:,} of {memory.total:,} are free; close other programs "
+                "or quantize the bundle"
+            )
+
+    def _check_batch(self, batch: int) -> None:
+        """Whether a batch's states, logits, rings and runs fit into what is free."""
+        c, size = self.weights.config, Size.for_runs_of(batch)
+        made = self.__dict__["many"].size if "many" in self.__dict__ else Size(0, 0, 0)
+        needed = batch * (4 * c.state_elements + 4 * c.vocab_size) + (sum(ring_bytes(self._source, batch)) if batch > 1 else 0)
+        needed += 0 if made.enough_for(size) else size.bytes_of(self._source)
+        memory = cuda.memory_info()
+        if needed > memory.free:
+            raise cuda.CudaMemoryError(
+                f"{self.path}: {batch} sequences need {needed:,} bytes on the GPU beside the weights, {memory.free:,} of "
+                f"{memory.total:,} are free; take a smaller batch or close other programs"
             )
 
     def structure(self) -> StepStructure:
@@ -198,6 +214,7 @@ class CudaBackend:
         fixed = self.manifest.graphs["decode"].inputs[0].shape[0]
         if batch < 1 or fixed not in (-1, batch):
             raise UserError(f"{self.path}: exported for batch {fixed}, asked for {batch}; export it without --batch")
+        self._check_batch(batch)
         return CudaRunner(self, batch)
 
 

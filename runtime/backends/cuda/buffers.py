@@ -46,6 +46,11 @@ class Size:
     slots: int
     wanted: int
 
+    @classmethod
+    def for_runs_of(cls, slots: int) -> Size:
+        """What steps and short prompts of so many sequences need."""
+        return cls(0, 0, 0).with_room_for(cls(slots, slots, slots))
+
     def enough_for(self, other: Size) -> bool:
         return self.rows >= other.rows and self.slots >= other.slots and self.wanted >= other.wanted
 

@@ -51,6 +51,11 @@ class Many:
         self._graphs: OrderedDict[Run, cuda.Graph] = OrderedDict()
         self._seen: set[Run] = set()  # large runs that were made once
 
+    @property
+    def size(self) -> Size:
+        """What the present buffers are for."""
+        return Size(0, 0, 0) if self._buffers is None else self._buffers.size
+
     def open_batch(self, batch: int, state: int, positions: int, logits: int) -> ManyBatch:
         """What a batch keeps besides its states (B, L, H, Dk, Dv), positions (B,) and logits (B, V), at these addresses."""
         return ManyBatch(self.stream, self.source, batch, state, positions, logits)
@@ -122,7 +127,7 @@ class Many:
         """Buffers for a run of this size. New ones are made if it needs more; captured runs know only the old ones."""
         if self._buffers is not None and self._buffers.size.enough_for(size):
             return self._buffers
-        before = Size(0, 0, 0) if self._buffers is None else self._buffers.size
+        before = self.size
         self.stream.synchronize()
         self._graphs.clear()
         self._buffers = None

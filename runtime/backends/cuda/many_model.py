@@ -43,8 +43,8 @@ def many_source(weights: DeviceWeights, limits: DeviceLimits) -> ManySource:
     return ManySource(weights.config, layouts_by_name(weights), shared)
 
 
-def device_model(weights: DeviceWeights, limits: DeviceLimits) -> DeviceModel:
-    """The weights by the names of the graphs, and the source of the kernels that read them."""
+def device_model(weights: DeviceWeights, source: ManySource) -> DeviceModel:
+    """Loaded weights by the names of the graphs, with the source of the kernels that read them."""
     config, places, sources = weights.config, weights.places, weights.sources
     names = product_names(config)
     layer_floats = weights.layer_vectors.size
@@ -77,7 +77,7 @@ def device_model(weights: DeviceWeights, limits: DeviceLimits) -> DeviceModel:
     )
     if not tied:
         matrices["head.weight"] = DeviceMatrix(sources.head.layout, weights.address(places.head), row_scales("head.scales"))
-    return DeviceModel(many_source(weights, limits), matrices, vectors)
+    return DeviceModel(source, matrices, vectors)
 
 
 class ManyKernels:
