@@ -13,20 +13,22 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import typer
-from common import CACHE, ROOT, describe_machine, random_bundle
+from common import CACHE, ROOT, SIZES, describe_machine, random_bundle
 from numpy.typing import NDArray
 
 from retnet_export.export.checkpoints import open_checkpoint
 from retnet_export.export.pipeline import export_bundle
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.runtime.backends.base import Runner
-from retnet_export.runtime.bundle.bundle import open_bundle
+from retnet_export.runtime.bundle.bundle import Bundle, open_bundle
+from retnet_export.runtime.bundle.manifest import Precision
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.generate.generation import Continuation, Options
 from retnet_export.runtime.generate.sampling import LogitsView
@@ -145,7 +147,7 @@ def _plain(sample: Sample) -> str:
 def main(
     bundle: Annotated[Path | None, typer.Option(help="Measure this bundle.")] = None,
     size: Annotated[str | None, typer.Option(help="Or one of random weights: 148M, 1.5B; else the bundled model.")] = None,
-    weights: Annotated[str, typer.Option(help="Of the random bundle: int4, int8, or fp32.")] = "int4",
+    weights: Annotated[str, typer.Option(help="Of the random bundle: int4, int8, fp32; fp16 on a GPU.")] = "int4",
     backend: Annotated[str, typer.Option(help="Which backend runs the model.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     tokens: Annotated[int, typer.Option(help="Of each text.")] = 400,
@@ -157,8 +159,11 @@ def main(
     with tempfile.TemporaryDirectory() as temporary:
         classics = export_bundle(open_checkpoint(EXAMPLE), Path(temporary) / "classics.retnet").path
         tokenizer = load(classics, "onnxruntime", check_hashes=False).tokenizer
-        path = bundle or (classics if size is None else _random(size, weights))
-        model = load(path, backend, threads=threads, check_hashes=False)
+        if backend == "cuda" and bundle is None and size is not None:
+            model = _random_on_a_gpu(open_bundle(classics, check_hashes=False), size, weights)
+        else:
+            path = bundle or (classics if size is None else _random(size, weights))
+            model = load(path, backend, threads=threads, check_hashes=False)
         manifest = model.bundle.manifest
         print(f"{manifest.name}, {manifest.precision.weights}, backend {model.backend.name}, {threads or 'auto'} threads")
         costs(model, 10 * rounds)
@@ -174,6 +179,21 @@ def _random(size: str, weights: str) -> Path:
         return open_bundle(target, check_hashes=False).path
     except UserError:  # not there, or of another version
         return quantize_bundle(source, target, QuantizeOptions(weights=weights), force=True).path
+
+
+def _random_on_a_gpu(like: Bundle, size: str, weights: str) -> Model:
+    """A model of random weights that never were in a file: speed does not depend on them."""
+    from step import FORMATS, random_model
+
+    from retnet_export.runtime.backends.cuda.backend import CudaBackend
+
+    made, random = random_model(SIZES[size], *FORMATS[weights])
+    precision = Precision(weights, "float16", "float32")
+    manifest = replace(
+        like.manifest, name=f"random {size}", model=SIZES[size], precision=precision, state=made.manifest.state, tokenizer=None
+    )
+    bundle = Bundle(like.path, manifest)
+    return Model(bundle, CudaBackend(bundle, weights=random))
 
 
 if __name__ == "__main__":

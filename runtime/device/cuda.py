@@ -40,6 +40,7 @@ LOST = frozenset(
      "CUDA_ERROR_LAUNCH_TIMEOUT", "CUDA_ERROR_ECC_UNCORRECTABLE", "CUDA_ERROR_CONTAINED")
 )  # fmt: skip
 """Errors after which a process cannot use the GPU any more, as runtime and driver call them (CUDA's reference of cudaError_t)."""
+OUT_OF_MEMORY = ("cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY")
 T = TypeVar("T", bound=np.generic)
 LOCK = threading.RLock()
 """Held during every call of CUDA, and by those who let a library call it. Reentrant: memory is freed wherever it is forgotten."""
@@ -190,8 +191,19 @@ def device(index: int = 0) -> Device:
 
 
 def memory_info() -> MemoryInfo:
-    """Free and total memory of the current device."""
-    free, total = call("cudaMemGetInfo")
+    """Free and total memory of the current device.
+
+    Raises:
+        CudaMemoryError: there is not even enough for CUDA's own part of this process.
+    """
+    try:
+        free, total = call("cudaMemGetInfo")
+    except CudaError as error:
+        if error.code not in OUT_OF_MEMORY:
+            raise
+        raise CudaMemoryError(
+            "the GPU's memory is all taken, CUDA itself found none for this process; close other programs"
+        ) from error
     return MemoryInfo(int(free), int(total))
 
 
@@ -211,7 +223,7 @@ class DeviceBuffer:
     """
 
     def __init__(self, size: int) -> None:
-        from retnet_export.runtime.device.pieces import OUT_OF_MEMORY, largest_allocation
+        from retnet_export.runtime.device.pieces import largest_allocation
 
         self.bytes = size
         largest = largest_allocation()

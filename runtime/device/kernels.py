@@ -71,12 +71,23 @@ class Module:
 
     Args:
         image: a cubin or PTX.
+
+    Raises:
+        CudaMemoryError: there is no memory for it.
     """
 
     def __init__(self, image: bytes) -> None:
         cuda.call("cudaFree", 0)  # the runtime's context, if nothing has made it current yet in this thread
         terminated = np.frombuffer(image + b"\0", np.uint8)  # PTX is text; held while CUDA reads it
-        self._module = call("cuModuleLoadData", terminated.ctypes.data)
+        try:
+            self._module = call("cuModuleLoadData", terminated.ctypes.data)
+        except cuda.CudaError as error:
+            if error.code not in cuda.OUT_OF_MEMORY:
+                raise
+            memory = cuda.memory_info()
+            raise cuda.CudaMemoryError(
+                f"the GPU has no memory for kernels: {memory.free:,} of {memory.total:,} bytes are free; close other programs"
+            ) from error
         finalizer = weakref.finalize(self, _unload, _driver().cuModuleUnload, self._module)
         finalizer.atexit = False
 

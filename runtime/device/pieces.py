@@ -17,7 +17,6 @@ from retnet_export.runtime.errors import UserError
 
 LARGEST_VARIABLE = "RETNET_EXPORT_LARGEST_ALLOCATION_MB"
 """Environment variable: no allocation on the GPU is larger; without it, an allocation is cut only if it fails whole."""
-OUT_OF_MEMORY = ("cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY")
 
 
 def largest_allocation() -> int | None:
@@ -52,7 +51,7 @@ def cut(total: int, largest: int, grain: int, create: Callable[[int], None]) -> 
         try:
             create(min(piece, left))
         except cuda.CudaError as error:
-            if error.code not in OUT_OF_MEMORY or piece == grain:
+            if error.code not in cuda.OUT_OF_MEMORY or piece == grain:
                 raise
             piece = max(grain, min(piece, left) // 2 // grain * grain)
         else:

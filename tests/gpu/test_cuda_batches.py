@@ -98,6 +98,19 @@ def test_drafts_are_scored_and_leave_no_trace(case) -> None:
     assert off(runner.logits(), np.stack([reference.feed(slot, tokens[slot, :1])[-1] for slot in range(2)])) < tolerance
 
 
+@pytest.mark.parametrize("width", [2, 5, 8, 17, 32, 33])
+def test_passes_over_drafts_are_those_of_steps_at_every_width(case, width: int) -> None:
+    backend, reference, tolerance = case
+    runner, random = backend.open_runner(1), np.random.default_rng(width)
+    for _ in range(4):  # some of the draft is right each time, and enters the state with the next pass
+        length = int(random.integers(0, width))
+        tokens = tokens_for(runner, 1, width, seed=int(random.integers(1000)))
+        scores = runner.score(tokens, np.array([length]), np.arange(width)[None])
+        assert off(scores[0], reference.feed(0, tokens[0], keep=length)) < tolerance
+    runner.step(np.array([5]))
+    assert off(runner.logits()[0], reference.feed(0, [5])[-1]) < tolerance
+
+
 def test_a_state_read_after_some_steps_goes_on_in_another_slot_alone(case) -> None:
     backend, reference, tolerance = case
     runner, other = backend.open_runner(3), backend.open_runner(1)

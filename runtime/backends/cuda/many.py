@@ -145,9 +145,14 @@ class Many:
         if run.rows > FEW_ROWS and run not in self._seen:
             self._seen.add(run)
             return
-        with self.stream.capture() as graph:
-            for launch in launches:
-                self._launch(launch)
+        try:
+            with self.stream.capture() as graph:
+                for launch in launches:
+                    self._launch(launch)
+        except cuda.CudaError as error:
+            if error.code not in cuda.OUT_OF_MEMORY:
+                raise
+            return  # without a graph the same run takes longer
         self._graphs[run] = graph
         if len(self._graphs) > GRAPHS_KEPT:
             self._graphs.popitem(last=False)
