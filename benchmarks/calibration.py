@@ -1,4 +1,4 @@
-"""From how many tokens of calibration gptq and awq pay: INT4 of the bundled model against rounding, by tokens.
+"""From how many tokens of calibration gptq pays: INT4 of the bundled model against rounding, by tokens.
 
     python benchmarks/calibration.py --calibration train.txt --text test.txt
 
@@ -33,19 +33,17 @@ def main(
     text: Annotated[Path, typer.Option(help="A text that it was not.")],
     tokens: Annotated[int, typer.Option(help="Of the text, to judge by.")] = 8192,
 ) -> None:
-    """Print a row for each method and number of tokens."""
+    """Print a row for rounding, and one for each number of tokens."""
     with tempfile.TemporaryDirectory() as folder:
         source = export_bundle(open_checkpoint(ROOT / "examples" / "classics"), Path(folder) / "float.retnet")
         model = load(source.path)
         whole = calibrating.calibration_tokens(model, calibration)
         made = {"rtn": quantize_bundle(source, Path(folder) / "rtn.retnet", QuantizeOptions())}
-        for method in ("gptq", "awq"):
-            for passages, length in SHAPES:
-                part = whole[np.linspace(0, len(whole) - 1, passages).astype(int), :length]
-                setattr(calibrating, "calibration_tokens", partial(_given, part))  # noqa: B010 (mypy refuses the assignment)
-                options = QuantizeOptions(method=method, calibration=calibration)
-                name = f"{method}, {part.size:,} tokens"
-                made[name] = quantize_bundle(source, Path(folder) / f"{method}-{part.size}.retnet", options)
+        for passages, length in SHAPES:
+            part = whole[np.linspace(0, len(whole) - 1, passages).astype(int), :length]
+            setattr(calibrating, "calibration_tokens", partial(_given, part))  # noqa: B010 (mypy refuses the assignment)
+            options = QuantizeOptions(method="gptq", calibration=calibration)
+            made[f"gptq, {part.size:,} tokens"] = quantize_bundle(source, Path(folder) / f"{part.size}.retnet", options)
         results = evaluate_all([load(bundle.path) for bundle in made.values()], text, against=model, tokens=tokens)
     for name, result in zip(made, results, strict=True):
         pair = result.comparison

@@ -17,7 +17,7 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
     "export (from the Hugging Face Hub)": (*WRITE, "huggingface_hub"),
     "verify": (*WRITE, "torch", "onnxruntime"),
     "quantize": WRITE,
-    "quantize (--method gptq or awq, --activations, --evaluate)": (*WRITE, "onnxruntime"),
+    "quantize (--method gptq, --activations, --evaluate)": (*WRITE, "onnxruntime"),
     "evaluate": ("onnxruntime",),
     "compile (--target tensorrt-rtx)": ("tensorrt_rtx",),
     "generate": ("onnxruntime",),

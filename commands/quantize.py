@@ -29,9 +29,7 @@ def quantize(
             help="Inputs that share a scale: 16, 32, 64, 128 or 256; default: 64 for int4, all inputs of an output for int8.",
         ),
     ] = None,
-    method: Annotated[
-        Literal["rtn", "gptq", "awq"], typer.Option(help="rtn rounds to nearest; the other methods need --calibration.")
-    ] = "rtn",
+    method: Annotated[Literal["rtn", "gptq"], typer.Option(help="rtn rounds to nearest; gptq needs --calibration.")] = "rtn",
     embedding: Annotated[Literal["int8", "int4", "keep"], typer.Option(help="Format of the embedding.")] = "int8",
     head: Annotated[
         Literal["int8", "int4", "keep", "fp8"], typer.Option(help="Format of the output head; fp8 needs --activations fp8.")

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from retnet_export.graph.layers import LayerCutter, layer_of, residual_streams
-from retnet_export.quantize.methods import Gram
+from retnet_export.quantize.gptq import Gram
 from retnet_export.quantize.texts import CHUNK, encode
 from retnet_export.runtime.backends.base import NUMPY_DTYPES
 from retnet_export.runtime.bundle.bundle import Bundle
@@ -171,6 +171,28 @@ class LayerRunner:
             feeds = {"tokens": self._tokens[:, step : step + 1], "position": np.full(len(self._tokens), step, np.int64)}
             steps.append(dict(zip(outputs, session.run(outputs, feeds), strict=True)))
         return [values.pop(first) for values in steps], steps
+
+
+def activation_ranges(source: Bundle, decode: ir.Model, tokens: NDArray[np.int64], products: Mapping[str, str]) -> dict[str, float]:
+    """The largest magnitude that flows into products of a float bundle's decode graph, over a text.
+
+    One number a product: both graphs take it, and the scale follows from it and the format.
+
+    Args:
+        source: the bundle.
+        decode: its decode graph.
+        tokens: (B, T).
+        products: the matrix of each, by the name of the node.
+
+    Returns:
+        By the name of the node.
+    """
+    runner = LayerRunner(source, decode, tokens)
+    largest: dict[str, float] = {}
+    for index in range(runner.count):
+        weights = {name: decode.graph.initializers[name].const_value.numpy() for name in runner.weight_names(index)}  # type: ignore[union-attr]
+        largest |= runner.advance(index, weights, [name for name in weights if name in products.values()])
+    return {node: largest[name] if name in largest else runner.largest_input(node) for node, name in products.items()}
 
 
 def _layers(graph: ir.Graph) -> list[_Layer]:

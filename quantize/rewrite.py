@@ -24,7 +24,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -33,13 +32,10 @@ from numpy.typing import NDArray
 from retnet_export.graph.inserter import Inserter
 from retnet_export.graph.states import states
 from retnet_export.quantize.formats import Format, stored_scales
-from retnet_export.runtime.errors import UserError
+from retnet_export.quantize.options import Role
 
 OPSET = 21
 """The first with four-bit integers and blocked DequantizeLinear."""
-
-Role = Literal["weights", "head", "embedding", "tied"]
-"""What a matrix is for; "tied" is an embedding that is the head, too."""
 
 
 @dataclass(frozen=True)
@@ -252,27 +248,3 @@ def store_state_as_float16(model: ir.Model) -> None:
         new.name, new.type, new.shape = name, ir.TensorType(ir.DataType.FLOAT16), shape
         graph.append(down)
         graph.outputs[index] = new
-
-
-def check_groups(shapes: Mapping[str, tuple[int, int]], form: Format, option: str) -> None:
-    """Refuse a group size that does not divide the inputs of every matrix.
-
-    Args:
-        shapes: (inputs, outputs) of the matrices, by name.
-        form: the format asked for.
-        option: how the user asked for it.
-
-    Raises:
-        UserError: with the matrices it does not fit and the sizes that would.
-    """
-    group = form.group_size
-    if group is None:
-        return
-    wrong = {name: shape[0] for name, shape in shapes.items() if shape[0] % group}
-    if wrong:
-        fitting = [size for size in (16, 32, 64, 128, 256) if all(shape[0] % size == 0 for shape in shapes.values())]
-        shown = ", ".join(f"{name} has {inputs}" for name, inputs in list(wrong.items())[:4])
-        raise UserError(
-            f"{option} {group} does not divide the inputs of {len(wrong)} matrices ({shown}); weights are not padded: "
-            + (f"choose {', '.join(map(str, fitting))}" if fitting else "none of 16 to 256 fits, choose --weights int8")
-        )

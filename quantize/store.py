@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from retnet_export.graph.weights_file import WeightsFile, pack_int4
 from retnet_export.quantize.formats import Format, Quantized
-from retnet_export.quantize.rewrite import Role, StoredMatrix
+from retnet_export.quantize.options import Role
+from retnet_export.quantize.rewrite import StoredMatrix
 
 
 class MatrixStore:

@@ -91,6 +91,6 @@ class PrecisionWarning(UserWarning):
 
 
 def one_of(choices: Iterable[str]) -> str:
-    """Choices as a message names them: "rtn, gptq or awq"."""
+    """Choices as a message names them: "int8, int4 or keep"."""
     *most, last = choices
     return f"{', '.join(most)} or {last}" if most else last

@@ -108,6 +108,8 @@ def new_folder(target: str | Path, *, marker: str, force: bool = False) -> Itera
                 raise
             raise UserError(f"{target}: cannot be written: {error.strerror}; nothing was kept") from error
         except UserError as error:
+            if str(temporary) not in str(error):
+                raise
             # The folder that it speaks of will be gone.
             raise UserError(str(error).replace(str(temporary), str(target))) from error
         if not force and os.path.lexists(target):

@@ -13,7 +13,7 @@ import tiny
 from retnet_export.graph.loading import load_graph
 from retnet_export.graph.variants.element_types import InferElementTypes
 from retnet_export.quantize import pipeline
-from retnet_export.quantize.activations import activation_ranges
+from retnet_export.quantize.calibration import activation_ranges
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.quantize.rewrite import products
 from retnet_export.runtime.bundle.bundle import open_bundle
@@ -196,7 +196,6 @@ REFUSALS = [
         "activations is 'int8', which measures what flows",
     ),
     ({"weights": "int8", "activations": "int8", "group_size": 64}, "an 8-bit product takes one scale for each output"),
-    ({"weights": "int8", "activations": "int8", "method": "awq"}, "method is 'awq', which changes the activations"),
     (
         {"weights": "fp8", "activations": "fp8", "method": "gptq"},
         "method is 'gptq', which chooses integers",

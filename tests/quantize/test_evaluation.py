@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 from typer.testing import CliRunner
 
@@ -150,15 +149,6 @@ def test_eight_bits_cost_next_to_nothing_and_four_bits_little(folder):
 def test_gptq_comes_closer_to_the_float_model_than_rounding(folder):
     gptq = compared(folder, small(folder, "int4", method="gptq", calibration=folder / "text.txt")).comparison
     assert gptq.kl_mean < compared(folder, small(folder, "int4")).comparison.kl_mean
-
-
-def test_awq_folds_its_factors_without_changing_the_graph(folder):
-    awq = small(folder, "int4", method="awq", calibration=folder / "text.txt")
-    assert compared(folder, awq).comparison.kl_mean < 5e-2
-    operators = [
-        [node.op_type for node in ir.load(model.bundle.file("decode.onnx")).graph] for model in (awq, small(folder, "int4"))
-    ]
-    assert operators[0] == operators[1]
 
 
 def test_a_half_precision_state_loses_most_where_the_decay_is_slowest(folder):
