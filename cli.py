@@ -11,7 +11,6 @@ import typer
 
 from retnet_export.commands.bench import bench
 from retnet_export.commands.chat import chat
-from retnet_export.commands.common import Commands
 from retnet_export.commands.compare import compare
 from retnet_export.commands.compile import compile_
 from retnet_export.commands.demo import demo
@@ -19,6 +18,7 @@ from retnet_export.commands.doctor import doctor
 from retnet_export.commands.evaluate import evaluate
 from retnet_export.commands.export import export
 from retnet_export.commands.generate import generate
+from retnet_export.commands.group import Commands
 from retnet_export.commands.inspect import inspect
 from retnet_export.commands.plan import plan
 from retnet_export.commands.quantize import quantize

@@ -7,17 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from retnet_export.commands.common import (
-    BackendName,
-    BundlePath,
-    Json,
-    LowMemory,
-    Threads,
-    numbers,
-    print_columns,
-    print_json,
-    progress,
-)
+from retnet_export.commands.options import BackendName, BundlePath, Json, LowMemory, Threads, numbers
+from retnet_export.commands.output import print_columns, print_json, progress
 
 
 def bench(

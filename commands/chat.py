@@ -12,16 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from retnet_export.commands import sampling
-from retnet_export.commands.common import (
-    BackendName,
-    BundlePath,
-    LowMemory,
-    Threads,
-    interruptible,
-    print_error,
-    print_table,
-    progress,
-)
+from retnet_export.commands.group import interruptible
+from retnet_export.commands.options import BackendName, BundlePath, LowMemory, Threads
+from retnet_export.commands.output import print_error, print_table, progress
 from retnet_export.runtime.errors import ArgumentError, UserError
 
 if TYPE_CHECKING:

@@ -8,17 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from retnet_export.commands.common import (
-    BackendName,
-    BundlePath,
-    Json,
-    Threads,
-    numbers,
-    print_columns,
-    print_json,
-    print_table,
-    progress,
-)
+from retnet_export.commands.options import BackendName, BundlePath, Json, Threads, numbers
+from retnet_export.commands.output import print_columns, print_json, print_table, progress
 from retnet_export.runtime.errors import ArgumentError
 from retnet_export.runtime.progress import Progress
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from retnet_export.commands.common import BundlePath, Json, print_json, print_table, progress, size
+from retnet_export.commands.options import BundlePath, Json
+from retnet_export.commands.output import print_json, print_table, progress, size
 
 if TYPE_CHECKING:
     from retnet_export.runtime.bundle.bundle import Bundle

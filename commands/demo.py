@@ -11,7 +11,8 @@ from typing import Annotated
 
 import typer
 
-from retnet_export.commands.common import Force, checkpoint_path, print_columns, progress
+from retnet_export.commands.options import Force, checkpoint_path
+from retnet_export.commands.output import print_columns, progress
 from retnet_export.runtime.errors import UserError
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "classics"

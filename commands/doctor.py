@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 
 import typer
 
-from retnet_export.commands.common import Json, print_json, print_table
+from retnet_export.commands.options import Json
+from retnet_export.commands.output import print_json, print_table
 
 WRITE = ("onnx", "onnx_ir", "ml_dtypes")
 """Modules that write graphs."""

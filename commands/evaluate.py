@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retnet_export.commands.common import BackendName, BundlePath, Json, Threads, bundle_path, print_json, print_table, progress
+from retnet_export.commands.options import BackendName, BundlePath, Json, Threads, bundle_path
+from retnet_export.commands.output import print_json, print_table, progress
 
 if TYPE_CHECKING:
     from retnet_export.quantize.evaluation import Evaluation

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from retnet_export.commands.common import CheckpointPath, Force, Json, Output, print_json, print_table, progress, size
+from retnet_export.commands.options import CheckpointPath, Force, Json, Output
+from retnet_export.commands.output import print_json, print_table, progress, size
 
 if TYPE_CHECKING:
     from retnet_export.runtime.bundle.bundle import Bundle

@@ -5,28 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from retnet_export.commands import sampling
-from retnet_export.commands.common import (
-    BackendName,
-    BundlePath,
-    Json,
-    LowMemory,
-    Threads,
-    finite,
-    interruptible,
-    print_error,
-    print_json,
-    print_table,
-    progress,
-)
+from retnet_export.commands.group import interruptible
+from retnet_export.commands.options import BackendName, BundlePath, Json, LowMemory, Threads
+from retnet_export.commands.output import finite, print_error, print_json, print_table, progress
+from retnet_export.commands.prompts import ids_from, read_prompts, text_of_stdin
 from retnet_export.runtime.errors import ArgumentError, UserError
 
 if TYPE_CHECKING:
@@ -95,12 +85,12 @@ def generate(
         raise ArgumentError("logprobs", "needs --json or --prompts, which print them")
     if save_state is not None and not save_state.absolute().parent.is_dir():
         raise UserError(f"{save_state}: the folder {save_state.parent} does not exist")
-    tokens = None if prompt_ids is None else _ids_from(prompt_ids)
+    tokens = None if prompt_ids is None else ids_from(prompt_ids)
     options = replace(options, logprobs=logprobs)
     before = None if load_state is None else Snapshot.load(load_state)
     if not given and before is None:
-        prompt = _from_stdin()
-    many = None if prompts is None else _read_prompts(prompts)
+        prompt = text_of_stdin()
+    many = None if prompts is None else read_prompts(prompts)
     model, measured = load(bundle, backend, threads=threads, low_memory=low_memory), Stats()
     meter = PowerMeter() if power else None
     with meter or contextlib.nullcontext():
@@ -222,81 +212,3 @@ def _record(model: Model, pieces: list[Piece], finish: Finish | None, options: O
             for piece in made
         ]
     return record
-
-
-def _ids_from(text: str) -> list[int]:
-    """Token ids from a command line: integers separated by spaces or commas, or a JSON list."""
-    try:
-        return [int(part) for part in text.strip("[] \n").replace(",", " ").split()]
-    except ValueError as error:
-        raise ArgumentError("prompt_ids", f"is {text[:40]!r}, expected token ids, for example '1 15043 29892'") from error
-
-
-@dataclass(frozen=True)
-class _Line:
-    """The options that an object in a .jsonl file may have in addition to 'prompt'."""
-
-    max_new_tokens: int | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] | None = None
-    stop_tokens: tuple[int, ...] | None = None
-
-
-def _read_prompts(path: Path) -> list[Prompt]:
-    """Prompts line by line, without blank ones. Only a line feed ends a line."""
-    from retnet_export.runtime.bundle.files import read_text
-
-    text = _from_stdin() if str(path) == "-" else read_text(path)
-    prompts = []
-    for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), 1):
-        line = line.removesuffix("\r")
-        if line.strip():
-            where = f"{path}: line {number}"
-            prompts.append(_prompt_from_json(line, where) if path.suffix == ".jsonl" else _prompt(line, {}, where))
-    if not prompts:
-        raise UserError(f"{path}: it has no prompt, only blank lines")
-    return prompts
-
-
-def _prompt_from_json(line: str, where: str) -> Prompt:
-    from retnet_export.runtime.bundle.schema import decode
-
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON ({error}); expected a text, token ids, or an object with 'prompt'") from error
-    if not isinstance(value, dict):
-        return _prompt(value, {}, where)
-    if "prompt" not in value:
-        raise UserError(f"{where}: the field 'prompt' is missing")
-    own = decode(_Line, {name: entry for name, entry in value.items() if name != "prompt"}, where)
-    return _prompt(value["prompt"], {name: entry for name, entry in asdict(own).items() if entry is not None}, f"{where}.prompt")
-
-
-def _prompt(text: object, changes: Mapping[str, Any], where: str) -> Prompt:
-    from retnet_export.runtime.generate.batching import Prompt
-    from retnet_export.runtime.generate.generation import Options
-
-    if not isinstance(text, str) and not (isinstance(text, list) and all(type(token) is int for token in text)):
-        raise UserError(f"{where}: expected a text or a list of token ids, found {json.dumps(text)[:60]}")
-    try:
-        Options().changed(changes)  # type: ignore[arg-type]  # checked by its schema
-    except UserError as error:
-        raise UserError(f"{where.removesuffix('.prompt')}: {error}") from error
-    return Prompt(text, **changes)
-
-
-def _from_stdin() -> str:
-    if sys.stdin.isatty():
-        raise UserError("no prompt: give --prompt TEXT, or pipe the text in")
-    try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise UserError(f"stdin: not UTF-8 text (byte {error.start}); convert it first") from error

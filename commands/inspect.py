@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from retnet_export.commands.common import BundlePath, Json, print_json, print_table, size
 from retnet_export.commands.compile import print_anatomy
 from retnet_export.commands.export import print_summary
+from retnet_export.commands.options import BundlePath, Json
+from retnet_export.commands.output import print_json, print_table, size
 
 if TYPE_CHECKING:
     from retnet_export.runtime.bundle.bundle import Bundle

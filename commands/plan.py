@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from retnet_export.commands.common import Json, bundle_path, print_columns, print_json, print_table, size
+from retnet_export.commands.options import Json, bundle_path
+from retnet_export.commands.output import print_columns, print_json, print_table, size
 from retnet_export.runtime.element_types import ELEMENT_TYPES
 from retnet_export.runtime.errors import ArgumentError
 

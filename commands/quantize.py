@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
-from retnet_export.commands.common import BundlePath, Force, Json, Output, print_json, print_table, progress, size
+from retnet_export.commands.options import BundlePath, Force, Json, Output
+from retnet_export.commands.output import print_json, print_table, progress, size
 
 if TYPE_CHECKING:
     from retnet_export.quantize.evaluation import Evaluation

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from retnet_export.commands.common import print_table, size
+from retnet_export.commands.output import print_table, size
 from retnet_export.runtime.errors import ArgumentError, UserError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from retnet_export.commands.common import BackendName, BundlePath, LowMemory, Threads
+from retnet_export.commands.options import BackendName, BundlePath, LowMemory, Threads
 from retnet_export.commands.sampling import speculation_from, unescaped
 from retnet_export.runtime.errors import ArgumentError, MissingExtraError, UserError
 

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from retnet_export.commands.common import BundlePath, Json, print_columns, print_json
+from retnet_export.commands.options import BundlePath, Json
+from retnet_export.commands.output import print_columns, print_json
 from retnet_export.runtime.errors import ArgumentError, UserError
 
 

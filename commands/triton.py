@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from retnet_export.commands.common import BundlePath, Force
+from retnet_export.commands.options import BundlePath, Force
 
 
 def triton(

@@ -8,17 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retnet_export.commands.common import (
-    BackendName,
-    BundlePath,
-    Json,
-    checkpoint_path,
-    print_json,
-    print_table,
-    print_warning,
-    progress,
-    size,
-)
+from retnet_export.commands.options import BackendName, BundlePath, Json, checkpoint_path
+from retnet_export.commands.output import print_json, print_table, print_warning, progress, size
 from retnet_export.runtime.errors import ArgumentError, UserError
 
 if TYPE_CHECKING:

@@ -42,13 +42,11 @@ class Capacity:
     Attributes:
         context: the context at which batches are counted.
         retnet_batch, transformer_batch: the most sequences of that length.
-        transformer_context: the longest single sequence; the RetNet's has no limit.
     """
 
     context: int
     retnet_batch: int
     transformer_batch: int
-    transformer_context: int
 
 
 def rows(comparison: Comparison, kind: str) -> list[Row]:
@@ -101,12 +99,7 @@ def faster_from(comparison: Comparison) -> int | None:
     return crossing
 
 
-def smaller_from(comparison: Comparison) -> int:
-    """The context from which the RetNet's state is smaller than the cache."""
-    return comparison.retnet.bytes_per_sequence // comparison.transformer.bytes_per_token + 1
-
-
-def fit(comparison: Comparison) -> Capacity | None:
+def capacity(comparison: Comparison) -> Capacity | None:
     """What fits in the budget, from the measured memory of one sequence and the size of each further one."""
     context = int(str(comparison.settings["batch_context"]))
     room = {}
@@ -125,7 +118,6 @@ def fit(comparison: Comparison) -> Capacity | None:
         context=context,
         retnet_batch=max(0, room[RETNET] // (retnet.buffers * retnet.sequence_bytes(context))),
         transformer_batch=max(0, room[TRANSFORMER] // max(1, transformer.sequence_bytes(context))),
-        transformer_context=max(0, room[TRANSFORMER] // transformer.bytes_per_token),
     )
 
 
@@ -161,7 +153,7 @@ def _memory(comparison: Comparison) -> str:
 
 
 def _capacity(comparison: Comparison) -> str:
-    fits = fit(comparison)
+    fits = capacity(comparison)
     if fits is None or fits.retnet_batch < 1:
         return ""
     return (

@@ -103,14 +103,14 @@ def baseline_for(bundle: Bundle, folder: Path, *, capacity: int, kv_heads: int |
     if manifest.precision.compute == "bfloat16":
         raise UserError(
             f"{bundle.path}: its products are bfloat16, which ONNX Runtime's CPU attention does not take; "
-            "export with --precision fp32 or fp16 to compare"
+            "export it with precision=fp32 or fp16 to compare"
         )
     quantization = None
     if manifest.quantization is not None:
         if manifest.quantization.get("activations") is not None:
             raise UserError(
                 f"{bundle.path}: its activations are {manifest.quantization['activations']}, which the baseline has no calibrated "
-                "ranges for; compare a bundle quantized without --activations"
+                "ranges for; compare a bundle that was quantized without them"
             )
         quantization = {name: manifest.quantization[name] for name in ("weights", "group_size", "embedding", "head")}
     group = quantization["group_size"] if quantization is not None else None

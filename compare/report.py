@@ -13,8 +13,7 @@ from pathlib import Path
 from retnet_export.compare.analysis import Row, batch_rows, caveats, decode_rows, parameter_difference, rows, summary
 from retnet_export.compare.plots import plots, png, svg
 from retnet_export.compare.results import GENAI, LLAMA_CPP, RETNET, TRANSFORMER, Comparison, Measurement, Side
-from retnet_export.runtime.bundle.schema import decode, encode
-from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.bundle.schema import encode
 
 JSON_NAME = "report.json"
 RATIO = "RetNet is"
@@ -56,20 +55,6 @@ def write_report(comparison: Comparison, folder: Path) -> None:
 def document(comparison: Comparison) -> object:
     """report.json as a JSON value."""
     return encode(comparison)
-
-
-def read_report(path: Path) -> Comparison:
-    """A comparison from its report.json.
-
-    Raises:
-        UserError: it cannot be read, or it is something else.
-    """
-    try:
-        return decode(Comparison, json.loads(path.read_bytes()), str(path))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
 
 
 def page(comparison: Comparison) -> str:

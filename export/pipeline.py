@@ -84,7 +84,7 @@ def export_bundle(
     options = options or ExportOptions()
     if options.precision == "bf16":
         warnings.warn(
-            "--precision bf16: ONNX Runtime has no kernels for it on a CPU; only GPUs run this bundle (cuda, TensorRT)",
+            "precision=bf16: ONNX Runtime has no kernels for it on a CPU; only GPUs run this bundle (cuda, TensorRT)",
             PrecisionWarning,
             stacklevel=2,
         )

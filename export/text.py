@@ -18,7 +18,7 @@ from retnet_export.export.checkpoints.sources import read_json
 from retnet_export.export.tokenizers import converted
 from retnet_export.runtime.bundle.files import read_text
 from retnet_export.runtime.bundle.manifest import TokenizerSpec
-from retnet_export.runtime.errors import CheckpointWarning, UserError
+from retnet_export.runtime.errors import ArgumentError, CheckpointWarning, UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -166,7 +166,9 @@ def _prefix(tokenizer: Tokenizer, bos: str, vocab_size: int) -> tuple[int, ...]:
     if bos != "auto":
         token = int(bos) if bos.isdecimal() else tokenizer.token_to_id(bos)
         if token is None or token >= vocab_size:
-            raise UserError(f"bos: {bos!r} is not a token of this model; expected auto, none, or a token by its id or text")
+            raise ArgumentError(
+                "bos", f"is {bos!r}, which is not a token of this model; expected auto, none, or a token by its id or text"
+            )
         return (token,)
     text = next((text for text in ("a", "0", ".") if tokenizer.encode(text, add_special_tokens=False).ids), "")
     bare, full = tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.encode(text).ids
@@ -175,14 +177,14 @@ def _prefix(tokenizer: Tokenizer, bos: str, vocab_size: int) -> tuple[int, ...]:
     if suffix:
         names = ", ".join(repr(tokenizer.id_to_token(token)) for token in suffix)
         warnings.warn(
-            f"{TOKENIZER}: it puts {names} after a text, which would end it; prompts are read without it it it",
+            f"{TOKENIZER}: it puts {names} after a text, which would end it; prompts are read without it",
             CheckpointWarning,
             stacklevel=2,
         )
     if beyond := [token for token in prefix if token >= vocab_size]:
         raise UserError(
             f"{TOKENIZER}: it puts the token {beyond[0]} before a text, the model's vocabulary has {vocab_size:,}; "
-            "export it with bos none, or with the tokenizer that belongs to this model"
+            "export it with bos=none, or with the tokenizer that belongs to this model"
         )
     return tuple(prefix)
 

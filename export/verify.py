@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from retnet_export.export.checkpoints.base import Checkpoint
 from retnet_export.graph.weights import weight_shapes
 from retnet_export.runtime.bundle.bundle import Bundle
-from retnet_export.runtime.errors import MissingExtraError, UserError
+from retnet_export.runtime.errors import ArgumentError, MissingExtraError, UserError
 from retnet_export.runtime.generate.tokenizer import Tokenizer
 from retnet_export.runtime.model import Model
 from retnet_export.runtime.numerics import Error, Tolerance, measure, spread, tolerance
@@ -247,7 +247,7 @@ def _tokens(bundle: Bundle, text: str | None, most: int) -> tuple[NDArray[np.int
     spec = bundle.manifest.tokenizer
     if spec is None:
         if text is not None:
-            raise UserError(f"{bundle.path}: the bundle has no tokenizer, so it cannot read a text; verify it without --text")
+            raise ArgumentError("text", f"cannot be read: {bundle.path} has no tokenizer; verify it without a text")
         generator = np.random.default_rng(0)
         random = generator.integers(0, bundle.manifest.model.vocab_size, most, dtype=np.int64)
         return random, "random tokens (the bundle has no tokenizer)"

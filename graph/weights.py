@@ -32,7 +32,7 @@ def narrowed(name: str, array: Array, dtype: np.dtype[np.generic]) -> Array:
         if np.isfinite(value):
             raise UserError(
                 f"{name} holds {value:.6g} at {index}, more than {dtype.name} can hold; export it with "
-                + ("--precision fp32 or bf16" if dtype.name == "float16" else "a checkpoint of smaller weights")
+                + ("precision=fp32 or bf16" if dtype.name == "float16" else "a checkpoint of smaller weights")
             )
     return stored
 

@@ -23,7 +23,6 @@ from pathlib import Path
 from retnet_export.runtime.bundle.external_data import external_locations
 from retnet_export.runtime.bundle.files import restore_old, sha256_of, write_atomically
 from retnet_export.runtime.bundle.manifest import FORMAT, FORMAT_VERSION, FileRecord, Manifest
-from retnet_export.runtime.bundle.older import advice
 from retnet_export.runtime.bundle.schema import decode, encode, not_finite
 from retnet_export.runtime.bundle.seal import check_seal, sealed
 from retnet_export.runtime.bundle.validation import check_manifest
@@ -99,11 +98,13 @@ def _read_manifest(path: Path) -> Manifest:
         raise UserError(f"{path}: not valid JSON ({error}); the bundle is damaged, export it again") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise UserError(f"{path}: not a retnet-export manifest: the field 'format' is not {FORMAT!r}")
-    if document.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{path}: bundle format {document.get('format_version')!r}, this version of retnet-export reads {FORMAT_VERSION}; "
-            + advice(document, path.parent, FORMAT_VERSION)
-        )
+    if (found := document.get("format_version")) != FORMAT_VERSION:
+        again = f"make it again: retnet-export export CHECKPOINT -o {shlex.quote(str(path.parent))} --force"
+        if document.get("quantization") is not None:
+            again += ", into another folder, and `retnet-export quantize` from there"
+        newer = isinstance(found, int) and found > FORMAT_VERSION
+        advice = "it comes from a newer version: pip install --upgrade retnet-export" if newer else again
+        raise UserError(f"{path}: bundle format {found!r}, this version of retnet-export reads {FORMAT_VERSION}; {advice}")
     try:
         check_seal(document, content)
     except UserError as error:

@@ -87,9 +87,9 @@ def new_folder(target: str | Path, *, marker: str, force: bool = False) -> Itera
     restore_old(target)
     if os.path.lexists(target):
         if not force:
-            raise UserError(f"{target}: exists already; choose another name, or give --force to replace it")
+            raise UserError(f"{target}: exists already; choose another name, or give force=True to replace it")
         if target.is_symlink() or not target.is_dir() or (any(target.iterdir()) and not (target / marker).is_file()):
-            raise UserError(f"{target}: exists and is not a bundle, so --force does not replace it; choose another name")
+            raise UserError(f"{target}: exists and is not a bundle, so force=True does not replace it; choose another name")
     above = next(folder for folder in target.parents if os.path.lexists(folder))
     if not above.is_dir():
         raise UserError(f"{target}: cannot be written: {above} is not a folder; choose another place")

@@ -11,7 +11,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -55,33 +54,6 @@ def power_mode(text: str) -> str | None:
     """Of `nvpmodel -q`: "MAXN_SUPER"."""
     found = re.search(r"NV Power Mode: *(\S+)", text)
     return None if found is None else found[1]
-
-
-@dataclass(frozen=True)
-class TegraStats:
-    """One line of tegrastats.
-
-    Attributes:
-        ram_used_mb, ram_total_mb: memory, shared by CPU and GPU.
-        largest_block_mb: the largest free piece of it; small means fragmented.
-        rails_mw: power of each rail at this moment.
-    """
-
-    ram_used_mb: int
-    ram_total_mb: int
-    largest_block_mb: float | None
-    rails_mw: Mapping[str, int]
-
-
-def tegrastats(line: str) -> TegraStats | None:
-    """Read a line of tegrastats; None if it is none."""
-    memory = re.search(r"RAM (\d+)/(\d+)MB(?: \(lfb \d+x(\d+)(k|M)B\))?", line)
-    if memory is None:
-        return None
-    block = None if memory[3] is None else int(memory[3]) / (1024 if memory[4] == "k" else 1)
-    # "VDD_IN 7253mW/7101mW" since JetPack 5, "VDD_IN 3140/3208" before: now, and on average.
-    rails = re.findall(r"\b((?:VDD|VIN|POM)\w*) (\d+)(?:mW)?/\d+", line)
-    return TegraStats(int(memory[1]), int(memory[2]), block, {name: int(power) for name, power in rails})
 
 
 def total_power_mw(rails: Mapping[str, int]) -> int | None:

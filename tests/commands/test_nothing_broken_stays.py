@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from retnet_export.cli import app
-from retnet_export.commands.common import print_json
+from retnet_export.commands.output import print_json
 from retnet_export.runtime.bundle.bundle import open_bundle
 from retnet_export.runtime.errors import UserError
 

@@ -68,14 +68,10 @@ def test_a_crossing_that_is_taken_back_does_not_count():
     assert analysis.faster_from(comparison({0: 10, 1000: 10, 2000: 10}, {0: 8, 1000: 12, 2000: 9})) is None
 
 
-def test_the_state_is_smaller_from_the_first_token_at_which_the_cache_is_larger():
-    assert analysis.smaller_from(comparison({0: 10}, {0: 10})) == 101
-
-
 def test_what_fits_counts_both_sets_of_state_buffers():
-    fits = analysis.fit(comparison({0: 10}, {0: 10}))
+    fits = analysis.capacity(comparison({0: 10}, {0: 10}))
     # 110 MB less 10 MB of weights: 2 MB a RetNet sequence, 10 MB a Transformer's of 1,000 tokens.
-    assert (fits.retnet_batch, fits.transformer_batch, fits.transformer_context) == (50, 10, 10_000)
+    assert (fits.retnet_batch, fits.transformer_batch) == (50, 10)
 
 
 @pytest.mark.parametrize(("genai_ms", "engine"), [(9.0, GENAI), (9.2, TRANSFORMER)])

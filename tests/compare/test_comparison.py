@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 import tiny
 
 from retnet_export.compare.comparison import CompareOptions, compare
-from retnet_export.compare.report import read_report, write_report
-from retnet_export.compare.results import GENAI, RETNET, TRANSFORMER, Cell
+from retnet_export.compare.report import write_report
+from retnet_export.compare.results import GENAI, RETNET, TRANSFORMER, Cell, Comparison
+from retnet_export.runtime.bundle.schema import decode
 from retnet_export.runtime.errors import UserError
 
 QUICK = CompareOptions(contexts=(0, 16), prompts=(8,), batches=(1, 2), batch_context=16, seconds=0.05, threads=1)
@@ -56,7 +58,7 @@ def test_the_baseline_leaves_nothing_behind(bundle, tmp_path, monkeypatch):
 
 def test_report_json_reads_back_as_the_comparison(comparison, tmp_path):
     write_report(comparison, tmp_path)
-    read = read_report(tmp_path / "report.json")
+    read = decode(Comparison, json.loads((tmp_path / "report.json").read_text()), "report.json")
     assert read.measurements == comparison.measurements
     assert (read.retnet, read.transformer) == (comparison.retnet, comparison.transformer)
 
