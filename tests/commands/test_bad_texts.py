@@ -115,12 +115,12 @@ def test_ctrl_c_leaves_nothing(bundle, tmp_path):
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a process that a shell started in the background ignores it
 from retnet_export.cli import app
-from retnet_export.quantize import methods
-real = methods.Gptq.quantize
-def quantize(*arguments, **options):
+from retnet_export.quantize import matrices
+real = matrices.gptq
+def gptq(*arguments):
     print("at work", flush=True)
-    return real(*arguments, **options)
-methods.Gptq.quantize = quantize
+    return real(*arguments)
+matrices.gptq = gptq
 app()
 """
     arguments = [str(argument) for argument in uses(bundle, tmp_path / "text.txt", tmp_path)["calibration"]]

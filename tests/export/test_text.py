@@ -49,7 +49,7 @@ def test_how_a_text_begins_can_be_chosen(folder):
     assert read_text_settings(folder, {}, VOCABULARY, "</s>").prefix_ids == (2,)
     assert read_text_settings(folder, {}, VOCABULARY, "7").prefix_ids == (7,)
     for absent in ("<absent>", "1200"):
-        with pytest.raises(UserError, match="is not a token of this model"):
+        with pytest.raises(UserError, match="not a token of this model"):
             read_text_settings(folder, {}, VOCABULARY, absent)
 
 
