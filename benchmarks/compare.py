@@ -8,6 +8,7 @@ Writes report.json, report.html and the figures to docs/lab/comparison/FORMAT. S
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import time
@@ -19,9 +20,11 @@ from common import ROOT, random_bundle
 
 from retnet_export.commands.compare import print_comparison
 from retnet_export.compare.comparison import CompareOptions, compare
-from retnet_export.compare.report import JSON_NAME, read_report, write_report
+from retnet_export.compare.report import JSON_NAME, write_report
+from retnet_export.compare.results import Comparison
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.runtime.bundle.bundle import Bundle
+from retnet_export.runtime.bundle.schema import decode
 
 
 def bundle_in(form: str, size: str, folder: Path) -> Bundle:
@@ -49,7 +52,7 @@ def main(
     """Measure, print, and write the report."""
     target = output or ROOT / "docs" / "lab" / "comparison" / form
     if redraw:
-        write_report(read_report(target / JSON_NAME), target)
+        write_report(decode(Comparison, json.loads((target / JSON_NAME).read_bytes()), JSON_NAME), target)
         return
     with tempfile.TemporaryDirectory() as folder:
         options = CompareOptions(seconds=seconds, peers=tuple(peer or ()), cache=cache)
