@@ -18,7 +18,8 @@ from retnet_export.runtime.generate.generation import Finish, Piece
 from retnet_export.serve.errors import ApiError
 
 if TYPE_CHECKING:
-    from retnet_export.serve.service import Run, Service
+    from retnet_export.serve.runs import Run
+    from retnet_export.serve.service import Service
 
 FINISHES: dict[Finish, str] = {"length": "length", "stop": "stop", "end of text": "stop"}
 

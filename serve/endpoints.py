@@ -32,7 +32,8 @@ from retnet_export.serve.bodies import (
 from retnet_export.serve.errors import ApiError
 from retnet_export.serve.guards import Guards
 from retnet_export.serve.metrics import CONTENT_TYPE, Metrics
-from retnet_export.serve.service import Run, Service
+from retnet_export.serve.runs import Run
+from retnet_export.serve.service import Service
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

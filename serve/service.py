@@ -1,21 +1,22 @@
-"""What a server does, apart from HTTP: bodies become jobs, jobs' events come back to whoever waits in the event loop."""
+"""What a server does, apart from HTTP: bodies become jobs."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from retnet_export.runtime.errors import UserError
-from retnet_export.runtime.generate.engine import Ended, Event, Failed, Job
+from retnet_export.runtime.generate.engine import Job
 from retnet_export.runtime.generate.generation import Options
 from retnet_export.serve.bodies import ChatBody, CompletionBody, Generating, StateBody, text_of
 from retnet_export.serve.errors import ApiError
 from retnet_export.serve.prompts import Encoded
-from retnet_export.serve.scheduler import BusyError, ClosedError, Scheduler, Ticket
+from retnet_export.serve.runs import Courier
+from retnet_export.serve.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from retnet_export.runtime.model import Model
@@ -72,6 +73,11 @@ class Service:
         if name not in (None, "", *self.names):
             message = f"the model {str(name)[:100]!r} is not served here; expected {', '.join(map(repr, self.names))}"
             raise ApiError(404, message, param="model", code="model_not_found")
+
+    @functools.cached_property
+    def courier(self) -> Courier:
+        """Of the event loop in which it is asked for first."""
+        return Courier(asyncio.get_running_loop())
 
     @property
     def vocabulary(self) -> int:
@@ -216,64 +222,6 @@ class Service:
             )
             for number in range(body.n or 1)
         ]
-
-
-class Run:
-    """Jobs of one request, and their events as they come; leaving the block cancels what is not done.
-
-    Args:
-        service: what runs them.
-        jobs: from the service.
-    """
-
-    def __init__(self, service: Service, jobs: Sequence[Job]) -> None:
-        self._service, self._jobs = service, jobs
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._tickets: list[Ticket] = []
-
-    def __enter__(self) -> Run:
-        loop = asyncio.get_running_loop()
-
-        def listen(event: Event) -> None:
-            # The loop may be gone: the server was killed while the scheduler was in a step.
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(self._events.put_nowait, event)
-
-        try:
-            self._tickets = self._service.scheduler.submit(self._jobs, listen)
-        except BusyError as error:
-            headers = {"Retry-After": str(error.retry_after)}
-            raise ApiError(429, str(error), code="queue_full", headers=headers) from error
-        except ClosedError as error:
-            raise ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "5"}) from error
-        return self
-
-    def __exit__(self, *fault: object) -> None:
-        self._service.scheduler.cancel(self._tickets)
-
-    async def events(self) -> AsyncIterator[tuple[int, Event]]:
-        """Each event with the number of its job, until all jobs are over.
-
-        Raises:
-            ApiError: one failed.
-        """
-        numbers = {id(job): number for number, job in enumerate(self._jobs)}
-        open_texts = sum(len(job.options) for job in self._jobs)
-        while open_texts:
-            event = await self._events.get()
-            if isinstance(event, Failed):
-                raise failure(event.error)
-            open_texts -= isinstance(event, Ended)
-            yield numbers[id(event.job)], event
-
-
-def failure(error: Exception) -> ApiError:
-    """What a client hears of a job that failed."""
-    if isinstance(error, ClosedError):
-        return ApiError(503, str(error), code="shutting_down")
-    if isinstance(error, UserError):
-        return ApiError(400, str(error))
-    return ApiError(500, "the model failed; the server's log says why", code="model_failed")
 
 
 def _is_list_of_prompts(prompt: str | Sequence[object]) -> bool:
