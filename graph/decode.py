@@ -19,7 +19,7 @@ from retnet_export.graph.blocks import Writer, head_norm, join_heads, projection
 from retnet_export.graph.builder import GraphBuilder, Value
 from retnet_export.graph.element_types import onnx_type
 from retnet_export.graph.retnet import OPSET, embed, layers, logits
-from retnet_export.graph.states import allow_steps_in_place
+from retnet_export.graph.states import allow_in_place
 from retnet_export.graph.weights import ReadWeight
 from retnet_export.graph.weights_file import WeightsFile
 from retnet_export.runtime.bundle.config import ModelConfig
@@ -83,5 +83,5 @@ def build_decode(
     for index, value in enumerate(state_after):
         b.output(value, f"{state_name(index)}_out", state_type, state_shape)
     model = b.model(f"RetNet decode step, {config.num_layers} layers, {compute}")
-    allow_steps_in_place(model)  # one operator reads a layer's state, and a later one writes it
+    allow_in_place(model)  # one operator reads a layer's state, and a later one writes it
     return model

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from retnet_export.graph.blocks import Writer, feed_forward, norm
 from retnet_export.graph.builder import Value
 from retnet_export.graph.element_types import name_of_type
-from retnet_export.graph.states import layout_of, steps_in_place
+from retnet_export.graph.states import chunks_in_place, layout_of, steps_in_place
 from retnet_export.graph.weights import narrowed
 from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.bundle.manifest import GraphSpec, TensorSpec
@@ -111,4 +111,5 @@ def graph_spec(model: ir.Model, file: str, chunk_size: int) -> GraphSpec:
         chunk_size=chunk_size,
         state_layout=layout_of(model),
         steps_in_place=steps_in_place(model),
+        chunks_in_place=chunks_in_place(model),
     )

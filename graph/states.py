@@ -11,7 +11,8 @@ import onnx_ir as ir
 from retnet_export.runtime.bundle.layout import AXES, StateLayout
 from retnet_export.runtime.bundle.manifest import state_name
 
-AXES_KEY, PIECES_KEY, IN_PLACE_KEY = "retnet.state_axes", "retnet.state_pieces", "retnet.steps_in_place"
+AXES_KEY, PIECES_KEY = "retnet.state_axes", "retnet.state_pieces"
+STEPS_KEY, CHUNKS_KEY = "retnet.steps_in_place", "retnet.chunks_in_place"
 
 
 def states(graph: ir.Graph) -> list[tuple[ir.Value, ir.Value]]:
@@ -36,11 +37,18 @@ def layout_of(model: ir.Model) -> StateLayout:
     return StateLayout(tuple(axis for name in axes for axis in AXES if axis == name), pieces)
 
 
-def allow_steps_in_place(model: ir.Model) -> None:
-    """Say that a run of one token for each sequence may write the states of the layers where it reads them."""
-    model.metadata_props[IN_PLACE_KEY] = "1"
+def allow_in_place(model: ir.Model, *, chunks: bool = False) -> None:
+    """Say that a run of one token for each sequence, or any run, may write the states of the layers where it reads them."""
+    model.metadata_props[STEPS_KEY] = "1"
+    if chunks:
+        model.metadata_props[CHUNKS_KEY] = "1"
 
 
 def steps_in_place(model: ir.Model) -> bool:
-    """Whether `allow_steps_in_place` was called."""
-    return model.metadata_props.get(IN_PLACE_KEY) == "1"
+    """Whether `allow_in_place` was called."""
+    return model.metadata_props.get(STEPS_KEY) == "1"
+
+
+def chunks_in_place(model: ir.Model) -> bool:
+    """Whether `allow_in_place` was called for chunks."""
+    return model.metadata_props.get(CHUNKS_KEY) == "1"

@@ -13,25 +13,27 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
+from retnet_export.graph.variants.chunks import ChunkFormsPass
 from retnet_export.graph.variants.element_types import InferElementTypes
 from retnet_export.graph.variants.integers import IntegerProductsPass
-from retnet_export.graph.variants.linear_attention import LinearAttentionPass, StatePiecesPass
-from retnet_export.graph.variants.retention import RotaryEmbeddingOfChunksPass
+from retnet_export.graph.variants.linear_attention import LinearAttentionPass
+from retnet_export.graph.variants.norms import UnitScalePass
+from retnet_export.graph.variants.rotation import RotationPass
 from retnet_export.graph.variants.skip_norms import SkipNormPass
-from retnet_export.graph.variants.steps import StepBranchPass
 
 ONNXRUNTIME_CPU: Sequence[type[ir.passes.InPlacePass]] = (
-    RotaryEmbeddingOfChunksPass,
-    StatePiecesPass,
+    RotationPass,
     LinearAttentionPass,
-    StepBranchPass,
+    ChunkFormsPass,
+    UnitScalePass,
     SkipNormPass,
 )
 """What was measured to help (docs/lab/quantization.md): of these operators, those for gates and GatedDeltaNet are slow on a CPU."""
 
 ONNXRUNTIME_CPU_INTEGERS: Sequence[type[ir.passes.InPlacePass]] = (
     IntegerProductsPass,
-    RotaryEmbeddingOfChunksPass,
+    RotationPass,
+    UnitScalePass,
     SkipNormPass,
 )
 """For versions that neither fuse INT8 weights nor have LinearAttention: what Python 3.10 gets, and so JetPack 6."""

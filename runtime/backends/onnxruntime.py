@@ -1,11 +1,12 @@
 """ONNX Runtime on the CPU: the best variant of the graphs that its version runs, the state looped through two sets of buffers.
 
-Rule: a step copies neither weights nor state. The graph reads the state from one set of buffers and writes it to the
-other; the next step swaps them. All buffers are bound once, when a runner is opened.
+Rule: a step copies neither weights nor state. All buffers are bound once, when a runner is opened.
 
-A step may write a layer's state where it read it, if its graph says so (`GraphSpec.steps_in_place`): one operator reads it, a later
-one writes it, and ONNX Runtime runs operators one after another. That spares a third of the memory traffic of the state. Only the
-position, which is read again after it was advanced, has a place of its own. Chunks read the state several times and always swap.
+A step may write a layer's state where it read it, if its graph says so (`GraphSpec.steps_in_place`): one operator reads it, a
+later one writes it, and ONNX Runtime runs operators one after another. That spares a third of the memory traffic of the state. Only
+the position, which is read again after it was advanced, has a place of its own. Where chunks may do the same (`chunks_in_place`),
+there is one set of buffers; else a chunk reads the state from one set and writes it to another, and the next run goes on
+from there.
 
 ONNX Runtime packs the weights of every session for itself, so decode.onnx and prefill.onnx side by side would hold them
 twice. They are therefore held by one session, of prefill.onnx, which reads one token as well as many. Of the variant for CPUs that
@@ -118,9 +119,11 @@ class OnnxRuntimeRunner:
         self._tokens = np.zeros((batch, 1), np.int64)
         self._one_token, self._first_row = np.ones(batch, np.int64), np.zeros((batch, 1), np.int64)
         self._logits = np.zeros((batch, manifest.model.vocab_size), np.float32)
-        self._buffers = tuple({spec.input: _filled(spec, self._layout, batch) for spec in manifest.state} for _ in range(2))
         self._shared = decode is prefill
-        self._in_place = graphs["prefill" if self._shared else "decode"].steps_in_place
+        self._steps_in_place = graphs["prefill" if self._shared else "decode"].steps_in_place
+        self._chunks_in_place = graphs["prefill"].chunks_in_place
+        sides = 1 if self._steps_in_place and self._chunks_in_place else 2
+        self._buffers = tuple({spec.input: _filled(spec, self._layout, batch) for spec in manifest.state} for _ in range(sides))
         self._position_after = np.zeros(batch, np.int64)
         self._side = 0
         self._bindings: dict[int, tuple[_Bindings, _Bindings]] = {}
@@ -134,12 +137,13 @@ class OnnxRuntimeRunner:
 
     def _bind(self, slots: int) -> tuple[_Bindings, _Bindings]:
         """Bindings of decode and prefill over the first so many slots, for either side."""
-        first, second = ({name: buffer[:slots] for name, buffer in buffers.items()} for buffers in self._buffers)
-        swapping = [(first, second), (second, first)]
-        prefill = tuple(self._bind_state(self._prefill, before, after) for before, after in swapping)
-        if self._in_place:
-            swapping = [(before, {**before, "position": self._position_after[:slots]}) for before in (first, second)]
-        decode = tuple(self._bind_state(self._decode, before, after) for before, after in swapping)
+        sides = [{name: buffer[:slots] for name, buffer in buffers.items()} for buffers in self._buffers]
+        swapping = list(zip(sides, reversed(sides), strict=True))
+        in_place = [(side, {**side, "position": self._position_after[:slots]}) for side in sides]
+        prefill, decode = (
+            tuple(self._bind_state(session, before, after) for before, after in (in_place if stays else swapping))
+            for session, stays in ((self._prefill, self._chunks_in_place), (self._decode, self._steps_in_place))
+        )
         for binding in decode:
             _bind_input(binding, "tokens", self._tokens[:slots])
             if self._shared:
@@ -150,7 +154,11 @@ class OnnxRuntimeRunner:
     def step(self, tokens: NDArray[np.int64]) -> None:
         self._tokens[: self._slots, 0] = tokens
         self._decode.run_with_iobinding(self._decode_bindings[self._side])
-        if self._in_place:
+        self._advance(self._steps_in_place)
+
+    def _advance(self, in_place: bool) -> None:
+        """Go on from where a run wrote the state."""
+        if in_place:
             self._buffers[self._side]["position"][: self._slots] = self._position_after[: self._slots]
         else:
             self._side = 1 - self._side
@@ -175,7 +183,7 @@ class OnnxRuntimeRunner:
             _bind_input(binding, name, array)
         binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
         self._prefill.run_with_iobinding(binding)
-        self._side = 1 - self._side
+        self._advance(self._chunks_in_place)
 
     def logits(self) -> NDArray[np.float32]:
         return self._logits

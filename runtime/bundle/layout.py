@@ -25,8 +25,8 @@ class StateLayout:
 
     Attributes:
         axes: their order; batch and head come first.
-        pieces: into how many runs of rows each head is cut: the axis of heads then has H·pieces entries, that of keys Dk/pieces.
-            1 where the axes are not `AXES`.
+        pieces: into how many blocks of columns each head is cut, one after another: the axis of heads then has H·pieces entries,
+            that of values Dv/pieces. 1 where the axes are not `AXES`.
     """
 
     axes: tuple[Axis, ...] = AXES
@@ -41,14 +41,16 @@ class StateLayout:
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The graph's shape for a state (B, H, Dk, Dv)."""
         batch, heads, key_dim, value_dim = shape
-        cut = {"batch": batch, "head": heads * self.pieces, "key": key_dim // self.pieces, "value": value_dim}
+        cut = {"batch": batch, "head": heads * self.pieces, "key": key_dim, "value": value_dim // self.pieces}
         return tuple(cut[axis] for axis in self.axes)
 
     def to_graph(self, state: Array) -> Array:
         """(B, H, Dk, Dv) as the graph takes it; a view where it can be one."""
         if self.axes != AXES:
             return np.transpose(state, [AXES.index(axis) for axis in self.axes])
-        result: Array = state.reshape(self.shape(state.shape))
+        batch, heads, key_dim, value_dim = state.shape
+        blocks = state.reshape(batch, heads, key_dim, self.pieces, value_dim // self.pieces)
+        result: Array = blocks.swapaxes(2, 3).reshape(self.shape(state.shape))
         return result
 
     def from_graph(self, state: Array) -> Array:
@@ -56,5 +58,6 @@ class StateLayout:
         if self.axes != AXES:
             return np.transpose(state, [self.axes.index(axis) for axis in AXES])
         batch, heads, key_dim, value_dim = state.shape
-        result: Array = state.reshape(batch, heads // self.pieces, key_dim * self.pieces, value_dim)
+        blocks = state.reshape(batch, heads // self.pieces, self.pieces, key_dim, value_dim)
+        result: Array = blocks.swapaxes(2, 3).reshape(batch, heads // self.pieces, key_dim, value_dim * self.pieces)
         return result

@@ -95,6 +95,7 @@ class GraphSpec:
         chunk_size: the most tokens per sequence in one run; 1 for decode.
         state_layout: how it keeps the states of the layers.
         steps_in_place: whether a run of one token for each sequence may write the states of the layers where it reads them.
+        chunks_in_place: whether every run may.
     """
 
     file: str
@@ -104,6 +105,7 @@ class GraphSpec:
     chunk_size: int = 1
     state_layout: StateLayout = field(default_factory=StateLayout)
     steps_in_place: bool = False
+    chunks_in_place: bool = False
 
 
 @dataclass(frozen=True)

@@ -171,10 +171,10 @@ def _described(spec: StateSpec) -> str:
 
 def _check_state_of_graph(name: str, graph: GraphSpec, manifest: Manifest) -> None:
     layout = graph.state_layout
-    if not layout.is_valid or manifest.model.head_key_dim % layout.pieces:
+    if not layout.is_valid or manifest.model.head_value_dim % layout.pieces:
         raise UserError(
             f"graph {name!r}: its state_layout is {list(layout.axes)} in {layout.pieces} pieces; expected batch, head, key, value, "
-            f"or value before key, and pieces that divide the head_key_dim {manifest.model.head_key_dim}"
+            f"or value before key, and pieces that divide the head_value_dim {manifest.model.head_value_dim}"
         )
     for spec in manifest.state:
         shape = spec.shape if spec.layer is None else layout.shape(spec.shape)

@@ -280,14 +280,14 @@ def changed(document: dict, path: str, value: object) -> dict:
         ("graphs/decode/state_layout/axes", [], "its state_layout is"),
         (
             "graphs/decode/state_layout/pieces",
-            3,
-            "in 3 pieces; expected .* pieces that divide the head_key_dim 8",
+            5,
+            "in 5 pieces; expected .* pieces that divide the head_value_dim 12",
         ),
         ("graphs/decode/state_layout/pieces", 0, "in 0 pieces"),
         (
             "graphs/decode/state_layout/pieces",
             2,
-            r"float32\[-1, 8, 4, 12\] in the layout of graph 'decode', which has input",
+            r"float32\[-1, 8, 8, 6\] in the layout of graph 'decode', which has input",
         ),
         ("graphs/decode/outputs/1/name", "position_after", "which has no output 'position_out'"),
         ("state/1/dtype", "bfloat16", "begins with 0; expected one of float32"),

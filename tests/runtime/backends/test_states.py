@@ -16,7 +16,7 @@ from retnet_export.runtime.bundle.layout import AXES, StateLayout
 from retnet_export.runtime.bundle.manifest import state_name, state_specs
 from retnet_export.runtime.numerics import TOLERANCES, measure
 
-# Dk = Dv, of a size that every variant has an operator for, and of two pieces a head.
+# Dk = Dv, of a size that every variant has an operator for, and of two blocks a head.
 SQUARE = tiny.config(hidden_size=64, num_heads=2, num_kv_heads=2, head_key_dim=128, head_value_dim=128)
 WEIGHTS = random_weights(SQUARE, seed=2)
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6]
