@@ -1,7 +1,8 @@
 """llama.cpp's `llama-bench` on the baseline, written as a GGUF file with the same random weights.
 
-llama-bench measures in a run of its own, so its figures stand beside the others but did not take turns with them. It keeps
-its cache in float16.
+Rule: every matrix has GGUF's nearest format to that of the bundle's: an INT4 bundle with an INT8 head becomes Q4_0 with a
+head of Q8_0. llama.cpp has a fast layout for both on CPUs, which llama-bench uses. It measures in a run of its own, so its
+figures stand beside the others but did not take turns with them. It keeps its cache in float16.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from retnet_export.compare.transformer import RandomWeights, TransformerConfig, 
 from retnet_export.runtime.errors import MissingExtraError, UserError
 
 PROGRAM = "llama-bench"
-REPEATS = 3
-TOKENS_PER_REPEAT = 24
+REPEATS = 5
+TOKENS_PER_REPEAT = 48
 MOST_CONTEXT = 8192
 """It fills its cache by reading, so longer contexts would take minutes."""
 FORMATS = {"float32": "F32", "float16": "F16", "int8": "Q8_0", "int4": "Q4_0"}
@@ -123,7 +124,7 @@ def write_gguf(baseline: Baseline, path: Path) -> None:
         import gguf
     except ImportError as error:
         raise MissingExtraError("gguf", "compare", "writing the baseline for llama.cpp") from error
-    config, kind = baseline.config, getattr(gguf.GGMLQuantizationType, FORMATS[baseline.weights])
+    config = baseline.config
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_block_count(config.num_layers)
     writer.add_context_length(baseline.capacity)
@@ -146,7 +147,8 @@ def write_gguf(baseline: Baseline, path: Path) -> None:
     for name in weight_shapes(config):
         array = gguf_array(config, name, read(name))
         # Vectors stay float32, and so does a matrix whose rows are not whole blocks.
-        stored = kind if array.ndim == 2 and array.shape[1] % 32 == 0 else gguf.GGMLQuantizationType.F32
+        whole = array.ndim == 2 and array.shape[1] % 32 == 0
+        stored = gguf.GGMLQuantizationType[gguf_format(baseline, name) if whole else "F32"]
         writer.add_tensor(gguf_name(name), gguf.quants.quantize(array, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -167,6 +169,12 @@ def gguf_name(name: str) -> str:
     parts = name.split(".")
     layer = [NAMES["layers"], parts[1]] if parts[0] == "layers" else []
     return ".".join([*layer, NAMES[".".join(parts[2:-1] if layer else parts[:-1])], parts[-1]])
+
+
+def gguf_format(baseline: Baseline, name: str) -> str:
+    """GGUF's format of a matrix: of embedding and head by what the bundle chose for them."""
+    chosen = (baseline.quantization or {}).get(name.split(".")[0], baseline.weights)
+    return FORMATS[baseline.compute if chosen == "keep" else str(chosen)]
 
 
 def gguf_array(config: TransformerConfig, name: str, array: NDArray[np.float32]) -> NDArray[np.float32]:

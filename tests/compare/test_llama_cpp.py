@@ -6,6 +6,7 @@ llama_bench.json is what llama-bench of build 0c1e570 wrote for a baseline of 66
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from llama import CONFIGS
 
 from retnet_export.compare.baseline import Baseline
-from retnet_export.compare.peers.llama_cpp import PROGRAM, gguf_array, measure_llama_cpp, parse, write_gguf
+from retnet_export.compare.peers.llama_cpp import PROGRAM, gguf_array, gguf_format, measure_llama_cpp, parse, write_gguf
 from retnet_export.compare.results import LLAMA_CPP, Cell
 from retnet_export.compare.transformer import RandomWeights, TransformerConfig, weight_shapes
 from retnet_export.runtime.errors import UserError
@@ -60,6 +61,17 @@ def test_the_gguf_file_holds_every_weight_of_the_baseline(tmp_path):
     read = RandomWeights(config)
     np.testing.assert_array_equal(tensors["blk.1.ffn_down.weight"].data, read("layers.1.ffn.down.weight"))
     np.testing.assert_array_equal(tensors["output_norm.weight"].data, read("norm.weight"))
+
+
+def test_embedding_and_head_have_the_formats_that_the_bundle_chose_for_them(tmp_path):
+    gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
+    config = TransformerConfig(64, 64, 1, num_heads=1, num_kv_heads=1, head_dim=64, ffn_size=96)
+    chosen = {"weights": "int4", "group_size": 64, "embedding": "keep", "head": "int8"}
+    mixed = replace(baseline(tmp_path, "int4", config), quantization=chosen)
+    write_gguf(mixed, tmp_path / "model.gguf")
+    found = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert (found["token_embd.weight"], found["output.weight"], found["blk.0.ffn_up.weight"]) == ("F32", "Q8_0", "Q4_0")
+    assert gguf_format(baseline(tmp_path, "int8"), "head.weight") == "Q8_0"
 
 
 @pytest.mark.parametrize("weights", ["float32", "float16", "int8", "int4"])
