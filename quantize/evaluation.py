@@ -152,11 +152,11 @@ def evaluate_all(
     for start in range(0, len(ids) - 1, CHUNK):
         progress("reading", start / len(ids))
         part, following = ids[start : start + CHUNK], ids[start + 1 : start + CHUNK + 1]
-        expected = None if reference is None else reference.advance(part, following)
+        expected = None if reference is None else reference.advance(part, following).log_probabilities()
         for reading in readings:
-            log_p = reading.advance(part, following)
+            scores = reading.advance(part, following)
             if expected is not None:
-                reading.compare(log_p, expected)
+                reading.compare(scores.log_probabilities(), expected)
         if reference is not None and start + len(part) in marks:
             theirs = reference.runner.read_state(0)
             for reading in readings:
@@ -200,10 +200,10 @@ class _Reading:
         self._divergences: list[NDArray[np.float64]] = []
         self._agreements: list[NDArray[np.bool_]] = []
 
-    def advance(self, part: NDArray[np.int64], following: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Read a chunk (T,), note what the following tokens cost, and give log p, (T, V); of the last chunk without the end."""
-        log_p = _log_softmax(self._read_logits(self.runner, part, self._chunk_size))[: len(following)]
-        losses = -log_p[np.arange(len(following)), following]
+    def advance(self, part: NDArray[np.int64], following: NDArray[np.int64]) -> _Scores:
+        """Read a chunk (T,), note what the following tokens cost, and give all scores; of the last chunk without the end."""
+        scores = _Scores(self._read_logits(self.runner, part, self._chunk_size)[: len(following)])
+        losses = scores.losses(following)
         if not (finite := np.isfinite(losses)).all():
             count = self._read + int(finite.argmin()) + 1
             raise UserError(
@@ -212,7 +212,7 @@ class _Reading:
             )
         self._read += len(part)
         self._losses.append(losses)
-        return log_p
+        return scores
 
     def compare(self, log_p: NDArray[np.float64], expected: NDArray[np.float64]) -> None:
         """Note how far `log_p` (T, V) is from the reference's."""
@@ -266,9 +266,26 @@ def _marks(count: int) -> set[int]:
     return marks
 
 
-def _log_softmax(logits: Logits) -> NDArray[np.float64]:
-    top = logits.max(-1, keepdims=True)
-    return np.asarray(logits - (top + np.log(np.exp(logits - top).sum(-1, keepdims=True, dtype=np.float64))))
+class _Scores:
+    """Logits after some tokens and their normaliser: most of the time only the token that follows is looked up.
+
+    Args:
+        logits: (T, V).
+    """
+
+    def __init__(self, logits: Logits) -> None:
+        top = logits.max(-1, keepdims=True)
+        self._logits = logits
+        self._normaliser = top + np.log(np.exp(logits - top).sum(-1, keepdims=True, dtype=np.float64))  # (T, 1)
+
+    def losses(self, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+        """-log p of one token a row, (T,)."""
+        chosen = np.take_along_axis(self._logits, tokens[:, None], -1)
+        return np.asarray(self._normaliser - chosen)[:, 0]
+
+    def log_probabilities(self) -> NDArray[np.float64]:
+        """log p of every token, (T, V)."""
+        return np.asarray(self._logits - self._normaliser)
 
 
 def _state_error(tokens: int, ours: State, theirs: State) -> StateError:
