@@ -27,6 +27,8 @@ RELEASES = json.loads((Path(__file__).parent / "tensorrt_api" / "releases.json")
 
 CURRENT: dict[str, object] = {}
 """The release that the double is now ("release") and the CUDA that its engines run on ("cuda")."""
+CONTEXTS: list[IExecutionContext] = []
+"""Every execution context since the double was installed, in the order in which they were made."""
 
 
 class Strict:
@@ -410,6 +412,7 @@ class IExecutionContext(Strict):
     def __init__(self, engine, strategy):
         self._engine, self._own_memory = engine, strategy is not ExecutionContextAllocationStrategy.USER_MANAGED
         self._memory, self._profile, self._shapes, self._addresses = None, None, {}, {}
+        CONTEXTS.append(self)
 
     def set_device_memory(self, memory, size):
         if self._own_memory:
@@ -530,7 +533,18 @@ def install(monkeypatch, release: str = "tensorrt 10.3.0", capability: tuple[int
     from retnet_export.runtime.device import cuda as cuda_module
 
     cuda = CudaDouble(capability)
+    CONTEXTS.clear()
     module = make_double(release, cuda)
-    monkeypatch.setattr(cuda_module, "_runtime", lambda: cuda)
+    monkeypatch.setattr(cuda_module, "library", lambda: cuda)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return cuda
+
+
+def profile_of(context: IExecutionContext) -> int | None:
+    """The optimization profile that a context was last set to."""
+    return context._profile
+
+
+def addresses_of(context: IExecutionContext) -> dict[str, int]:
+    """What was bound to each tensor of a context."""
+    return dict(context._addresses)

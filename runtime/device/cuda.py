@@ -77,7 +77,12 @@ def failure(call: str, code: str, text: str) -> CudaError:
 
 
 @functools.cache
-def _runtime() -> ModuleType:
+def library() -> ModuleType:
+    """The bindings of the CUDA runtime.
+
+    Raises:
+        MissingExtraError: cuda-bindings is not installed.
+    """
     try:
         from cuda.bindings import runtime
     except ImportError as error:
@@ -99,7 +104,7 @@ def call(name: str, *arguments: Any) -> Any:
         CudaError: it returned an error.
         MissingExtraError: cuda-bindings is not installed.
     """
-    runtime = _runtime()
+    runtime = library()
     with LOCK:
         code, *results = getattr(runtime, name)(*arguments)
     if code != runtime.cudaError_t.cudaSuccess:
@@ -294,7 +299,7 @@ class Stream:
     """A CUDA stream of its own (never the default one): work on it runs in order, and apart from other streams."""
 
     def __init__(self) -> None:
-        runtime = _runtime()
+        runtime = library()
         self._stream = call("cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking)
         self.handle = int(self._stream)
         _freed_with(self, "cudaStreamDestroy", self._stream)
@@ -331,7 +336,7 @@ class Stream:
         self._copy(target.address + target_offset, source.address + source_offset, size, "cudaMemcpyDeviceToDevice")
 
     def _copy(self, target: int, source: int, size: int, kind: str) -> None:
-        call("cudaMemcpyAsync", target, source, size, getattr(_runtime().cudaMemcpyKind, kind), self._stream)
+        call("cudaMemcpyAsync", target, source, size, getattr(library().cudaMemcpyKind, kind), self._stream)
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[Graph]:
@@ -340,7 +345,7 @@ class Stream:
         Raises:
             CudaError: something in the block cannot be captured.
         """
-        runtime = _runtime()
+        runtime = library()
         graph = Graph()
         with LOCK:
             call("cudaStreamBeginCapture", self._stream, runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
@@ -398,7 +403,7 @@ def _freed_with(owner: object, name: str, resource: Any) -> weakref.finalize[...
 
     The function is looked up now: what frees is the library that allocated, and it stays loaded for as long as the owner lives.
     """
-    finalizer = weakref.finalize(owner, _free, getattr(_runtime(), name), resource)
+    finalizer = weakref.finalize(owner, _free, getattr(library(), name), resource)
     finalizer.atexit = False  # the driver frees what is left when a process ends, and may be gone before us
     return finalizer
 

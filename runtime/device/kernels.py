@@ -45,7 +45,7 @@ def call(name: str, *arguments: Any) -> Any:
 
 def attribute(name: str, device: int = 0) -> int:
     """A device attribute, by its name in cudaDeviceAttr without the prefix: "CooperativeLaunch"."""
-    runtime = cuda._runtime()
+    runtime = cuda.library()
     return int(cuda.call("cudaDeviceGetAttribute", getattr(runtime.cudaDeviceAttr, f"cudaDevAttr{name}"), device))
 
 

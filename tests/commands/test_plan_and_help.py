@@ -68,11 +68,18 @@ def test_a_size_beside_a_bundle_is_refused(example_bundle, options):
     assert f"{options[0]} cannot be combined with a bundle" in message
 
 
-def test_plan_reads_prompts_in_the_chunks_that_export_writes(example_bundle):
-    from retnet_export.commands.plan import _model
-    from retnet_export.export.pipeline import ExportOptions
-
-    assert _model(None, 24, 2048, None, None, None, None, None)[1] == ExportOptions().chunk
+def test_plan_predicts_for_sizes_what_it_predicts_for_a_bundle_of_them(example_bundle):
+    """Chunks of a prompt included: those that `export` writes."""
+    config = example_bundle.manifest.model
+    sizes = {"layers": config.num_layers, "width": config.hidden_size, "heads": config.num_heads, "ffn": config.ffn_size}
+    sizes |= {"vocabulary": config.vocab_size, "weights": "fp32", "state": "fp32"}
+    options = [text for name, value in sizes.items() for text in (f"--{name}", value)]
+    (given,), (read,) = (
+        json.loads(run("plan", *model, "--device", "h100", "--json").stdout)["devices"]
+        for model in (options, [example_bundle.path])
+    )
+    scratch = [found["memory_at_peak_bytes"] - found["memory_at_rest_bytes"] for found in (given, read)]
+    assert scratch[0] == scratch[1]
 
 
 @pytest.mark.parametrize("threads", [100_000, 0, -1])

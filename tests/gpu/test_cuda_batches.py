@@ -57,7 +57,7 @@ def case(request, tmp_path: Path) -> tuple[CudaBackend, Reference, float]:
 
 
 def tokens_for(runner: CudaRunner, *shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, runner._config.vocab_size, shape)
+    return np.random.default_rng(seed).integers(0, runner.logits().shape[-1], shape)
 
 
 def test_steps_of_a_batch_prompts_and_steps_again_are_those_of_the_oracle(case) -> None:

@@ -11,6 +11,7 @@ import pytest
 import tensorrt_double
 import tiny
 from cuda_double import Misuse
+from tensorrt_double import CONTEXTS, addresses_of, profile_of
 
 from retnet_export.export.tensorrt import CompileOptions, compile_bundle
 from retnet_export.plan.preflight import needed_bytes
@@ -20,6 +21,7 @@ from retnet_export.runtime.backends.base import initial_state
 from retnet_export.runtime.backends.tensorrt_api import load_module
 from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.bundle.engines import FOLDER, Probe
+from retnet_export.runtime.device import cuda as device_cuda
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.numerics import TOLERANCES, measure
 
@@ -322,7 +324,7 @@ def test_a_full_chunk_and_the_rest_of_a_prompt_run_in_profiles_of_their_own(bund
     runner = open_backend("tensorrt", bundle).open_runner(1)
     for count, profiles in ((8, {1}), (5, {1, 2}), (1, {1, 2})):
         runner.prefill(TOKENS[:1, :count], np.array([count]))
-        assert set(runner._prefill) == profiles
+        assert {profile_of(context) for context in CONTEXTS if addresses_of(context)} - {0} == profiles  # 0 is decode's
     assert steps_read(runner) == 14
 
 
@@ -330,47 +332,55 @@ class TestTheDoubleIsStrict:
     """Each of these the real one may answer with wrong numbers."""
 
     @pytest.fixture
-    def context(self, bundle):
+    def runner(self, bundle):
         runner = open_backend("tensorrt", bundle).open_runner(1)
         runner.step(TOKENS[:1, 0])
         runner.top(1)
-        return runner._decode._context, runner
+        return runner
 
-    def test_a_shared_address_of_input_and_output(self, context):
-        context, runner = context
-        context.set_tensor_address("decode.state.000_out", runner._state[1]["state.000"].address)
-        context.set_tensor_address("decode.state.000", runner._state[1]["state.000"].address)
+    @pytest.fixture
+    def context(self, runner):
+        """Of decode, ready to run once more."""
+        return next(context for context in CONTEXTS if profile_of(context) == 0 and addresses_of(context))
+
+    @pytest.fixture
+    def run(self, context):
+        stream = device_cuda.Stream()
+        return lambda: context.execute_async_v3(stream.handle)
+
+    def test_a_shared_address_of_input_and_output(self, context, run):
+        context.set_tensor_address("decode.state.000", addresses_of(context)["decode.state.000_out"])
         with pytest.raises(Misuse, match="share memory"):
-            context.execute_async_v3(runner._stream.handle)
+            run()
 
     @pytest.mark.parametrize("address", [0, "another empty tensor's", "no memory"])
-    def test_an_address_of_an_empty_tensor_that_is_not_its_own(self, context, address):
-        context, runner = context
-        idle = runner._decode._idle.address
-        chosen = {"another empty tensor's": idle, "no memory": idle - 4096}.get(address, 0)
+    def test_an_address_of_an_empty_tensor_that_is_not_its_own(self, context, run, address):
+        empty = addresses_of(context)["prefill.tokens"]
+        chosen = {"another empty tensor's": empty, "no memory": min(addresses_of(context).values()) - 4096}.get(address, 0)
         context.set_tensor_address("prefill.logits", chosen)
         with pytest.raises(Misuse, match=r"has an address|share memory|not within device memory"):
-            context.execute_async_v3(runner._stream.handle)
+            run()
 
     def test_a_graph_whose_inputs_are_not_all_empty(self, context):
-        context, _ = context
         assert not context.set_input_shape("prefill.tokens", (1, 1))
 
-    def test_memory_that_was_freed(self, context):
-        context, runner = context
-        runner._logits.close()
+    def test_memory_that_was_freed(self, context, run):
+        logits = device_cuda.DeviceBuffer(4 * 50)
+        context.set_tensor_address("decode.logits", logits.address)
+        run()
+        logits.close()
         with pytest.raises(Misuse, match="not within device memory that is allocated now"):
-            context.execute_async_v3(runner._stream.handle)
+            run()
 
     def test_a_shape_outside_the_profile(self, context):
-        assert not context[0].set_input_shape("decode.tokens", (1, 9))
+        assert not context.set_input_shape("decode.tokens", (1, 9))
 
     def test_an_unknown_tensor(self, context):
-        assert not context[0].set_tensor_address("state.009", 1)
+        assert not context.set_tensor_address("state.009", 1)
 
     def test_an_attribute_that_the_release_does_not_have(self, context):
         with pytest.raises(AttributeError, match="has no all_the_tensors"):
-            context[0].all_the_tensors = 1
+            context.all_the_tensors = 1
         with pytest.raises(AttributeError, match="has no num_compute_capabilities"):
             _ = tensorrt_double.IBuilderConfig().num_compute_capabilities
 

@@ -38,7 +38,7 @@ def test_without_the_package_the_error_names_the_extra(monkeypatch):
     def missing():
         raise MissingExtraError("cuda-bindings", "cuda", "running on an NVIDIA GPU")
 
-    monkeypatch.setattr(cuda, "_runtime", missing)
+    monkeypatch.setattr(cuda, "library", missing)
     with pytest.raises(MissingExtraError, match=r"pip install 'retnet-export\[cuda\]'"):
         cuda.device_count()
 
@@ -51,8 +51,8 @@ def another_library():
     def gone():
         raise MissingExtraError("cuda-bindings", "cuda", "running on an NVIDIA GPU")
 
-    patch.setattr(cuda, "_runtime", lambda: double)
-    yield double, lambda: patch.setattr(cuda, "_runtime", gone)
+    patch.setattr(cuda, "library", lambda: double)
+    yield double, lambda: patch.setattr(cuda, "library", gone)
     patch.undo()
 
 
@@ -109,7 +109,7 @@ def test_one_thread_at_a_time_calls_cuda(monkeypatch):
             return super().cudaMalloc(size)
 
     double = Slow()
-    monkeypatch.setattr(cuda, "_runtime", lambda: double)
+    monkeypatch.setattr(cuda, "library", lambda: double)
     buffers = []
     threads = [threading.Thread(target=lambda: buffers.append(cuda.DeviceBuffer(8))) for _ in range(4)]
     for thread in threads:
@@ -121,7 +121,7 @@ def test_one_thread_at_a_time_calls_cuda(monkeypatch):
 
 def test_no_other_thread_calls_cuda_during_a_capture(monkeypatch):
     double = CudaDouble()
-    monkeypatch.setattr(cuda, "_runtime", lambda: double)
+    monkeypatch.setattr(cuda, "library", lambda: double)
     stream, order = cuda.Stream(), []
 
     def allocate():

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tokenizers
 from conftest import EXAMPLE
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -21,7 +22,8 @@ from retnet_export.runtime.generate.tokenizer import Tokenizer
 from retnet_export.runtime.model import load
 
 TOKENIZER = Tokenizer(EXAMPLE / "tokenizer.json", TokenizerSpec("tokenizer.json"))
-BYTES = {TOKENIZER._tokenizer.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
+VOCABULARY = tokenizers.Tokenizer.from_file(str(EXAMPLE / "tokenizer.json")).get_vocab()
+BYTES = {VOCABULARY[f"<0x{byte:02X}>"]: byte for byte in range(256)}
 
 
 def streamed(tokens, context=()) -> list[str]:
