@@ -37,7 +37,7 @@ def tokenize(
             f"{bundle}: the bundle has no tokenizer; put tokenizer.json into the checkpoint's folder and export it again"
         )
     tokenizer = Tokenizer(opened.file(spec.file), spec)
-    ids = [*(tokenizer.begin() if prefix else ()), *tokenizer.encode(content)]
+    ids = tokenizer.encode(content, prefix=prefix)
     if as_json:
         print_json({"text": content, "ids": ids, "tokens": [tokenizer.token(token) for token in ids]})
         return

@@ -251,7 +251,7 @@ def _tokens(bundle: Bundle, text: str | None, most: int) -> tuple[NDArray[np.int
         generator = np.random.default_rng(0)
         random = generator.integers(0, bundle.manifest.model.vocab_size, most, dtype=np.int64)
         return random, "random tokens (the bundle has no tokenizer)"
-    ids = Tokenizer(bundle.file(spec.file), spec).encode(PASSAGE if text is None else text)[:most]
+    ids = Tokenizer(bundle.file(spec.file), spec).encode(PASSAGE if text is None else text, prefix=True)[:most]
     if len(ids) < 2:
         raise UserError(f"the text has {len(ids)} tokens, expected at least 2 to verify on")
     return np.array(ids, np.int64), "Twelfth Night 1.1 and Ruth 1" if text is None else "the given text"

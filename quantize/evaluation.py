@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,7 +71,7 @@ class Evaluation:
 
     Attributes:
         text: the file's name.
-        tokens: read, all but the first predicted.
+        tokens: read, all predicted but the first, or those that begin a text.
         by_steps: whether token by token; in chunks otherwise.
         bytes: of the text that was predicted.
         perplexity: per token.
@@ -146,8 +147,9 @@ def evaluate_all(
     ids = ids[:tokens]
     if steps is None:
         steps = wants_steps([model.bundle.manifest for model in (*models, *([] if against is None else [against]))])
-    readings = [_Reading(model, steps) for model in models]
-    reference = None if against is None else _Reading(against, steps)
+    given = max(1, len(models[0].tokenizer.prefix))
+    readings = [_Reading(model, given, steps) for model in models]
+    reference = None if against is None else _Reading(against, given, steps)
     marks = _marks(len(ids))
     for start in range(0, len(ids) - 1, CHUNK):
         progress("reading", start / len(ids))
@@ -161,8 +163,8 @@ def evaluate_all(
             theirs = reference.runner.read_state(0)
             for reading in readings:
                 reading.state.append(_state_error(start + len(part), reading.runner.read_state(0), theirs))
-    predicted = len(ids) - 1
-    size = len(models[0].tokenizer.decode(ids[1:].tolist()).encode())
+    predicted = len(ids) - given
+    size = len(models[0].tokenizer.decode(ids[given:].tolist()).encode())
     comparisons: Sequence[Divergence | None] = [None] * len(models)
     if reference is not None:
         greedy = _greedy_lengths(models, reference.model, ids, progress)
@@ -186,12 +188,13 @@ class _Reading:
 
     Attributes:
         model: the bundle.
+        given: how many tokens at the beginning are not to be predicted.
         runner: its state.
         state: how far it was from the reference's, at the marks.
     """
 
-    def __init__(self, model: Model, steps: bool) -> None:
-        self.model, self.runner = model, model.backend.open_runner(1)
+    def __init__(self, model: Model, given: int, steps: bool) -> None:
+        self.model, self.given, self.runner = model, given, model.backend.open_runner(1)
         self._read_logits = by_steps if steps else by_chunks
         self._chunk_size = model.bundle.manifest.graphs["prefill"].chunk_size
         self.state: list[StateError] = []
@@ -222,20 +225,24 @@ class _Reading:
     @property
     def loss(self) -> float:
         """Nats a token."""
-        return float(np.concatenate(self._losses).mean())
+        return float(self._predicted(self._losses).mean())
 
     def comparison(self, reference: _Reading, greedy: tuple[int, ...]) -> Divergence:
-        divergences = np.concatenate(self._divergences)
+        divergences = self._predicted(self._divergences)
         return Divergence(
             against=reference.model.bundle.manifest.name,
             perplexity=float(np.exp(reference.loss)),
             perplexity_ratio=float(np.exp(self.loss - reference.loss)),
             kl_mean=float(divergences.mean()),
             kl_p999=float(np.quantile(divergences, 0.999)),
-            agreement=float(np.concatenate(self._agreements).mean()),
+            agreement=float(self._predicted(self._agreements).mean()),
             greedy=greedy,
             state=tuple(self.state),
         )
+
+    def _predicted(self, values: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        """Those of the tokens that were to be predicted."""
+        return np.concatenate(values)[self.given - 1 :]
 
 
 def _check_pair(model: Model, against: Model) -> None:
@@ -249,7 +256,7 @@ def _check_pair(model: Model, against: Model) -> None:
 
 def _check_tokens(model: Model, other: Model, text: str, ids: NDArray[np.int64]) -> None:
     """Tokens of one must be tokens of the other; a bundle without a tokenizer is not checked."""
-    if other.bundle.manifest.tokenizer is not None and other.tokenizer.encode(text) != ids.tolist():
+    if other.bundle.manifest.tokenizer is not None and other.tokenizer.encode(text, prefix=True) != ids.tolist():
         raise UserError(
             f"{model.bundle.path} and {other.bundle.path} cut the text into different tokens: their tokenizers differ, so their "
             "predictions cannot be compared; compare bundles of one checkpoint"

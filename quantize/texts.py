@@ -16,7 +16,7 @@ CHUNK = 128
 
 
 def encode(model: Model, text: str, path: Path, part: slice = slice(None)) -> NDArray[np.int64]:
-    """Token ids of a text from a file, or of a part of it.
+    """Token ids of a text from a file, or of a part of it, after those that begin a text, as `generate` reads it.
 
     Raises:
         UserError: it is empty or shorter than one chunk, or holds a character that the tokenizer does not know.
@@ -26,7 +26,7 @@ def encode(model: Model, text: str, path: Path, part: slice = slice(None)) -> ND
         what = "empty" if not text else "blank" if passage == text else f"blank from line {_line(text, start)} on"
         raise UserError(f"{path}: {what}; give a text of the kind that the model will continue")
     try:
-        tokens = np.asarray(model.tokenizer.encode(passage), np.int64)
+        tokens = np.asarray(model.tokenizer.encode(passage, prefix=True), np.int64)
     except UnknownCharacterError as error:
         line = _line(text, start + error.position)
         raise UserError(

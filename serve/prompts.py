@@ -52,8 +52,7 @@ class Prompts:
         Raises:
             UserError: the bundle has no tokenizer, or it does not know a character.
         """
-        tokenizer = self._model.tokenizer
-        return [*(tokenizer.begin() if special else ()), *tokenizer.encode(text)]
+        return self._model.tokenizer.encode(text, prefix=special)
 
     def encode_after(self, tokens: Sequence[int], text: str) -> list[int]:
         """Tokens of a text that goes on after others."""

@@ -203,7 +203,7 @@ class Session:
         """The tokens that `feed` would read: the text goes on where the last one ended, so that several are one text."""
         tokenizer, tail = self.tokenizer, self.tail
         if self.position == 0:
-            return [*(tokenizer.begin() if prefix else ()), *tokenizer.encode(text)]
+            return tokenizer.encode(text, prefix=prefix)
         return tokenizer.encode_after(tail, self._slot.unread + text, whole=len(tail) == self.position)
 
     def generate(

@@ -56,13 +56,13 @@ class Tokenizer:
         """Tokens it knows."""
         return self._tokenizer.get_vocab_size()
 
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a text that begins here, without those that `begin` puts before it.
+    def encode(self, text: str, *, prefix: bool = False) -> list[int]:
+        """Tokens of a text that begins here; with `prefix` after those that the model was trained to see before a text.
 
         Raises:
             UserError: it holds a character that the tokenizer cannot represent.
         """
-        return self._tokens(text, "", 0)
+        return [*(self.prefix if prefix else ()), *self._tokens(text, "", 0)]
 
     def encode_after(self, context: Sequence[int], text: str, *, whole: bool = False) -> list[int]:
         """Tokens of a text that goes on after others: together they decode to one text.
@@ -93,7 +93,8 @@ class Tokenizer:
         self._check_joined(context, following, text)
         return following
 
-    def begin(self) -> list[int]:
+    @property
+    def prefix(self) -> list[int]:
         """Tokens that the model was trained to see before a text."""
         return list(self.spec.prefix_ids)
 
@@ -120,8 +121,8 @@ class Tokenizer:
     def _leads(self, context: list[int], whole: bool) -> Iterator[tuple[str, list[int]]]:
         """Texts that may stand before a piece, the most of the context first, with the tokens they should become."""
         if whole:
-            prefix = self.begin()
-            begun = context[len(prefix) :] if context[: len(prefix)] == prefix else context
+            count = len(self.prefix)
+            begun = context[count:] if context[:count] == self.prefix else context
             yield self.decode(begun, special=True), begun
         for first in range(len(context) + 1):
             end = context[first:]

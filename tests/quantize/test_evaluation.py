@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,16 +54,20 @@ def test_a_bundle_is_no_distance_from_itself(folder):
     assert all(error == 0 for entry in comparison.state for error in entry.by_head)
 
 
-def test_perplexity_and_bits_per_byte_are_those_of_the_logits(folder):
+@pytest.mark.parametrize("prefix", [(), (5,), (5, 9)])
+def test_perplexity_and_bits_per_byte_are_those_of_the_logits(folder, prefix):
     model = load(folder / "float.retnet", threads=1)
-    tokens = model.tokenizer.encode(PASSAGE)[:TOKENS]
+    model.tokenizer.spec = replace(model.tokenizer.spec, prefix_ids=prefix)
+    tokens = [*prefix, *model.tokenizer.encode(PASSAGE)][:TOKENS]
+    given = max(1, len(prefix))  # the tokens that begin every text are not predicted
     session, loss = model.session(), 0.0
-    for token, following in itertools.pairwise(tokens):
+    for index, (token, following) in enumerate(itertools.pairwise(tokens), 1):
         logits = session.step([token])[0].astype(np.float64)
-        loss += np.log(np.exp(logits).sum()) - logits[following]
+        loss += (np.log(np.exp(logits).sum()) - logits[following]) * (index >= given)
     result = evaluate(model, folder / "text.txt", tokens=TOKENS)
-    assert result.perplexity == pytest.approx(np.exp(loss / (TOKENS - 1)), rel=1e-5)
-    assert result.bits_per_byte == pytest.approx(loss / np.log(2) / len(model.tokenizer.decode(tokens[1:]).encode()), rel=1e-5)
+    assert result.perplexity == pytest.approx(np.exp(loss / (TOKENS - given)), rel=1e-5)
+    assert result.bytes == len(model.tokenizer.decode(tokens[given:]).encode())
+    assert result.bits_per_byte == pytest.approx(loss / np.log(2) / result.bytes, rel=1e-5)
 
 
 @pytest.mark.parametrize(("weights", "tolerance"), [("float", "chunkwise-float32"), ("int4", "onnxruntime-quantized")])
