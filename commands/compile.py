@@ -33,6 +33,10 @@ def compile_(
     timing_cache: Annotated[
         Path | None, typer.Option(metavar="FILE", help="File for the times of kernels; makes the next build faster.")
     ] = None,
+    largest_weight: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="MB", help="Cut larger weights, where one large allocation fails though memory is free."),
+    ] = None,
     separate: Annotated[
         bool, typer.Option("--separate", help="Build one engine for decode and one for prefill; stores the weights twice.")
     ] = False,
@@ -50,6 +54,7 @@ def compile_(
         candidates=candidates,
         workspace_mb=workspace,
         timing_cache=timing_cache,
+        largest_weight_mb=largest_weight,
         form="separate" if separate else None,
     )
     opened = open_bundle(bundle)

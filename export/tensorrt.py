@@ -68,6 +68,8 @@ class CompileOptions:
         candidates: how many of the largest logits a step picks on the device; 0 adds no TopK.
         workspace_mb: scratch memory that tactics may use; TensorRT's choice (all of the device's) when None.
         timing_cache: a file that keeps what tactics cost, so that the next build is quicker.
+        largest_weight_mb: products with larger weights are cut into several, for a device on which one large allocation fails;
+            no limit when None.
         form: how decode and prefill share engines; None: both graphs in one network where this TensorRT takes that, else the
             prefill graph for both.
     """
@@ -78,6 +80,7 @@ class CompileOptions:
     candidates: int = 64
     workspace_mb: int | None = None
     timing_cache: Path | None = None
+    largest_weight_mb: int | None = None
     form: Form | None = None
 
     def __post_init__(self) -> None:
@@ -175,7 +178,8 @@ def compile_bundle(bundle: Bundle, options: CompileOptions, *, progress: Progres
     engines: dict[str, memoryview] = {}
     weights_bytes = 0
     plans = _plans(bundle, stem, form)
-    with tensorrt_forms(bundle, join=form == "joined", planes=not probe.int8_fused) as forms:
+    largest = None if options.largest_weight_mb is None else options.largest_weight_mb << 20
+    with tensorrt_forms(bundle, join=form == "joined", planes=not probe.int8_fused, largest=largest) as forms:
         readings = []
         for index, plan in enumerate(plans):
 
@@ -308,7 +312,9 @@ def _build(
     config.progress_monitor = monitor
     serialized = run_cancellable(lambda: builder.build_serialized_network(network, config), monitor)
     if serialized is None:
-        raise UserError(f"{bundle.path}: {options.target} {module.__version__} could not build the engine: {_last(logger.errors)}")
+        raise UserError(
+            f"{bundle.path}: {options.target} {module.__version__} could not build the engine: {_reason(logger.errors)}"
+        )
     if cache is not None and options.timing_cache is not None:
         write_atomically(options.timing_cache, memoryview(config.get_timing_cache().serialize()))
     weights = [int(size) for line in logger.report for size in re.findall(r"Total Weights Memory: (\d+) bytes", line)]
@@ -317,8 +323,16 @@ def _build(
     return _Built(memoryview(serialized), sum(weights), tuple(activations[: len(plan.profiles)]), tuple(logger.layers))
 
 
-def _last(errors: Sequence[str]) -> str:
-    return errors[-1] if errors else "it gave no reason"
+NO_MEMORY = re.compile(r"out.of.memory|outofmemory|allocat|nvmap|insufficient memory", re.IGNORECASE)
+"""What TensorRT and the Jetson's driver say when an allocation fails."""
+
+
+def _reason(errors: Sequence[str]) -> str:
+    """Its last words, and what helps if they are of memory."""
+    reason = errors[-1] if errors else "it gave no reason"
+    if not any(NO_MEMORY.search(error) for error in errors):
+        return reason
+    return f"{reason}. What to do: close other programs, or cut large weights with --largest-weight 64"
 
 
 def _load_timing_cache(config: trt.IBuilderConfig, path: Path | None) -> trt.ITimingCache | None:

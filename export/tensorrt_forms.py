@@ -45,13 +45,14 @@ class Forms:
 
 
 @contextmanager
-def tensorrt_forms(bundle: Bundle, *, join: bool, planes: bool) -> Iterator[Forms]:
+def tensorrt_forms(bundle: Bundle, *, join: bool, planes: bool, largest: int | None = None) -> Iterator[Forms]:
     """Write the forms of a bundle's graphs; they are gone when the context ends.
 
     Args:
         bundle: the bundle, with portable graphs.
         join: both graphs in one as well.
         planes: INT8 weights as two planes of four bits.
+        largest: bytes of a product's weight at most; no limit when None.
 
     Raises:
         UserError: the folder cannot be written, or a package is missing.
@@ -62,6 +63,7 @@ def tensorrt_forms(bundle: Bundle, *, join: bool, planes: bool) -> Iterator[Form
     except ImportError as error:
         raise MissingExtraError("onnx and onnx-ir", "export", "compiling") from error
     from retnet_export.graph.tensorrt.joined import joined
+    from retnet_export.graph.tensorrt.largest import LargestWeightPass
     from retnet_export.graph.tensorrt.planes import Int8AsPlanesPass
     from retnet_export.graph.tensorrt.readout import ReadOutAsSumPass
     from retnet_export.graph.variants.element_types import InferElementTypes
@@ -75,6 +77,8 @@ def tensorrt_forms(bundle: Bundle, *, join: bool, planes: bool) -> Iterator[Form
             for name, spec in bundle.manifest.graphs.items():
                 model = InferElementTypes()(ir.load(bundle.file(spec.file))).model
                 ReadOutAsSumPass()(model)
+                if largest is not None:
+                    LargestWeightPass(file, largest)(model)
                 split = Int8AsPlanesPass(file)
                 if planes:
                     found |= split(model).modified

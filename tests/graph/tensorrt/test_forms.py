@@ -135,3 +135,27 @@ def test_in_the_joined_graph_each_graph_runs_while_the_other_is_empty(tmp_path, 
         weights = sum(len(tensor.raw_data) for tensor in onnx.load(path).graph.initializer)
     check_same(actual, expected)
     assert weights < 1.1 * bundle.manifest.weights_bytes
+
+
+@pytest.mark.parametrize("weights", ["fp32", "int8", "int4", "int4, head too"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_products_with_large_weights_are_cut_and_compute_the_same(tmp_path, weights, tied):
+    bundle = tiny.bundle(tmp_path, tiny.config(**SIZES, vocab_size=1100, tied_embeddings=tied), chunk=4)
+    if weights != "fp32":
+        form = QuantizeOptions("int4", head="int4", embedding="int4" if tied else "int8")
+        options = form if weights == "int4, head too" else QuantizeOptions(weights)
+        bundle = quantize_bundle(bundle, tmp_path / "small.retnet", options)
+    largest = 12 << 10
+    feeds = {graph: inputs(bundle, graph, batch=2, tokens=4) for graph in ("decode", "prefill")}
+    with tensorrt_forms(bundle, join=False, planes=False) as forms:
+        expected = {name: run(copied(forms.files[name]), values) for name, values in feeds.items()}
+    with tensorrt_forms(bundle, join=False, planes=False, largest=largest) as forms:
+        graph = ir.load(forms.files["decode"]).graph
+        actual = {name: run(copied(forms.files[name]), values) for name, values in feeds.items()}
+    cut = [node for node in graph if node.op_type == "Concat" and str(node.name).endswith(".pieces")]
+    assert tied or any("head" in str(node.name) for node in cut)
+    for node in graph:
+        weight = node.inputs[1].const_value if node.op_type == "MatMul" and node.inputs[1] is not None else None
+        assert weight is None or weight.nbytes <= max(largest, 4 * 128 * 128)
+    for name, results in expected.items():
+        check_same(actual[name], results)
