@@ -23,8 +23,8 @@ HISTORY = 4096
 """Tokens of a sequence that are remembered literally at least; twice as many at most."""
 ORDERS = (5, 4, 3, 2)
 """Lengths of the runs that are looked up, the longest first."""
-MOST = 16
-"""Tokens drafted at most."""
+MOST = 15
+"""Tokens drafted at most: then a pass has up to 31 tokens, 15 that were right, the one chosen after them, and 15 new guesses."""
 BOUNDS = (3, 4, 5, 8, 16)
 """Matches are told apart by length: below 3, 4, 5, 8, 16, and longer."""
 RESUMED = 3

@@ -53,7 +53,7 @@ def test_a_capture_that_fails_leaves_the_stream_usable():
 
 
 def test_an_allocation_that_cannot_fit_says_how_much_is_free():
-    with pytest.raises(cuda.CudaMemoryError, match=r"no room for [\d,]+ bytes: [\d,]+ of [\d,]+ are free"):
+    with pytest.raises(cuda.CudaMemoryError, match=r"no memory for [\d,]+ bytes: [\d,]+ of [\d,]+ are free"):
         cuda.DeviceBuffer(1 << 45)
 
 

@@ -111,6 +111,44 @@ def test_passes_over_drafts_are_those_of_steps_at_every_width(case, width: int) 
     assert off(runner.logits()[0], reference.feed(0, [5])[-1]) < tolerance
 
 
+def test_drafts_that_were_right_are_not_read_again(case, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, reference, tolerance = case
+    from retnet_export.runtime.backends.cuda import many
+
+    seen, cut = [], many.cut
+    monkeypatch.setattr(many, "cut", lambda *arguments: [seen.append(piece) or piece for piece in cut(*arguments)])
+    runner = backend.open_runner(1)
+    text = tokens_for(runner, 40)
+    own, at = list(text[:1]), 1
+    for right in (3, 0, 5, 5, 1):  # so many of five guesses
+        draft = text[at : at + 5].copy()
+        if right < 5:
+            draft[right] = (draft[right] + 1) % runner._config.vocab_size
+        tokens, rows = np.array([[*own, *draft]]), len(own) - 1 + np.arange(6)
+        scores = runner.score(tokens, np.array([len(own)]), rows[None])
+        assert off(scores[0], reference.feed(0, tokens[0], keep=len(own))[rows]) < tolerance
+        own, at = list(text[at : at + right + 1]), at + right + 1
+    runner.prefill(np.array([own]), np.array([len(own)]))
+    assert off(runner.logits()[0], reference.feed(0, own)[-1]) < tolerance
+    runner.step(np.array([7]))
+    assert off(runner.logits()[0], reference.feed(0, [7])[-1]) < tolerance
+    assert [int(piece.kept[0]) for piece in seen] == [0, 3, 0, 5, 5, 1]
+    assert [int(piece.needed[0]) for piece in seen] == [6, 6, 6, 6, 6, 1]
+
+
+def test_drafts_are_forgotten_when_another_changes_the_state(case) -> None:
+    backend, reference, tolerance = case
+    runner = backend.open_runner(1)
+    runner.score(np.array([[1, 2, 3]]), np.array([1]), np.array([[0, 1, 2]]))
+    reference.feed(0, [1])
+    state = runner.read_state(0)
+    runner.write_state(0, state)
+    runner.step(np.array([9]))
+    reference.feed(0, [9])
+    scores = runner.score(np.array([[2, 3, 4]]), np.array([3]), np.array([[2]]))
+    assert off(scores[0], reference.feed(0, [2, 3, 4])[-1:]) < tolerance
+
+
 def test_a_state_read_after_some_steps_goes_on_in_another_slot_alone(case) -> None:
     backend, reference, tolerance = case
     runner, other = backend.open_runner(3), backend.open_runner(1)

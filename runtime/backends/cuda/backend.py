@@ -57,9 +57,9 @@ class StepStructure(ctypes.Structure):
     )  # fmt: skip
 
 
-PASS_COST = PassCost(fixed=1.0, token=0.06)
-"""1.5B in INT4 on an H100, where a pass costs most: two tokens take 2.0 steps, sixteen 2.9 (docs/lab/speculation.md). `fixed`
-is 0.7 for 1.5B in fp16 and 0.2 for 7.8B in fp16 (docs/lab/gpu-batches.md): there `auto` guesses less than would pay."""
+PASS_COST = PassCost(fixed=0.75, token=0.04)
+"""1.5B in INT4 on an H100, where a pass costs most: two rows take 1.7 steps, eight 2.1, sixteen 2.8 (docs/lab/speculation.md).
+Tokens that were drafts of the last pass have no row. `fixed` is 0.4 for 1.5B in fp16 and for 7.8B in INT4."""
 RESULT_WORDS = 1 + 2 * TOP
 """`Result` of step.cu, in words of 32 bits: whether more logits are equal than it looks at, tokens, logits."""
 
@@ -304,7 +304,7 @@ class CudaRunner:
         return {spec.input: state[spec.input].astype(NUMPY_DTYPES[spec.dtype], copy=False) for spec in self._backend.manifest.state}
 
     def write_state(self, slot: int, state: State) -> None:
-        self._fold()
+        self._changed()
         arrays = []
         for spec in self._backend.manifest.state:
             if spec.layer is None:
@@ -331,6 +331,12 @@ class CudaRunner:
             with cuda.LOCK:
                 self._backend.many.fold(self._many)
 
+    def _changed(self) -> None:
+        """The state is brought up to date, and then changed by another than `many`."""
+        self._fold()
+        if self._many is not None:
+            self._many.drafts = []
+
     def _check(self, tokens: NDArray[np.int64]) -> None:
         wrong = tokens[(tokens < 0) | (tokens >= self._config.vocab_size)]
         if wrong.size:
@@ -338,7 +344,7 @@ class CudaRunner:
 
     def _step_alone(self, token: int) -> None:
         """One step of the first sequence."""
-        self._fold()
+        self._changed()
         self._arguments.structure.token = token
         self._backend.step_function.launch_together(self._stream, self._backend.plan.blocks, THREADS, self._arguments)
         self._advanced(alone=True)

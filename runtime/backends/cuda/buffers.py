@@ -6,6 +6,7 @@ what they take.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 from dataclasses import dataclass
@@ -14,17 +15,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retnet_export.runtime.backends.cuda.launches import Addresses, Slots, most_parts, padded, projections_width
-from retnet_export.runtime.backends.cuda.many_source import OPERAND_BYTES, OPERANDS, WINDOW, ManySource
+from retnet_export.runtime.backends.cuda.many_source import DRAFTS, OPERAND_BYTES, OPERANDS, WINDOW, ManySource
 from retnet_export.runtime.backends.cuda.pieces import padded_count, padded_rows
 from retnet_export.runtime.device import cuda, kernels
 
 KEPT = 64
 """Largest logits that the device chooses."""
+MOST_DRAFTING = 8
+"""Slots of a batch up to which keys and values of drafts are kept: 38 MB a slot for 1.5 billion weights."""
 LEAST_ROWS = 64
 """Rows that buffers are made for at least, so that short prompts and drafts never make new ones."""
 FIELDS = (
     ("tokens", np.int64, "rows"), ("lengths", np.int64, "slots"), ("slot_of", np.int32, "rows"), ("index_of", np.int32, "rows"),
-    ("needed", np.int32, "slots"), ("starts", np.int32, "slots"), ("picked", np.int32, "wanted"), ("places", np.int32, "wanted"),
+    ("needed", np.int32, "slots"), ("starts", np.int32, "slots"), ("kept", np.int32, "slots"), ("picked", np.int32, "wanted"),
+    ("places", np.int32, "wanted"),
 )  # fmt: skip
 """What the host says of a run: name, type, and of what there is one each."""
 
@@ -180,6 +184,7 @@ class ManyBatch:
             these, (B,), (B, KEPT), (B, KEPT); on the host, once the stream has got there.
         structure: all of this, as kernels read it.
         since: steps that the state does not have yet.
+        drafts: of each slot, tokens of the last pass that the state did not take, whose keys and values are kept.
     """
 
     def __init__(self, stream: cuda.Stream, source: ManySource, batch: int, state: int, positions: int, logits: int) -> None:
@@ -190,8 +195,11 @@ class ManyBatch:
         stream.fill(self._counters, 0)
         self._rings: tuple[cuda.DeviceBuffer, cuda.DeviceBuffer] | None = None
         self._ring_bytes = ring_bytes(source, batch)
+        self._drafts: tuple[cuda.DeviceBuffer, cuda.DeviceBuffer] | None = None
+        self._draft_bytes = draft_bytes(source, batch)
         self.batch, self.since = batch, 0
-        self.structure = Slots(state, positions, 0, 0, self._counters.address, logits, found, tokens, largest, batch)
+        self.drafts: list[NDArray[np.int64]] = []
+        self.structure = Slots(state, positions, 0, 0, self._counters.address, logits, found, tokens, largest, 0, 0, batch, 0)
 
     def with_rings(self) -> None:
         """Room for the last steps; before the first one, since prompts need none."""
@@ -199,10 +207,29 @@ class ManyBatch:
             keys, values = (cuda.DeviceBuffer(count) for count in self._ring_bytes)
             self._rings, self.structure.keys, self.structure.values = (keys, values), keys.address, values.address
 
+    def with_drafts(self) -> None:
+        """Room for keys and values of drafts, unless the batch is large or memory is short: then all tokens have rows."""
+        if self._drafts is None and self.batch <= MOST_DRAFTING:
+            with contextlib.suppress(cuda.CudaMemoryError):
+                keys, values = (cuda.DeviceBuffer(count) for count in self._draft_bytes)
+                self._drafts, self.structure.draft_keys, self.structure.draft_values = (keys, values), keys.address, values.address
+
+    def looked_at(self, drafts: list[NDArray[np.int64]]) -> None:
+        """A pass has written keys and values of these drafts, by slot."""
+        self.structure.side ^= 1
+        self.drafts = drafts if self._drafts is not None else []
+
     def folded(self, stream: cuda.Stream) -> None:
         """The state has all steps."""
         stream.fill(self._counters, 0, 4, 4)
         self.since = 0
+
+
+def draft_bytes(source: ManySource, batch: int) -> tuple[int, int]:
+    """Bytes of the keys and of the values of drafts, both sides."""
+    c = source.config
+    rows = 4 * math.prod((2, c.num_layers, batch, c.num_kv_heads, DRAFTS))
+    return rows * c.head_key_dim, rows * c.head_value_dim
 
 
 def ring_bytes(source: ManySource, batch: int) -> tuple[int, int]:

@@ -50,11 +50,14 @@ Heads = _struct(
 Advance = _struct("Advance", "slots:p lengths:p count:i")
 Ring = _struct("Ring", "projections:p angles:p powers:p queries:p weights:p slots:p layer:i")
 RetentionStep = _struct("RetentionStep", "slots:p powers:p queries:p weights:p o:p layer:i count:i")
-RetentionFew = _struct("RetentionFew", "projections:p angles:p powers:p slots:p o:p lengths:p needed:p starts:p layer:i")
+RetentionFew = _struct("RetentionFew", "projections:p angles:p powers:p slots:p o:p lengths:p needed:p starts:p kept:p layer:i")
 Rotate = _struct("Rotate", "projections:p angles:p rotated:p")
 RetentionPrompt = _struct("RetentionPrompt", "rotated:p projections:p powers:p slots:p o:p lengths:p needed:p starts:p layer:i")
 Top = _struct("Top", "logits:p slots:p places:p step:i")
-Slots = _struct("Slots", "state:p positions:p keys:p values:p counters:p logits:p found:p tokens:p largest:p batch:i")
+Slots = _struct(
+    "Slots",
+    "state:p positions:p keys:p values:p counters:p logits:p found:p tokens:p largest:p draft_keys:p draft_values:p batch:i side:i",
+)
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ class Addresses:
     """Where a run's buffers are (buffers.py).
 
     Attributes:
-        slots, tokens, slot_of, index_of, lengths, needed, starts, picked, places: what the host says of the run.
+        slots, tokens, slot_of, index_of, lengths, needed, starts, kept, picked, places: what the host says of the run.
         x, angles, projections, rotated, weights, o, added, hidden: activations, float32; `weights` are the rings' q·k.
         logits: (wanted, V).
         powers, log_gamma, phase: tables of the model.
@@ -133,6 +136,7 @@ class Addresses:
     lengths: int
     needed: int
     starts: int
+    kept: int
     picked: int
     places: int
     x: int
@@ -246,19 +250,19 @@ class LaunchList:
 
     def _retention(self, layer: int) -> None:
         c, at, run, source = self._config, self._at, self._run, self._source
-        asked = at.slots, at.o, at.lengths, at.needed, at.starts, layer
+        asked = at.slots, at.o, at.lengths, at.needed, at.starts
         if run.kind == "step":
             ring = Ring(at.projections, at.angles, at.powers, at.rotated, at.weights, at.slots, layer)
             self._add("ring_step", (c.num_heads, run.slots, 1), RING_THREADS, ring)
             self._launches.append(retention_step(source, at, run.slots, layer))
         elif run.kind == "few":
             grid = -(-c.head_value_dim // source.few.columns), c.num_heads, run.slots
-            few = RetentionFew(at.projections, at.angles, at.powers, *asked)
+            few = RetentionFew(at.projections, at.angles, at.powers, *asked, at.kept, layer)
             self._add("retention_few", grid, FEW_THREADS, few, few_bytes(c, source.few))
         else:
             self._add("rotate", (run.rows, 1, 1), ROW_THREADS, Rotate(at.projections, at.angles, at.rotated))
             grid = -(-c.head_value_dim // source.span.columns), c.num_heads, run.slots
-            prompt = RetentionPrompt(at.rotated, at.projections, at.powers, *asked)
+            prompt = RetentionPrompt(at.rotated, at.projections, at.powers, *asked, layer)
             self._add("retention_prompt", grid, 32 * source.span.warps, prompt, prompt_bytes(c, source.span))
 
     def _heads(self, layer: int) -> int:

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from retnet_export.runtime.backends.cuda.buffers import LEAST_ROWS, ManyBatch, RunBuffers, Size, Tables
 from retnet_export.runtime.backends.cuda.launches import DeviceModel, Launch, LaunchList, Run, retention_step
-from retnet_export.runtime.backends.cuda.pieces import FEW_ROWS, Piece, cut, padded_count, padded_rows
+from retnet_export.runtime.backends.cuda.many_source import DRAFTS
+from retnet_export.runtime.backends.cuda.pieces import FEW_ROWS, Piece, cut, needed_rows, padded_count, padded_rows, still_right
 from retnet_export.runtime.backends.cuda.weights import phase_per_token
 from retnet_export.runtime.device import cuda
 
@@ -64,6 +65,7 @@ class Many:
         """One token for each of the first slots, (slots,)."""
         slots = len(tokens)
         batch.with_rings()
+        batch.drafts = []
         buffers = self._room(Size(slots, slots, slots))
         order = np.arange(slots, dtype=np.int32)
         buffers.say(batch.structure, tokens=np.asarray(tokens, np.int64), slot_of=order, index_of=0, places=order)
@@ -100,13 +102,18 @@ class Many:
     def _pieces(
         self, batch: ManyBatch, tokens: NDArray[np.int64], lengths: NDArray[np.int64], rows: NDArray[np.int64]
     ) -> list[Piece]:
-        """The runs of a prompt, as large as memory allows."""
+        """The runs of a prompt, as large as memory allows; without what the last pass has seen already."""
         self.fold(batch)
-        total = int(np.maximum(lengths, rows.max(1, initial=-1) + 1).sum())
+        needed = needed_rows(lengths, rows)
+        kept = np.zeros_like(lengths)
+        if batch.drafts and needed.max() <= self.source.few.tokens:
+            first = np.where(rows >= 0, rows, needed[:, None]).min(1, initial=self.source.few.tokens)
+            kept = still_right(batch.drafts, tokens, np.minimum(lengths, first))
+        total = int((needed - kept).sum())
         while True:
             try:
                 self._room(Size(min(padded_rows(total), self.rows_at_once), len(tokens), 0))
-                return cut(tokens, lengths, rows, self.rows_at_once)
+                return cut(tokens, lengths, rows, kept, self.rows_at_once)
             except cuda.CudaMemoryError:
                 if self.rows_at_once <= LEAST_ROWS or total <= LEAST_ROWS:
                     raise
@@ -114,13 +121,21 @@ class Many:
 
     def _read(self, batch: ManyBatch, piece: Piece, wanted: int, *, choose: bool) -> RunBuffers:
         slots, padded = len(piece.lengths), padded_rows(len(piece.tokens))
+        if (piece.kept + piece.needed > piece.lengths).any():
+            batch.with_drafts()
         buffers = self._room(Size(padded, slots, wanted))
         buffers.say(
             batch.structure, tokens=piece.tokens, slot_of=piece.slot_of, index_of=piece.index_of, lengths=piece.lengths,
-            needed=piece.needed, starts=piece.starts, picked=piece.picked, places=piece.places[0].astype(np.int32),
+            needed=piece.needed, starts=piece.starts, kept=piece.kept, picked=piece.picked, places=piece.places[0].astype(np.int32),
         )  # fmt: skip
-        few = int(piece.needed.max()) <= self.source.few.tokens
+        few = int((piece.kept + piece.needed).max()) <= self.source.few.tokens
         self._run(Run("few" if few else "prompt", slots, padded, wanted, choose), buffers)
+        ends = np.cumsum(piece.needed)
+        drafts = [
+            piece.tokens[end - max(0, kept + count - length) : end][:DRAFTS]
+            for end, kept, count, length in zip(ends, piece.kept, piece.needed, piece.lengths, strict=True)
+        ]
+        batch.looked_at(drafts if few else [])
         return buffers
 
     def _room(self, size: Size) -> RunBuffers:

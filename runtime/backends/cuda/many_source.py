@@ -18,6 +18,8 @@ from retnet_export.runtime.bundle.config import ModelConfig
 WINDOW = 28
 """Steps between two writings of the state. Of 16, 24 and 28, 28 was the fastest on an H100 at batches of 8 and 64
 (docs/lab/gpu-batches.md); with 32 a multiprocessor has room for two blocks of the state's stream instead of three."""
+DRAFTS = 16
+"""Tokens of a pass beyond what the state takes, whose keys and values are kept for the next pass."""
 WIDTHS = (8, 16, 32, 64, 128, 256)
 
 
@@ -280,6 +282,7 @@ class ManySource:
             "HEAD_AFFINE": ("none", "shared", "per_head").index(c.head_norm_affine),
             "SCORE_NORM": int(c.score_norm),
             "WINDOW": WINDOW,
+            "DRAFTS": DRAFTS,
             "POWERS": self.powers,
             "STEP_COLUMNS": self.step_columns,
             "STEP_BLOCKS": self.step_blocks,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,8 @@ class Piece:
 
     Attributes:
         tokens, slot_of, index_of: of each row, its token, its slot, and which of the slot's tokens in this piece it is.
-        lengths, needed, starts: of each slot, how many of its rows the state takes, how many it has, and where they begin.
+        lengths, needed, starts: of each slot, how many of its tokens the state takes, how many rows it has, and where they begin.
+        kept: of each slot, tokens in front of its rows.
         picked, places: the rows whose logits are wanted, and which of those asked for they are: slot, and index in its row.
     """
 
@@ -29,38 +31,66 @@ class Piece:
     lengths: NDArray[np.int64]
     needed: NDArray[np.int32]
     starts: NDArray[np.int32]
+    kept: NDArray[np.int32]
     picked: NDArray[np.int32]
     places: tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
-def cut(tokens: NDArray[np.int64], lengths: NDArray[np.int64], rows: NDArray[np.int64], rows_at_once: int) -> list[Piece]:
+def cut(
+    tokens: NDArray[np.int64], lengths: NDArray[np.int64], rows: NDArray[np.int64], kept: NDArray[np.int64], rows_at_once: int
+) -> list[Piece]:
     """The runs that read a prompt.
 
     Args:
         tokens: (S, C).
         lengths: (S,), how many of a slot's tokens the state takes.
         rows: (S, R), of which tokens the logits are wanted; -1 for none.
+        kept: (S,), tokens in front that need no row: their keys and values are there from the last pass.
         rows_at_once: rows of one run; more only if a slot has drafts and needs them.
     """
-    needed, found = np.maximum(lengths, rows.max(1, initial=-1) + 1), []
-    begun = np.zeros(len(tokens), np.int64)
-    for take in takes(lengths, needed, rows.shape[1], rows_at_once):
+    found: list[Piece] = []
+    needed, begun = needed_rows(lengths, rows), kept
+    for take in takes(lengths - kept, needed - kept, rows.shape[1], rows_at_once):
         ends, starts = begun + take, np.cumsum(take) - take
+        before = np.zeros_like(kept) if found else kept
         slot, place = np.nonzero((rows >= begun[:, None]) & (rows < ends[:, None]))
         found.append(
             Piece(
                 tokens=np.concatenate([row[first:end] for row, first, end in zip(tokens, begun, ends, strict=True)]),
                 slot_of=np.repeat(np.arange(len(tokens), dtype=np.int32), take),
-                index_of=np.concatenate([np.arange(count, dtype=np.int32) for count in take]),
-                lengths=np.clip(lengths - begun, 0, take),
+                index_of=np.concatenate([np.arange(a, a + n, dtype=np.int32) for a, n in zip(before, take, strict=True)]),
+                lengths=np.clip(lengths - begun, 0, take) + before,
                 needed=take.astype(np.int32),
                 starts=starts.astype(np.int32),
+                kept=before.astype(np.int32),
                 picked=(starts[slot] + rows[slot, place] - begun[slot]).astype(np.int32),
                 places=(slot, place),
             )
         )
         begun = ends
     return found
+
+
+def needed_rows(lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many tokens of each slot (S,) must be looked at."""
+    needed: NDArray[np.int64] = np.maximum(lengths, rows.max(1, initial=-1) + 1)
+    return needed
+
+
+def still_right(drafts: Sequence[NDArray[np.int64]], tokens: NDArray[np.int64], most: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many of the tokens that each slot (S,) begins with are those of its last draft.
+
+    Args:
+        drafts: of each slot, the tokens that the last pass looked at and the state did not take; none where that is not known.
+        tokens: (S, C), to be read now.
+        most: (S,), at most.
+    """
+    kept = np.zeros(len(tokens), np.int64)
+    for slot, draft in enumerate(drafts[: len(tokens)]):
+        count = min(len(draft), int(most[slot]))
+        wrong = np.flatnonzero(draft[:count] != tokens[slot, :count])
+        kept[slot] = wrong[0] if len(wrong) else count
+    return kept
 
 
 def takes(lengths: NDArray[np.int64], needed: NDArray[np.int64], wanted: int, rows_at_once: int) -> list[NDArray[np.int64]]:

@@ -137,13 +137,14 @@ def test_in_the_joined_graph_each_graph_runs_while_the_other_is_empty(tmp_path, 
     assert weights < 1.1 * bundle.manifest.weights_bytes
 
 
-@pytest.mark.parametrize("weights", ["fp32", "int8", "int4", "int4, head too"])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("weights", "tied"),
+    [(weights, tied) for weights in ("fp32", "int8", "int4") for tied in (False, True)] + [("int4 head", False)],
+)
 def test_products_with_large_weights_are_cut_and_compute_the_same(tmp_path, weights, tied):
     bundle = tiny.bundle(tmp_path, tiny.config(**SIZES, vocab_size=1100, tied_embeddings=tied), chunk=4)
     if weights != "fp32":
-        form = QuantizeOptions("int4", head="int4", embedding="int4" if tied else "int8")
-        options = form if weights == "int4, head too" else QuantizeOptions(weights)
+        options = QuantizeOptions("int4", head="int4") if weights == "int4 head" else QuantizeOptions(weights)
         bundle = quantize_bundle(bundle, tmp_path / "small.retnet", options)
     largest = 12 << 10
     feeds = {graph: inputs(bundle, graph, batch=2, tokens=4) for graph in ("decode", "prefill")}

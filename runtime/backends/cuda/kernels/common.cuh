@@ -51,7 +51,10 @@ struct Slots {
   int* found;       // (B), how many of the largest logits were found; -1: look at all
   int* tokens;      // (B, KEPT), the largest logits' tokens
   float* largest;   // (B, KEPT)
-  int batch;        // B
+  float* draft_keys;    // (2, layers, B, G, DRAFTS, DK), of the tokens of the last pass that the state did not take; or null
+  float* draft_values;  // (2, layers, B, G, DRAFTS, DV)
+  int batch;            // B
+  int side;             // which of the two is read; the other one is written
 };
 constexpr i64 LAYER_STATE = (i64)H * DK * DV, SLOT_STATE = LAYERS * LAYER_STATE;
 

@@ -75,3 +75,17 @@ def test_pieces_cover_every_row_once_and_keep_drafts_together():
         drafts = needed > lengths
         assert all(((piece == needed) | (piece == 0))[drafts].all() for piece in cut)
         assert all(piece[~drafts].sum() <= 1024 for piece in cut)
+
+
+def test_tokens_that_were_kept_have_no_row():
+    tokens, lengths = np.array([[5, 6, 7, 8, 9], [1, 2, 3, 0, 0]]), np.array([3, 2])
+    rows = np.array([[2, 3, 4], [1, 2, 2]])
+    drafts = [np.array([5, 6, 8]), np.array([1, 9])]
+    kept = pieces.still_right(drafts, tokens, np.array([2, 1]))
+    assert kept.tolist() == [2, 1]
+    assert pieces.still_right(drafts, tokens, np.array([1, 0])).tolist() == [1, 0]
+    (piece,) = pieces.cut(tokens, lengths, rows, kept, 1024)
+    assert piece.tokens.tolist() == [7, 8, 9, 2, 3]
+    assert piece.index_of.tolist() == [2, 3, 4, 1, 2]  # in the slot's text, for the rotation
+    assert (piece.lengths.tolist(), piece.needed.tolist(), piece.starts.tolist()) == ([3, 2], [3, 2], [0, 3])
+    assert piece.picked.tolist() == [0, 1, 2, 3, 4, 4]

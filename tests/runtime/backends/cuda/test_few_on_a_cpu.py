@@ -17,14 +17,14 @@ import pytest
 SOURCE = """
 #include "cuda_on_cpu.h"
 alignas(128) float shared[1 << 16];
-constexpr int HALF = DK / 2, NP = 2 * (H + G) * HALF + G * DV, VALUE_AT = 2 * (H + G) * HALF, LAYERS = 2, POWERS = 40;
-struct Slots { float* state; };
+constexpr int HALF = DK / 2, NP = 2 * (H + G) * HALF + G * DV, VALUE_AT = 2 * (H + G) * HALF, LAYERS = 2, POWERS = 40, DRAFTS = 4;
+struct Slots { float *state, *draft_keys, *draft_values; int batch, side; };
 constexpr i64 LAYER_STATE = (i64)H * DK * DV, SLOT_STATE = LAYERS * LAYER_STATE;
 #include "kernel.h"
 extern "C" void run(const float* projections, const float* angles, const float* powers, float* state, float* o, const i64* lengths,
-                    const int* needed, const int* starts, int slots) {
-  Slots all{state};
-  RetentionFew p{projections, angles, powers, &all, o, lengths, needed, starts, LAYERS - 1};
+                    const int* needed, const int* starts, const int* kept, float* keys, float* values, int slots, int side) {
+  Slots all{state, keys, values, slots, side};
+  RetentionFew p{projections, angles, powers, &all, o, lengths, needed, starts, kept, LAYERS - 1};
   launch(retention_few_of<MOST, ACROSS_BLOCK>, {(DV + ACROSS_BLOCK - 1) / ACROSS_BLOCK, H, slots}, FEW_THREADS, p);
 }
 """
@@ -45,7 +45,63 @@ def compiled(folder: Path, **constants: int) -> ctypes.CDLL:
     return ctypes.CDLL(str(folder / "run.so"))
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+class Passes:
+    """The kernel with a state of its own, and beside it the recurrence in float64, token by token."""
+
+    def __init__(self, folder: Path, slots: int, **sizes: int) -> None:
+        self.kernel = compiled(folder, **sizes)
+        self.key_dim, self.value_dim, self.heads, self.kv_heads = (sizes[name] for name in ("DK", "DV", "H", "G"))
+        self.random, self.slots, self.side = np.random.default_rng(0), slots, 0
+        self.gamma = 1 - 2.0 ** -np.linspace(3, 6, self.heads)
+        self.powers = (self.gamma[:, None] ** np.arange(40)).astype(np.float32)
+        self.state = self.normal(slots, 2, self.heads, self.key_dim, self.value_dim)
+        self.expected = self.state.astype(np.float64)
+        self.drafts = [
+            np.full((2, 2, slots, self.kv_heads, 4, size), np.nan, np.float32) for size in (self.key_dim, self.value_dim)
+        ]
+
+    def normal(self, *shape: int) -> np.ndarray:
+        return self.random.standard_normal(shape, np.float32)
+
+    def tokens(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Projections (count, NP) and angles (count, 2, Dk / 2) of random tokens."""
+        width = (self.heads + self.kv_heads) * self.key_dim + self.kv_heads * self.value_dim
+        return self.normal(count, width), self.normal(count, 2, self.key_dim // 2)
+
+    def read(self, tokens: list[tuple[np.ndarray, np.ndarray]], lengths: list[int], kept: list[int]) -> None:
+        """A pass over tokens of each slot, of which the state takes `lengths`, and the first `kept` have no row; compared."""
+        needed = [len(projections) - count for (projections, _), count in zip(tokens, kept, strict=True)]
+        rows = [np.concatenate([each[part][count:] for each, count in zip(tokens, kept, strict=True)]) for part in (0, 1)]
+        o = np.zeros((sum(needed), self.heads, self.value_dim), np.float32)
+        starts = np.cumsum(needed) - needed
+        counts = [np.array(lengths, np.int64), *(np.array(each, np.int32) for each in (needed, starts, kept))]
+        arrays = (*rows, self.powers, self.state, o, *counts, *self.drafts)
+        self.kernel.run(*(array.ctypes.data_as(ctypes.c_void_p) for array in arrays), self.slots, self.side)
+        self.side ^= 1
+        wanted = [self.recur(slot, *each, lengths[slot])[kept[slot] :] for slot, each in enumerate(tokens)]
+        wanted_o = np.concatenate(wanted)
+        np.testing.assert_allclose(o, wanted_o, rtol=1e-4, atol=1e-4 * np.std(wanted_o))
+        np.testing.assert_allclose(self.state, self.expected, rtol=1e-4, atol=1e-4 * self.expected.std())
+
+    def recur(self, slot: int, projections: np.ndarray, angles: np.ndarray, length: int) -> np.ndarray:
+        """Outputs (n, H, Dv) after each token; the slot keeps the state after `length`."""
+        s, half, outputs = self.expected[slot, 1], self.key_dim // 2, [np.empty((0, self.heads, self.value_dim))]
+        group, turned = self.heads // self.kv_heads, 2 * (self.heads + self.kv_heads) * half
+        for index, (row, (cosine, sine)) in enumerate(zip(projections.astype(np.float64), angles.astype(np.float64), strict=True)):
+            first, second = row[:turned].reshape(2, -1, half)
+            both = np.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=1)
+            q, k = both[: self.heads], np.repeat(both[self.heads :], group, 0)
+            v = np.repeat(row[turned:].reshape(self.kv_heads, self.value_dim), group, 0)
+            s = self.gamma[:, None, None] * s + k[:, :, None] * v[:, None, :]
+            outputs.append(np.einsum("hk,hkv->hv", q, s)[None])
+            if index + 1 == length:
+                self.expected[slot, 1] = s
+        return np.concatenate(outputs)
+
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+
+
 @pytest.mark.parametrize(
     ("sizes", "lengths", "needed"),
     [
@@ -58,39 +114,18 @@ def compiled(folder: Path, **constants: int) -> ctypes.CDLL:
     ids=["drafts and an idle slot", "many tokens", "odd sizes", "all taken in", "nothing taken in"],
 )
 def test_outputs_and_states_are_those_of_the_recurrence(tmp_path, sizes, lengths, needed):
-    kernel = compiled(tmp_path, **sizes)
-    key_dim, value_dim, heads, kv_heads = (sizes[name] for name in ("DK", "DV", "H", "G"))
-    random, rows, half = np.random.default_rng(0), sum(needed), key_dim // 2
-    width = 2 * (heads + kv_heads) * half + kv_heads * value_dim
-    projections, angles = (random.standard_normal(shape, np.float32) for shape in ((rows, width), (rows, 2, half)))
-    before = random.standard_normal((len(lengths), 2, heads, key_dim, value_dim), np.float32)
-    gamma = 1 - 2.0 ** -np.linspace(3, 6, heads)
-    powers = (gamma[:, None] ** np.arange(40)).astype(np.float32)
-    o, state, expected_o, expected = np.zeros((rows, heads, value_dim), np.float32), before.copy(), [], before.astype(np.float64)
-    starts = np.cumsum(needed) - needed
-    arrays = (
-        projections,
-        angles,
-        powers,
-        state,
-        o,
-        np.array(lengths, np.int64),
-        np.array(needed, np.int32),
-        starts.astype(np.int32),
-    )
-    kernel.run(*(array.ctypes.data_as(ctypes.c_void_p) for array in arrays), len(lengths))
+    passes = Passes(tmp_path, len(lengths), **sizes)
+    passes.read([passes.tokens(count) for count in needed], lengths, [0] * len(lengths))
 
-    for slot, start in enumerate(starts):
-        s = before[slot, 1].astype(np.float64)  # (H, Dk, Dv)
-        for index in range(needed[slot]):
-            row, (cosine, sine) = projections[start + index].astype(np.float64), angles[start + index].astype(np.float64)
-            first, second = row[: 2 * (heads + kv_heads) * half].reshape(2, heads + kv_heads, half)
-            turned = np.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=1)
-            q, k = turned[:heads], np.repeat(turned[heads:], heads // kv_heads, 0)
-            v = np.repeat(row[2 * (heads + kv_heads) * half :].reshape(kv_heads, value_dim), heads // kv_heads, 0)
-            s = gamma[:, None, None] * s + k[:, :, None] * v[:, None, :]
-            expected_o.append(np.einsum("hk,hkv->hv", q, s))
-            if index + 1 == lengths[slot]:
-                expected[slot, 1] = s
-    np.testing.assert_allclose(o, expected_o, rtol=1e-4, atol=1e-4 * np.std(expected_o))
-    np.testing.assert_allclose(state, expected, rtol=1e-4, atol=1e-4 * expected.std())
+
+def test_drafts_that_were_right_enter_the_state_from_what_was_kept(tmp_path):
+    passes = Passes(tmp_path, 2, DK=16, DV=24, H=4, G=2, MOST=16, ACROSS_BLOCK=16)
+    first = [passes.tokens(7), passes.tokens(3)]
+    passes.read(first, [2, 1], [0, 0])  # of the five and the two drafts, four are kept at most
+    second = [
+        tuple(np.concatenate([old[2:5], new]) for old, new in zip(first[0], passes.tokens(4), strict=True)),  # three were right
+        tuple(np.concatenate([old[1:1], new]) for old, new in zip(first[1], passes.tokens(2), strict=True)),  # none was
+    ]
+    passes.read(second, [4, 1], [3, 0])
+    third = [tuple(old[4:] for old in second[0]), passes.tokens(1)]
+    passes.read(third, [3, 0], [2, 0])
