@@ -162,7 +162,7 @@ def evaluate_all(
         if reference is not None and start + len(part) in marks:
             theirs = reference.runner.read_state(0)
             for reading in readings:
-                reading.state.append(_state_error(start + len(part), reading.runner.read_state(0), theirs))
+                reading.state.append(state_error(start + len(part), reading.runner.read_state(0), theirs))
     predicted = len(ids) - given
     size = len(models[0].tokenizer.decode(ids[given:].tolist()).encode())
     comparisons: Sequence[Divergence | None] = [None] * len(models)
@@ -295,7 +295,8 @@ class _Scores:
         return np.asarray(self._logits - self._normaliser)
 
 
-def _state_error(tokens: int, ours: State, theirs: State) -> StateError:
+def state_error(tokens: int, ours: State, theirs: State) -> StateError:
+    """How far two states of one sequence are apart after `tokens` tokens; both by name, (1, H, Dk, Dv) a layer."""
     difference, size = 0.0, 0.0
     for name in theirs.keys() - {POSITION}:
         a, r = ours[name][0].astype(np.float64), theirs[name][0].astype(np.float64)  # (H, Dk, Dv)

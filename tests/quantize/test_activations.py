@@ -12,7 +12,7 @@ import tiny
 
 from retnet_export.graph.loading import load_graph
 from retnet_export.graph.variants.element_types import InferElementTypes
-from retnet_export.quantize import pipeline
+from retnet_export.quantize import calibration
 from retnet_export.quantize.calibration import activation_ranges
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.quantize.rewrite import products
@@ -23,7 +23,6 @@ from retnet_export.runtime.numerics import measure
 
 TEXT = Path(__file__).parents[2] / "examples" / "classics" / "held-out.txt"
 TOKENS = np.random.default_rng(1).integers(0, 50, (4, 24))
-CALIBRATION = {"file": "text.txt", "sha256": "", "sequences": len(TOKENS), "length": TOKENS.shape[-1], "tokens": TOKENS}
 
 
 def run_steps(path, tokens, wanted):
@@ -61,7 +60,7 @@ def ranges_on(bundle, tokens=TOKENS):
 @pytest.fixture
 def measured(monkeypatch):
     """Takes random tokens for the calibration text: the tiny bundles have no tokenizer."""
-    monkeypatch.setattr(pipeline, "_calibration", lambda source, path: CALIBRATION | {"file": path.name})
+    monkeypatch.setattr(calibration, "calibration_tokens", lambda model, path: TOKENS)
 
 
 def eight_bit(form, **options):

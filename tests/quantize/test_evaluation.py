@@ -14,7 +14,7 @@ from retnet_export.cli import app
 from retnet_export.export.checkpoints import open_checkpoint
 from retnet_export.export.pipeline import export_bundle
 from retnet_export.export.verify import PASSAGE
-from retnet_export.quantize.evaluation import _state_error, evaluate, evaluate_all
+from retnet_export.quantize.evaluation import evaluate, evaluate_all, state_error
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.quantize.reading import by_chunks, by_steps
 from retnet_export.runtime.model import load
@@ -119,9 +119,9 @@ def test_the_error_of_a_state_is_that_of_each_head_over_all_layers():
     state = {"position": np.array([7])} | {f"state.00{layer}": random.standard_normal((1, 2, 4, 4)) for layer in range(2)}
     doubled = {name: array * np.array([1, 2])[None, :, None, None] if array.ndim == 4 else array for name, array in state.items()}
     turned = {name: array.swapaxes(2, 3) if array.ndim == 4 else array for name, array in state.items()}
-    assert _state_error(7, state, state).by_head == (0.0, 0.0)
-    assert _state_error(7, doubled, state).by_head == pytest.approx((0.0, 1.0))
-    assert min(_state_error(7, turned, state).by_head) > 0.5  # equal sizes are no reason to turn it
+    assert state_error(7, state, state).by_head == (0.0, 0.0)
+    assert state_error(7, doubled, state).by_head == pytest.approx((0.0, 1.0))
+    assert min(state_error(7, turned, state).by_head) > 0.5  # equal sizes are no reason to turn it
 
 
 def test_bundles_of_different_tokenizers_are_refused(folder, tmp_path):

@@ -10,14 +10,14 @@ from retnet_export.export.checkpoints import open_checkpoint
 from retnet_export.export.pipeline import export_bundle
 from retnet_export.export.tensorrt import CompileOptions, compile_bundle
 from retnet_export.graph.weights import weight_shapes
-from retnet_export.quantize import pipeline
+from retnet_export.quantize import calibration
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.runtime.errors import UserError
 
 trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 
 CONFIG = tiny.config(hidden_size=512, ffn_size=2048, head_value_dim=128, head_key_dim=64, vocab_size=16384)
-CALIBRATION = {"file": "text.txt", "sha256": "", "sequences": 1, "length": 32}
+TEXT = Path(__file__).parents[2] / "examples" / "classics" / "held-out.txt"
 FLOAT16_BYTES = 2 * sum(int(np.prod(shape)) for shape in weight_shapes(CONFIG).values())
 
 
@@ -54,9 +54,9 @@ def test_the_engine_holds_the_integers(tmp_path, graph, weights, precision):
 
 def eight_bit(folder, form, monkeypatch, **options):
     """A bundle with activations in eight bits; calibrated on random tokens."""
-    monkeypatch.setattr(pipeline, "_calibration", lambda source, path: {**CALIBRATION, "tokens": np.arange(32)[None]})
+    monkeypatch.setattr(calibration, "calibration_tokens", lambda model, path: np.arange(32)[None])
     source = tiny.bundle(folder, options.pop("config", CONFIG), precision=options.pop("precision", "fp16"))
-    chosen = QuantizeOptions(form, activations=form, calibration=Path("text.txt"), **options)
+    chosen = QuantizeOptions(form, activations=form, calibration=TEXT, **options)
     return quantize_bundle(source, folder / "small.retnet", chosen)
 
 

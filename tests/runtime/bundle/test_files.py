@@ -14,7 +14,6 @@ import tiny
 from typer.testing import CliRunner
 
 from retnet_export.cli import app
-from retnet_export.runtime.bundle import files
 from retnet_export.runtime.bundle.bundle import MANIFEST, open_bundle
 from retnet_export.runtime.bundle.files import new_folder
 from retnet_export.runtime.errors import UserError
@@ -171,14 +170,15 @@ def test_a_folder_that_was_made_meanwhile_is_not_replaced_without_force(tmp_path
 def test_two_processes_that_clean_up_the_same_leftover_both_go_on(tmp_path, writer, monkeypatch):
     target = tmp_path / "new"
     kill(writer(target, "writing"))
-    siblings = files._siblings
+    left, really_open = set(tmp_path.glob(".new.partial-*")), os.open
+    assert left
 
-    def siblings_that_go(target, what):
-        found = siblings(target, what)
-        for path in found:
+    def open_too_late(path, *arguments, **options):
+        if path in left:
+            left.remove(path)
             shutil.rmtree(path)  # as the other process would, between the look and the lock
-        return found
+        return really_open(path, *arguments, **options)
 
-    monkeypatch.setattr(files, "_siblings", siblings_that_go)
+    monkeypatch.setattr(os, "open", open_too_late)
     write(target, "mine")
     assert names(tmp_path) == ["new"]
