@@ -42,7 +42,7 @@ def write_model(bundle: Path, folder: Path, slots: int, threads: int) -> str:
 def main(
     bundle: Annotated[Path, typer.Argument(help="what is served")],
     clients: Annotated[str, typer.Option(help="separated by commas")] = "1,8,32",
-    seconds: Annotated[float, typer.Option(help="for which each load is watched, after a warm-up of half of that")] = 8.0,
+    seconds: Annotated[float, typer.Option(help="for which each load is watched, once the clients are out of step")] = 8.0,
     rounds: Annotated[int, typer.Option(help="of turns: ABBA…")] = 4,
     threads: Annotated[int, typer.Option(help="of products, in both")] = 1,
 ) -> None:

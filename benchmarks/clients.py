@@ -201,34 +201,45 @@ def median(rounds: Sequence[Figures]) -> Figures:
 
 
 async def load(server: Server, clients: int, seconds: float, disturb: Callable[[], Any] | None = None) -> Figures:
-    """Clients that ask again as soon as they have their answer, watched for some seconds, after half as many.
+    """Clients that ask again as soon as they have their answer, watched for some seconds once they are out of step.
 
     Args:
         server: whom they ask.
-        clients: how many.
+        clients: how many. They are out of step when so many answers have ended, of which the first ones are short.
         seconds: how long they are watched.
         disturb: makes a coroutine that runs beside them.
     """
     answers: list[Answer] = []
+    ended = 0
+    out_of_step = asyncio.Event()
 
     async def client(number: int) -> None:
+        nonlocal ended
         dice = random.Random(number)
-        new_tokens = dice.randint(1, NEW_TOKENS)  # clients of which the first answer is shorter are out of step at once
+        new_tokens = dice.randint(1, NEW_TOKENS)
         while True:
             answers.append(Answer())
             await ask(server, Request(new_tokens, server.prompt(PROMPT_TOKENS, dice), seed=number), answers[-1])
             new_tokens = dice.randint(NEW_TOKENS // 2, NEW_TOKENS * 3 // 2)
+            ended += 1
+            if ended >= clients:
+                out_of_step.set()
 
-    opens = time.perf_counter() + seconds / 2
+    async def watch() -> tuple[float, float]:
+        await out_of_step.wait()
+        opens = time.perf_counter()
+        await asyncio.sleep(seconds)
+        return opens, time.perf_counter()
+
     tasks = [asyncio.create_task(client(number)) for number in range(clients)]
     if disturb is not None:
         tasks.append(asyncio.create_task(disturb()))
-    done, _ = await asyncio.wait(tasks, timeout=1.5 * seconds, return_when=asyncio.FIRST_EXCEPTION)
-    ends = time.perf_counter()
-    for task in tasks:
+    watching = asyncio.create_task(watch())
+    done, _ = await asyncio.wait([watching, *tasks], return_when=asyncio.FIRST_COMPLETED)
+    for task in (watching, *tasks):
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    for task in done:
-        task.result()
+    for task in done - {watching}:
+        task.result()  # clients never end: what ended has failed
     await asyncio.sleep(0.5)  # the server notices that they are gone
-    return Figures.of(answers, opens, ends)
+    return Figures.of(answers, *watching.result())

@@ -218,7 +218,7 @@ def main(
     bundles: Annotated[list[Path], typer.Argument(help="what is served; several take turns in the part clients")],
     parts: Annotated[str, typer.Option(help="separated by commas")] = "clients,prompts,chat,memory,gone",
     clients: Annotated[str, typer.Option(help="separated by commas")] = "1,8,64",
-    seconds: Annotated[float, typer.Option(help="for which each load is watched, after a warm-up of half of that")] = 10.0,
+    seconds: Annotated[float, typer.Option(help="for which each load is watched, once the clients are out of step")] = 10.0,
     rounds: Annotated[int, typer.Option(help="of turns")] = 3,
     messages: Annotated[int, typer.Option(help="of the chat")] = 50,
     requests: Annotated[int, typer.Option(help="for the memory")] = 10_000,

@@ -32,7 +32,7 @@ def span(rounds: Sequence[Figures]) -> str:
 def take_turns(
     servers: Mapping[str, Server], counts: Sequence[int], rounds: int, seconds: float
 ) -> dict[tuple[str, int], list[Figures]]:
-    """Load every server with every number of clients, in rounds, so many seconds each after half as many to warm up."""
+    """Load every server with every number of clients, in rounds, each watched for so many seconds."""
     found: dict[tuple[str, int], list[Figures]] = defaultdict(list)
     for number in range(rounds):
         for count in counts:
