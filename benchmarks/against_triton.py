@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -39,6 +40,12 @@ def write_model(bundle: Path, folder: Path, slots: int, threads: int) -> str:
     return name
 
 
+def versions(python: Path) -> str:
+    """Of what both servers run with."""
+    code = "import numpy, onnxruntime; print(f'onnxruntime {onnxruntime.__version__}, numpy {numpy.__version__}')"
+    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
 def main(
     bundle: Annotated[Path, typer.Argument(help="what is served")],
     clients: Annotated[str, typer.Option(help="separated by commas")] = "1,8,32",
@@ -64,7 +71,8 @@ def main(
             "retnet-export serve": stack.enter_context(serving(bundle, *arguments, python=str(python), environment=environment)),
             "Triton": Server("triton", triton.http, vocabulary_of(bundle), 0, name),
         }
-        print(describe_machine(), bundle.name, f"{threads} threads, {rounds} rounds, load {os.getloadavg()[0]:.1f}", sep="; ")
+        about = [f"servers: {versions(python)}", bundle.name, f"{threads} threads", f"{rounds} rounds"]
+        print(describe_machine(), *about, f"load {os.getloadavg()[0]:.1f}", sep="; ")
         clients_table(take_turns(servers, counts, rounds, seconds), counts)
 
 
