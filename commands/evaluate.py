@@ -42,14 +42,9 @@ def evaluate(
     with progress("evaluate", quiet=as_json) as update:
         result = run(model, text, against=other, tokens=tokens, steps=steps, progress=update)
     if as_json:
-        print_json({"bundle": str(bundle), **encode_evaluation(result)})
+        print_json({"bundle": str(bundle), **asdict(result)})
     else:
         print_evaluation(bundle, result)
-
-
-def encode_evaluation(evaluation: Evaluation) -> dict[str, object]:
-    """For JSON and the manifest."""
-    return asdict(evaluation)
 
 
 def print_evaluation(bundle: Path, evaluation: Evaluation) -> None:

@@ -63,7 +63,7 @@ def export(
 
 def summary(bundle: Bundle) -> dict[str, object]:
     """What `export` and `inspect` print about a bundle."""
-    from retnet_export.graph.card import parameters
+    from retnet_export.runtime.bundle.weights import parameters
 
     manifest = bundle.manifest
     return {
@@ -90,7 +90,7 @@ def summary(bundle: Bundle) -> dict[str, object]:
 
 
 def print_summary(title: str, bundle: Bundle) -> None:
-    from retnet_export.graph.card import parameters
+    from retnet_export.runtime.bundle.weights import parameters
 
     manifest, model = bundle.manifest, bundle.manifest.model
     print_table(

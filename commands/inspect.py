@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 def inspect(bundle: BundlePath, as_json: Json = False) -> None:
     """Compare every file of a bundle with its checksum and describe the bundle."""
-    from retnet_export.graph.card import parameters
     from retnet_export.runtime.bundle.bundle import open_bundle
     from retnet_export.runtime.bundle.engines import read_engines
     from retnet_export.runtime.bundle.schema import encode
+    from retnet_export.runtime.bundle.weights import parameters
 
     opened = open_bundle(bundle)
     engines = read_engines(opened)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
@@ -50,7 +51,7 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Make a bundle smaller and faster with integer weights in standard ONNX. --evaluate measures the cost in quality."""
-    from retnet_export.commands.evaluate import encode_evaluation, print_evaluation
+    from retnet_export.commands.evaluate import print_evaluation
     from retnet_export.quantize.evaluation import evaluate as run_evaluation
     from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
     from retnet_export.quantize.texts import encode
@@ -71,7 +72,7 @@ def quantize(
             assert evaluate is not None
             ours, theirs = load(made.path, check_hashes=False), load(source.path, check_hashes=False)
             evaluation = run_evaluation(ours, evaluate, against=theirs, progress=update)
-            return encode_evaluation(evaluation)
+            return asdict(evaluation)
 
         result = quantize_bundle(source, output, options, force=force, judge=None if evaluate is None else judge, progress=update)
     if as_json:

@@ -13,9 +13,8 @@ from retnet_export.compare.engines import RetNetEngine, TransformerEngine
 from retnet_export.compare.measure import Contender, measure, most_runs
 from retnet_export.compare.peers import genai, llama_cpp
 from retnet_export.compare.results import GENAI, LLAMA_CPP, REPORT_FORMAT, RETNET, TRANSFORMER, Cell, Comparison, Side
-from retnet_export.compare.transformer import count_parameters
-from retnet_export.graph.weights import weight_shapes
 from retnet_export.runtime.bundle.bundle import Bundle
+from retnet_export.runtime.bundle.weights import parameters
 from retnet_export.runtime.device.memory import available_memory
 from retnet_export.runtime.errors import ArgumentError, UserError, one_of
 from retnet_export.runtime.progress import Progress, silent
@@ -170,7 +169,7 @@ def retnet_model(bundle: Bundle) -> Side:
     manifest, config = bundle.manifest, bundle.manifest.model
     return Side(
         name=manifest.name,
-        parameters=count_parameters(weight_shapes(config)),
+        parameters=parameters(config),
         weights=manifest.precision.weights,
         weights_bytes=manifest.weights_bytes,
         buffers=2,

@@ -7,14 +7,13 @@ vocabulary, tied head); the feed-forward width is the one free number, and it is
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet_export.graph.weights import weight_shapes as retnet_weight_shapes
 from retnet_export.runtime.bundle.config import ModelConfig
+from retnet_export.runtime.bundle.weights import parameters
 from retnet_export.runtime.errors import ArgumentError, UserError
 
 PARAMETER_MATCH = 0.01
@@ -52,7 +51,7 @@ class TransformerConfig:
     @property
     def parameters(self) -> int:
         """Numbers in all weights."""
-        return count_parameters(weight_shapes(self))
+        return sum(math.prod(shape) for shape in weight_shapes(self).values())
 
     def cache_bytes(self, context: int, element_bytes: int) -> int:
         """Bytes of keys and values of one sequence of `context` tokens."""
@@ -109,7 +108,7 @@ def transformer_like(config: ModelConfig, kv_heads: int | None = None, group: in
             tied_embeddings=config.tied_embeddings,
         )
 
-    wanted = count_parameters(retnet_weight_shapes(config))
+    wanted = parameters(config)
     exact = (wanted - with_ffn(0).parameters) / (3 * config.hidden_size * config.num_layers)
     # Round widths first: kernels and quantization blocks like them.
     for multiple in (128, 64, 32, 16, 8, 1):
@@ -146,11 +145,6 @@ def weight_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     if not config.tied_embeddings:
         shapes["head.weight"] = (config.vocab_size, width)
     return shapes
-
-
-def count_parameters(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Numbers in weights of these shapes."""
-    return sum(math.prod(shape) for shape in shapes.values())
 
 
 class RandomWeights:

@@ -7,15 +7,14 @@ positions are ties and are counted apart. Prefill then reads the same text, and 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from retnet_export.export.checkpoints.base import Checkpoint
-from retnet_export.graph.weights import weight_shapes
 from retnet_export.runtime.bundle.bundle import Bundle
+from retnet_export.runtime.bundle.weights import parameters
 from retnet_export.runtime.errors import ArgumentError, MissingExtraError, UserError
 from retnet_export.runtime.generate.tokenizer import Tokenizer
 from retnet_export.runtime.model import Model
@@ -163,7 +162,7 @@ def memory_needed(bundle: Bundle) -> int:
     manifest = bundle.manifest
     if manifest.quantization is not None:
         return 2 * manifest.weights_bytes
-    return 2 * 4 * sum(math.prod(shape) for shape in weight_shapes(manifest.model).values())
+    return 2 * 4 * parameters(manifest.model)
 
 
 def _references(

@@ -6,21 +6,14 @@ it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from retnet_export.graph.weights import weight_shapes
 from retnet_export.runtime.bundle.bundle import CARD
-from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.bundle.manifest import Manifest
+from retnet_export.runtime.bundle.weights import parameters
 from retnet_export.runtime.hub import NAME
-
-
-def parameters(config: ModelConfig) -> int:
-    """Numbers in all weights of a model, as trained."""
-    return sum(math.prod(shape) for shape in weight_shapes(config).values())
 
 
 def write_card(folder: Path, manifest: Manifest) -> None:

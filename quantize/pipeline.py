@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from retnet_export.quantize.options import WEIGHTS
 from retnet_export.quantize.options import QuantizeOptions as QuantizeOptions
-from retnet_export.runtime.bundle.bundle import MANIFEST, Bundle, open_bundle
+from retnet_export.runtime.bundle.bundle import MANIFEST, Bundle, open_bundle, record_files, write_manifest
 from retnet_export.runtime.bundle.files import new_folder, sha256_of
 from retnet_export.runtime.errors import ArgumentError, MissingExtraError, PrecisionWarning, UserError
 from retnet_export.runtime.progress import Progress, silent
@@ -53,8 +54,9 @@ def quantize_bundle(
     except ImportError as error:
         raise MissingExtraError("onnx-ir", "export", "quantizing") from error
     from retnet_export.graph.card import write_card
-    from retnet_export.graph.derived import write_derived_bundle
     from retnet_export.graph.retnet import warn_of_slow_heads
+    from retnet_export.graph.variants import ALWAYS
+    from retnet_export.graph.variants.writing import write_variants
     from retnet_export.graph.weights_file import WeightsFile
     from retnet_export.quantize.calibration import activation_ranges
     from retnet_export.quantize.matrices import MatrixRun, planned_matrices
@@ -92,13 +94,17 @@ def quantize_bundle(
                 if options.state == "fp16":
                     store_state_as_float16(model)
             weights = file.record()
+        chunk_sizes = {name: spec.chunk_size for name, spec in manifest.graphs.items()}
+        variants = write_variants(folder, graphs, chunk_sizes, ALWAYS)
+        for name in () if manifest.tokenizer is None else manifest.tokenizer.files:
+            shutil.copyfile(source.file(name), folder / name)
         half = options.state == "fp16"
-        write_derived_bundle(
-            source,
-            folder,
-            target,
-            graphs,
-            weights,
+        changed = replace(
+            manifest,
+            name=Path(target).name.removesuffix(".retnet"),
+            variants=variants,
+            files=record_files(folder, {"weights.bin": weights}),
+            verification=None,  # what was verified is the source
             state=tuple(replace(spec, dtype="float16") if half and spec.layer is not None else spec for spec in manifest.state),
             precision=replace(
                 manifest.precision,
@@ -118,6 +124,7 @@ def quantize_bundle(
                 "source": {"name": manifest.name, "weights_sha256": manifest.files["weights.bin"].sha256},
             },
         )
+        write_manifest(folder, changed)
         result = open_bundle(folder, check_hashes=False)
         if judge is not None:
             evaluation = judge(result)

@@ -18,16 +18,13 @@ above 119, or with inputs that no block divides.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from retnet_export.graph.inserter import Inserter
-from retnet_export.graph.variants.pattern import constant, made_by, narrowed, only_user, scope_of, substitute
+from retnet_export.graph.variants.pattern import Int8Product, constant, int8_product, narrowed, only_user, scope_of, substitute
 from retnet_export.graph.weights_file import WeightsFile
 
 BLOCKS = (128, 64)
@@ -53,25 +50,29 @@ class Int8AsPlanesPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph, modified = model.graph, False
         for node in list(graph):
-            found = _match(node)
-            if found is None:
+            found = int8_product(node)
+            values = None if found is None else constant(found.values)
+            if found is None or values is None:
                 continue
-            if not found.fits:
-                self.left.append(found.name)
+            assert found.values.name is not None
+            weight = np.asarray(values.T if found.by_output else values, np.int8)  # (K, N)
+            block = next((block for block in BLOCKS if len(weight) % block == 0), None)
+            if block is None or int(weight.max()) > LARGEST:
+                self.left.append(found.values.name)
                 continue
-            self._replace(graph, node, found)
+            self._replace(Inserter(graph, node, scope_of(node)), node, found, weight, block)
             modified = True
         return ir.passes.PassResult(model, modified)
 
-    def _replace(self, graph: ir.Graph, node: ir.Node, found: _Int8Product) -> None:
-        w = Inserter(graph, node, scope_of(node))
-        name = (node.name or "product").rpartition(".")[2]
-        planes = self._initializer(graph, found.name, ".planes", found.planes)
-        scales = self._initializer(graph, found.name, ".plane_scales", found.plane_scales)
-        dtype = found.scale.dtype
+    def _replace(self, w: Inserter, node: ir.Node, found: Int8Product, weight: NDArray[np.int8], block: int) -> None:
+        name, dtype = (node.name or "product").rpartition(".")[2], found.scale.dtype
         assert dtype is not None
-        weight = w.op("DequantizeLinear", planes, scales, name=f"{name}.planes", dtype=dtype, axis=0, block_size=found.block)
-        both = w.op("MatMul", node.inputs[0], weight, name=f"{name}.both", dtype=dtype)
+        planes = self._file.tensor(f"{found.values.name}.planes", lambda: np.asarray(split(weight), ml_dtypes.int4))
+        scales = self._file.tensor(f"{found.values.name}.plane_scales", lambda: _plane_scales(found.scale, len(weight) // block))
+        matrix = w.op(
+            "DequantizeLinear", w.tensor(planes), w.tensor(scales), name=f"{name}.planes", dtype=dtype, axis=0, block_size=block
+        )
+        both = w.op("MatMul", found.x, matrix, name=f"{name}.both", dtype=dtype)
         y = node.outputs[0]
         up = only_user(y, "Cast")
         if up is not None and narrowed(up.outputs[0]) is not None:
@@ -81,80 +82,15 @@ class Int8AsPlanesPass(ir.passes.InPlacePass):
         high, low = w.op_n("Split", both, names=[f"{name}.high", f"{name}.low"], dtypes=[both.dtype] * 2, axis=-1, num_outputs=2)
         substitute(y, w.op("Add", high, low, name=f"{name}.whole", dtype=both.dtype))
 
-    def _initializer(self, graph: ir.Graph, name: str, role: str, make: Callable[[], NDArray[np.generic]]) -> ir.Value:
-        full = f"{name}{role}"
-        if full not in graph.initializers:
-            tensor = self._file.tensor(full, make)
-            value = ir.Value(name=full, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
-            graph.register_initializer(value)
-        return graph.initializers[full]
 
-
-@dataclass(frozen=True)
-class _Int8Product:
-    """A product with an INT8 weight.
-
-    Attributes:
-        values: integers (K, N), or (N, K) if `by_output`.
-        scale: one for each output, (N,).
-        by_output: whether a row of `values` is an output: the tied head.
-    """
-
-    values: ir.Value
-    scale: ir.Value
-    by_output: bool
-
-    @property
-    def name(self) -> str:
-        assert self.values.name is not None
-        return self.values.name
-
-    @property
-    def block(self) -> int:
-        inputs = self._matrix().shape[0]
-        return next((block for block in BLOCKS if inputs % block == 0), 0)
-
-    @property
-    def fits(self) -> bool:
-        """Whether two planes hold it exactly."""
-        return bool(self.block) and int(self._matrix().max()) <= LARGEST
-
-    def _matrix(self) -> NDArray[np.int8]:
-        values = np.asarray(constant(self.values), np.int8)
-        return values.T if self.by_output else values
-
-    def planes(self) -> NDArray[np.generic]:
-        """(K, 2N), four-bit: h beside l."""
-        return np.asarray(split(self._matrix()), ml_dtypes.int4)
-
-    def plane_scales(self) -> NDArray[np.generic]:
-        """(K / block, 2N)."""
-        scale = constant(self.scale)
-        assert scale is not None
-        both = np.concatenate([scale * scale.dtype.type(16), scale])
-        return np.repeat(both[None], self._matrix().shape[0] // self.block, axis=0)
+def _plane_scales(scale: ir.Value, blocks: int) -> NDArray[np.generic]:
+    """The scales of h beside those of l, (blocks, 2N)."""
+    low = constant(scale)
+    assert low is not None
+    return np.repeat(np.concatenate([low * low.dtype.type(16), low])[None], blocks, axis=0)
 
 
 def split(weight: NDArray[np.int8]) -> NDArray[np.int8]:
     """(K, N) -> (K, 2N): h, then l, with w = 16 h + l and l in -8…7."""
     low = ((weight.astype(np.int16) + 8) & 15) - 8
     return np.concatenate([(weight - low) >> 4, low], axis=1).astype(np.int8)
-
-
-def _match(node: ir.Node) -> _Int8Product | None:
-    """A MatMul by an INT8 constant with one scale for each output, symmetric, whose other operand is not quantized."""
-    if node.op_type != "MatMul" or node.domain != "" or made_by(node.inputs[0], "DequantizeLinear") is not None:
-        return None
-    turned = made_by(node.inputs[1], "Transpose")
-    dequantize = made_by(node.inputs[1] if turned is None else turned.inputs[0], "DequantizeLinear")
-    if dequantize is None:
-        return None
-    values, scale, *zero_point = dequantize.inputs
-    zeros = constant(zero_point[0]) if zero_point else np.zeros(1)
-    if values is None or scale is None or values.dtype != ir.DataType.INT8 or constant(values) is None or scale.shape is None:
-        return None
-    if zeros is None or zeros.any() or len(scale.shape) != 1:
-        return None
-    if dequantize.attributes.get_int("axis", 1) != (1 if turned is None else 0):
-        return None
-    return _Int8Product(values, scale, by_output=turned is not None)

@@ -22,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 
 from retnet_export.graph.inserter import Inserter
-from retnet_export.graph.variants.pattern import made_by, scope_of, substitute
+from retnet_export.graph.variants.pattern import Int8Product, int8_product, scope_of, substitute
 
 LARGEST = 127
 ZERO_POINT = 128
@@ -37,24 +37,16 @@ class IntegerProductsPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph, modified = model.graph, False
         for node in list(graph):
-            if node.op_type != "MatMul":
+            found = int8_product(node)
+            if found is None or found.scale.dtype != ir.DataType.FLOAT:
                 continue
-            turned = made_by(node.inputs[1], "Transpose")
-            dequantize = made_by(node.inputs[1] if turned is None else turned.inputs[0], "DequantizeLinear")
-            if dequantize is None:
-                continue
-            x, weight, scale = node.inputs[0], dequantize.inputs[0], dequantize.inputs[1]
-            if x is None or weight is None or scale is None or scale.shape is None or len(scale.shape) != 1:
-                continue
-            # Activations that are rounded already are for TensorRT, and must not be rounded twice.
-            if (weight.dtype, scale.dtype) != (ir.DataType.INT8, ir.DataType.FLOAT) or made_by(x, "DequantizeLinear") is not None:
-                continue
-            substitute(node.outputs[0], _product(Inserter(graph, node, scope_of(node)), node, x, weight, scale, turned is not None))
+            substitute(node.outputs[0], _product(Inserter(graph, node, scope_of(node)), node, found))
             modified = True
         return ir.passes.PassResult(model, modified)
 
 
-def _product(w: Inserter, node: ir.Node, x: ir.Value, weight: ir.Value, scale: ir.Value, turned: bool) -> ir.Value:
+def _product(w: Inserter, node: ir.Node, found: Int8Product) -> ir.Value:
+    x, weight = found.x, found.values
     leaf = (node.name or "product").rpartition(".")[2]
 
     def op(op_type: str, *inputs: ir.Value | None, role: str, dtype: ir.DataType = ir.DataType.FLOAT, **more: Any) -> ir.Value:
@@ -70,9 +62,9 @@ def _product(w: Inserter, node: ir.Node, x: ir.Value, weight: ir.Value, scale: i
     # The cast cuts, so that half a step more rounds to the nearest.
     moved = op("Add", op("Div", x, step, role="in_steps"), number(ZERO_POINT + 0.5, "zero_point_and_half"), role="moved")
     integers = w.cast(moved, ir.DataType.UINT8, f"{leaf}.uint8")
-    if turned:
+    if found.by_output:
         weight = w.op("Transpose", weight, name=f"{leaf}.columns", dtype=ir.DataType.INT8, perm=[1, 0])
     zero = w.initializer(np.array(ZERO_POINT, np.uint8), "integer_zero_point")
     total = op("MatMulInteger", integers, weight, zero, role="integers", dtype=ir.DataType.INT32)
     wide = w.cast(total, ir.DataType.FLOAT, f"{leaf}.float32")
-    return op("Mul", op("Mul", wide, scale, role="of_outputs"), step, role="of_rows")
+    return op("Mul", op("Mul", wide, found.scale, role="of_outputs"), step, role="of_rows")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -48,6 +50,38 @@ def narrowed(value: ir.Value) -> tuple[ir.Value, ir.DataType] | None:
     if inputs is None or node is None or node.attributes["to"].as_int() != ir.DataType.FLOAT or inputs[0].dtype is None:
         return None
     return inputs[0], inputs[0].dtype
+
+
+@dataclass(frozen=True)
+class Int8Product:
+    """A product of floats with an INT8 weight, symmetric, with one scale for each output.
+
+    Attributes:
+        x: what flows in, not quantized: activations that are rounded already must not be rounded twice.
+        values: integers (K, N), or (N, K) if `by_output`.
+        scale: (N,).
+        by_output: whether a row of `values` is an output: the tied head.
+    """
+
+    x: ir.Value
+    values: ir.Value
+    scale: ir.Value
+    by_output: bool
+
+
+def int8_product(node: ir.Node) -> Int8Product | None:
+    """The product that a node computes; None if it is another."""
+    if node.op_type != "MatMul" or node.domain != "" or node.inputs[0] is None or made_by(node.inputs[0], "DequantizeLinear"):
+        return None
+    turned = made_by(node.inputs[1], "Transpose")
+    dequantize = made_by(node.inputs[1] if turned is None else turned.inputs[0], "DequantizeLinear")
+    if dequantize is None or dequantize.attributes.get_int("axis", 1) != (1 if turned is None else 0):
+        return None
+    values, scale, *zero_point = dequantize.inputs
+    zeros = constant(zero_point[0]) if zero_point else np.zeros(1)
+    if values is None or values.dtype != ir.DataType.INT8 or scale is None or scale.shape is None or len(scale.shape) != 1:
+        return None
+    return None if zeros is None or zeros.any() else Int8Product(node.inputs[0], values, scale, turned is not None)
 
 
 def scope_of(node: ir.Node) -> str:

@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 
 from retnet_export.runtime.backends.base import NUMPY_DTYPES
-from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.bundle.manifest import PORTABLE, POSITION, GraphSpec, Manifest, StateSpec, state_specs
+from retnet_export.runtime.bundle.weights import parameters
 from retnet_export.runtime.errors import UserError
 
 LARGEST_SIZE = 2**31 - 1
@@ -87,21 +87,14 @@ def _check_name(name: str, manifest_name: str) -> None:
 def _check_model(manifest: Manifest) -> None:
     config = manifest.model
     stored = sum(record.bytes for record in manifest.files.values())
-    if parameters_at_least(config) > 8 * stored:
+    if parameters(config) > 8 * stored:
         raise UserError(
-            f"the model configuration has at least {parameters_at_least(config):,} parameters, "
-            f"which the {stored:,} bytes of the bundle's files cannot hold"
+            f"the model configuration has {parameters(config):,} parameters, which the {stored:,} bytes of the bundle's files "
+            "cannot hold"
         )
     prefix = () if manifest.tokenizer is None else manifest.tokenizer.prefix_ids
     if outside := [token for token in (*manifest.eos_ids, *prefix) if not 0 <= token < config.vocab_size]:
         raise UserError(f"token {outside[0]}, which begins or ends a text, is not in the vocabulary of {config.vocab_size}")
-
-
-def parameters_at_least(config: ModelConfig) -> int:
-    """Parameters of the largest matrices, which every family has."""
-    projections = config.hidden_size * (config.key_size + config.value_size)
-    feed_forward = config.hidden_size * config.ffn_size
-    return config.vocab_size * config.hidden_size + config.num_layers * (projections + feed_forward)
 
 
 def _check_graph(name: str, graph: GraphSpec, manifest: Manifest) -> None:

@@ -6,6 +6,9 @@ the only place that derives which weights exist from the configuration.
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 from retnet_export.runtime.bundle.config import ModelConfig
 
 
@@ -47,6 +50,13 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not config.tied_embeddings:
         linear("head", config.vocab_size, width, bias=False)
     return shapes
+
+
+def parameters(config: ModelConfig) -> int:
+    """Numbers in all weights, as trained. Counted on one layer: a damaged manifest may ask for a billion of them."""
+    sizes = {name: math.prod(shape) for name, shape in weight_shapes(replace(config, num_layers=1)).items()}
+    layer = sum(size for name, size in sizes.items() if name.startswith("layers."))
+    return sum(sizes.values()) + (config.num_layers - 1) * layer
 
 
 def retention_inputs(config: ModelConfig) -> dict[str, int]:

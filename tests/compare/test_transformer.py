@@ -13,10 +13,10 @@ from llama import CONFIGS, GOLDEN, TOKENS
 
 from retnet_export.compare.baseline import Baseline, baseline_for, write
 from retnet_export.compare.engines import TransformerEngine
-from retnet_export.compare.transformer import PARAMETER_MATCH, TransformerConfig, count_parameters, transformer_like
-from retnet_export.graph.weights import weight_shapes
+from retnet_export.compare.transformer import PARAMETER_MATCH, TransformerConfig, transformer_like
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.runtime.bundle.config import ModelConfig
+from retnet_export.runtime.bundle.weights import parameters
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.numerics import TOLERANCES, measure
 
@@ -111,7 +111,7 @@ def test_the_baseline_has_the_retnets_width_depth_vocabulary_and_parameters(mode
         model.num_layers,
         model.vocab_size,
     )
-    wanted = count_parameters(weight_shapes(model))
+    wanted = parameters(model)
     assert abs(baseline.parameters - wanted) <= PARAMETER_MATCH * wanted
 
 
@@ -119,7 +119,7 @@ def test_the_baseline_has_the_retnets_width_depth_vocabulary_and_parameters(mode
 def test_a_baseline_whose_groups_allow_no_match_is_the_closest_there_is(group):
     """The bundled model quantized as the README says: its groups of 64 have no width within 1 %."""
     model = ModelConfig(4096, 256, 5, 4, 64, 128, 512, 4, tied_embeddings=True)
-    baseline, wanted = transformer_like(model, group=group), count_parameters(weight_shapes(model))
+    baseline, wanted = transformer_like(model, group=group), parameters(model)
     assert baseline.ffn_size % group == 0
     others = [replace(baseline, ffn_size=baseline.ffn_size + step) for step in (-group, group)]
     if abs(baseline.parameters - wanted) > PARAMETER_MATCH * wanted:

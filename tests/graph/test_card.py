@@ -10,10 +10,11 @@ import tiny
 from conftest import EXAMPLE, ROOT
 
 from retnet_export.export.checkpoints import open_checkpoint
-from retnet_export.graph.card import card, parameters
+from retnet_export.graph.card import card
 from retnet_export.quantize.evaluation import evaluate
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.runtime.bundle.bundle import open_bundle
+from retnet_export.runtime.bundle.weights import parameters
 from retnet_export.runtime.model import load
 
 ModelCard = pytest.importorskip("huggingface_hub").ModelCard
