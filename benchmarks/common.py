@@ -63,7 +63,7 @@ def random_bundle(size: str, **options: object) -> Bundle:
             pass  # written by another version: write it again
     config = SIZES[size]
     weights = random_weights(config)
-    checkpoint = Checkpoint(path=target, family="random", config=config, read=weights.__getitem__, files=())
+    checkpoint = Checkpoint(path=target, family="random", config=config, weight=weights.__getitem__, files=())
     return export_bundle(checkpoint, target, ExportOptions(**options), force=True)  # type: ignore[arg-type]
 
 

@@ -38,7 +38,7 @@ def bundle(folder: Path, model: ModelConfig, weights: str, head: str, chunk: int
     def read(name: str) -> np.ndarray:
         return (generator.standard_normal(shapes[name], np.float32) * 0.02).astype(np.float16)
 
-    source = Checkpoint(path=folder, family="random", config=model, read=read, files=())
+    source = Checkpoint(path=folder, family="random", config=model, weight=read, files=())
     floats = export_bundle(source, folder / "f.retnet", ExportOptions(precision="fp16", chunk=chunk))
     if weights == "fp16":
         return floats

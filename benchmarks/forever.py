@@ -68,7 +68,7 @@ def main(
     checkpoint = first_layers(open_checkpoint(ROOT / "examples" / "classics"), layers)
     config = checkpoint.config
     long_tokens = stretches(tokens, config.vocab_size)
-    model = RetNet.from_weights(config, checkpoint.read, torch.float64)
+    model = RetNet.from_weights(config, checkpoint.weight, torch.float64)
     expected = list(references(model, long_tokens, every))
     print(f"first {layers} layers of the bundled model, {tokens:,} tokens; errors relative to the reference's standard deviation\n")
     with tempfile.TemporaryDirectory() as folder:

@@ -59,7 +59,7 @@ def main() -> None:
     model = RetNet.from_weights(CONFIG, weights.__getitem__, torch.float64)
     expected = [list(references(model, row, options.every)) for row in tokens]
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = Checkpoint(path=Path(folder), family="random", config=CONFIG, read=weights.__getitem__, files=())
+        checkpoint = Checkpoint(path=Path(folder), family="random", config=CONFIG, weight=weights.__getitem__, files=())
         backend = CudaBackend(export_bundle(checkpoint, Path(folder) / "random.retnet", ExportOptions()))
     together, alone = backend.open_runner(SEQUENCES), [backend.open_runner(1) for _ in range(SEQUENCES)]
     print(f"{cuda.device().name}, {options.tokens:,} steps, the state of two sequences written every {WINDOW} steps")

@@ -17,12 +17,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from retnet_export.compare.transformer import TransformerConfig
-from retnet_export.graph.blocks import Writer, feed_forward, joined_linear
+from retnet_export.graph.blocks import feed_forward, joined_linear
 from retnet_export.graph.builder import GraphBuilder, Value
 from retnet_export.graph.element_types import onnx_type
 from retnet_export.graph.retnet import OPSET, embed, logits, residual
 from retnet_export.graph.weights import ReadWeight
 from retnet_export.graph.weights_file import WeightsFile
+from retnet_export.graph.writer import Writer
 
 Lengths = Literal["given", "mask"]
 """How the graph learns the lengths of its sequences: as two integer inputs, or from an attention mask (onnxruntime-genai)."""

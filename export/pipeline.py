@@ -128,7 +128,7 @@ class _Written:
 def _write_graphs(folder: Path, checkpoint: Checkpoint, options: ExportOptions, progress: Progress) -> _Written:
     if find_spec("onnx_ir") is None:
         raise MissingExtraError("onnx-ir", "export", "exporting")
-    from retnet_export.export.reading import WeightReader
+    from retnet_export.export.reading import WeightsAhead
     from retnet_export.graph.decode import build_decode
     from retnet_export.graph.prefill import build_prefill
     from retnet_export.graph.retnet import warn_of_slow_heads
@@ -141,17 +141,17 @@ def _write_graphs(folder: Path, checkpoint: Checkpoint, options: ExportOptions, 
     stored = STORED[options.state]
     total, done = len(weight_shapes(config)), 0
 
-    def read(name: str):  # type: ignore[no-untyped-def]
+    def counted(name: str):  # type: ignore[no-untyped-def]
         nonlocal done
         done += 1
         progress("writing weights", done / total)
-        return reader.read(name)
+        return ahead.take(name)
 
     graphs = {}
-    with WeightReader(config, checkpoint.read) as reader, WeightsFile(folder / "weights.bin") as weights:
+    with WeightsAhead(config, checkpoint.weight) as ahead, WeightsFile(folder / "weights.bin") as weights:
         for name, build in (("decode", build_decode), ("prefill", build_prefill)):
-            graphs[name] = build(config, read, weights, COMPUTED[options.precision], stored, options.batch)
-        files, checkpoint_sha256 = {weights.name: weights.record()}, reader.sha256()
+            graphs[name] = build(config, counted, weights, COMPUTED[options.precision], stored, options.batch)
+        files, checkpoint_sha256 = {weights.name: weights.record()}, ahead.sha256()
     variants = write_variants(folder, graphs, {"decode": 1, "prefill": options.chunk}, ALWAYS)
     return _Written(variants, files, checkpoint_sha256)
 

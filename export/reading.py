@@ -22,7 +22,7 @@ ELEMENTS_AHEAD = 1 << 26
 """Weights are read ahead until so many numbers wait: 128 MiB in half precision. One weight may exceed it."""
 
 
-class WeightReader:
+class WeightsAhead:
     """Reads the weights of a checkpoint, whose order of use is that of `weight_shapes`; another order works, but slower.
 
     Args:
@@ -40,13 +40,13 @@ class WeightReader:
         self._scheduled = 0  # every name before this place in the order has been asked for or scheduled
         self._pool = ThreadPoolExecutor(1, "read-weights")
 
-    def __enter__(self) -> WeightReader:
+    def __enter__(self) -> WeightsAhead:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def read(self, name: str) -> NDArray[np.generic]:
+    def take(self, name: str) -> NDArray[np.generic]:
         """One canonical weight."""
         future = self._waiting.pop(name, None) or self._pool.submit(self._read_and_hash, name)
         self._scheduled = max(self._scheduled, self._order[name] + 1)

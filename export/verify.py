@@ -179,7 +179,7 @@ def _references(
         raise UserError(f"{bundle.path} was not exported from {checkpoint.path}: their model configurations differ")
     results = parallel_by_layer(
         checkpoint.config,
-        checkpoint.read,
+        checkpoint.weight,
         torch.from_numpy(ids)[None],
         clamps=(False, True) if checkpoint.config.score_norm else (False,),
         progress=lambda share: progress("parallel form", share),

@@ -1,8 +1,6 @@
 """The parts of a RetNet that decode and prefill share, as ONNX nodes: norms, projections, rotation, feed-forward.
 
-The residual stream is float32 whatever the compute format: a norm reads it as it is, only the operands of matrix products
-are cast down, and their results are cast up once (style: accumulate wide, cast once, visibly). Norms and the swish are
-written as the operator sequences that runtimes recognise and fuse.
+Norms and the swish are written as the operator sequences that runtimes recognise and fuse.
 """
 
 from __future__ import annotations
@@ -14,107 +12,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from retnet_export.graph.builder import GraphBuilder, Value
-from retnet_export.graph.element_types import onnx_type
-from retnet_export.graph.weights import Array, ReadWeight, narrowed, retention_inputs, weight_shapes
-from retnet_export.graph.weights_file import WeightsFile
+from retnet_export.graph.builder import Value
+from retnet_export.graph.weights import retention_inputs
+from retnet_export.graph.writer import Writer
 from retnet_export.runtime.bundle.config import ModelConfig
 
 PHASE_TURN = 1 << 32
 """One full turn of the rotary phase, which is an integer so that it is exact at any position."""
-
-
-@dataclass(frozen=True)
-class Writer:
-    """The context of every block: the graph for nodes, the source and file of weights, and the format.
-
-    Attributes:
-        b: the graph under construction.
-        config: the architecture.
-        read: reads a canonical weight.
-        file: the bundle's weights file.
-        compute: element type of stored matrices and of the operands of matrix products.
-        lead: the leading axes of an activation as Reshape writes them: (0,) in decode, (0, 0) in prefill.
-    """
-
-    b: GraphBuilder
-    config: ModelConfig
-    read: ReadWeight
-    file: WeightsFile
-    compute: str
-    lead: tuple[int, ...]
-
-    @property
-    def compute_type(self) -> ir.DataType:
-        return onnx_type(self.compute)
-
-    def cast_down(self, x: Value, name: str) -> Value:
-        """float32 -> the compute format."""
-        return x if self.compute == "float32" else self.b.op("Cast", x, name=f"{name}.cast", to=self.compute_type)
-
-    def cast_up(self, x: Value, name: str) -> Value:
-        """The compute format -> float32."""
-        return x if self.compute == "float32" else self.b.op("Cast", x, name=f"{name}.float32", to=ir.DataType.FLOAT)
-
-    def vector(self, name: str) -> Value:
-        """A canonical vector (norm weight, bias), always float32."""
-        return self.b.initializer(self.file.tensor(name, lambda: narrowed(name, self.read(name), np.dtype(np.float32))))
-
-    def matrix(self, name: str, parts: Sequence[str], *, order: NDArray[np.int64] | None = None) -> Value:
-        """Canonical matrices (outputs, inputs), transposed to (inputs, outputs) and joined along the outputs.
-
-        Args:
-            name: the joined tensor's name.
-            parts: canonical names.
-            order: a permutation of the joined outputs.
-        """
-
-        def make() -> Array:
-            return transposed([self._stored(part) for part in parts], order)
-
-        return self.b.initializer(self.file.tensor(name, make))
-
-    def _stored(self, name: str) -> NDArray[np.generic]:
-        return narrowed(name, self.read(name), self.compute_type.numpy())
-
-    def product(self, x: Value, weight: Value, name: str, bias: Value | None = None) -> Value:
-        """x (…, inputs) float32 times weight (inputs, outputs): float32 (…, outputs)."""
-        y = self.cast_up(self.b.op("MatMul", self.cast_down(x, name), weight, name=name), name)
-        return y if bias is None else self.b.op("Add", y, bias, name=f"{name}.biased")
-
-    def linear(self, x: Value, name: str) -> Value:
-        """One canonical linear layer; its name is the current scope and `name`."""
-        full = self.b.qualify(name)
-        bias = self.vector(f"{full}.bias") if f"{full}.bias" in self.shapes else None
-        return self.product(x, self.matrix(f"{full}.weight", [f"{full}.weight"]), name, bias)
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return weight_shapes(self.config)
-
-    def reshape(self, x: Value, name: str, *sizes: int) -> Value:
-        """Split the last axis: (lead…, sizes…)."""
-        return self.b.op("Reshape", x, self.b.shape(*self.lead, *sizes), name=name)
-
-
-def transposed(matrices: Sequence[Array], order: NDArray[np.int64] | None = None, tile: int = 128) -> Array:
-    """The rows of matrices (outputs, inputs), one matrix after another or in the order given, as columns: (inputs, outputs).
-
-    A tile of rows at a time: a cache line then serves many columns, which is about five times as fast for a large matrix, and
-    the matrices need not be joined first.
-    """
-    starts = np.cumsum([0, *(len(matrix) for matrix in matrices)])
-    order = np.arange(starts[-1]) if order is None else order
-    result: Array = np.empty((matrices[0].shape[1], starts[-1]), matrices[0].dtype)
-    for first in range(0, len(order), tile):
-        rows = order[first : first + tile]
-        for matrix, start in zip(matrices, starts[:-1], strict=True):
-            here = (rows >= start) & (rows < start + len(matrix))
-            if here.all():
-                result[:, first : first + tile] = matrix[rows - start].T
-            elif here.any():
-                result[:, first : first + tile][:, here] = matrix[rows[here] - start].T
-    return result
 
 
 def norm(w: Writer, x: Value, name: str, kind: str, eps: float | Value, *, affine: bool = True) -> Value:
@@ -180,7 +84,7 @@ def joined_linear(w: Writer, x: Value, name: str, parts: Sequence[str], order: N
         return w.product(x, weight, name)
 
     def make_bias() -> NDArray[np.generic]:
-        joined = np.concatenate([narrowed(f"{part}.bias", w.read(f"{part}.bias"), np.dtype(np.float32)) for part in full])
+        joined = np.concatenate([w.float32(f"{part}.bias") for part in full])
         return joined if order is None else joined[order]
 
     return w.product(x, weight, name, w.b.initializer(w.file.tensor(f"{w.b.qualify(name)}.bias", make_bias)))
@@ -300,14 +204,9 @@ def head_norm(w: Writer, o: Value, read: Value | None) -> Value:
     if config.head_norm_affine != "per_head":
         return norm(w, o, "head_norm", config.head_norm, eps, affine=config.head_norm_affine == "shared")
     normed = norm(w, o, "head_norm", config.head_norm, eps, affine=False)
-    full = b.qualify("head_norm")
-    shape = (config.num_heads, config.head_value_dim)
-
-    def per_head(name: str) -> Value:
-        return b.initializer(w.file.tensor(name, lambda: narrowed(name, w.read(name), np.dtype(np.float32)).reshape(shape)))
-
-    y = b.op("Mul", normed, per_head(f"{full}.weight"), name="head_norm.scaled")
-    return b.op("Add", y, per_head(f"{full}.bias"), name="head_norm.biased") if config.head_norm == "layer" else y
+    full, shape = b.qualify("head_norm"), (config.num_heads, config.head_value_dim)
+    y = b.op("Mul", normed, w.vector(f"{full}.weight", shape), name="head_norm.scaled")
+    return b.op("Add", y, w.vector(f"{full}.bias", shape), name="head_norm.biased") if config.head_norm == "layer" else y
 
 
 def join_heads(w: Writer, o: Value, gate: Value | None) -> Value:

@@ -15,13 +15,14 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from retnet_export.graph.blocks import Writer, head_norm, join_heads, projections, rotation
+from retnet_export.graph.blocks import head_norm, join_heads, projections, rotation
 from retnet_export.graph.builder import GraphBuilder, Value
 from retnet_export.graph.element_types import onnx_type
 from retnet_export.graph.retnet import OPSET, embed, layers, logits
 from retnet_export.graph.states import allow_in_place
 from retnet_export.graph.weights import ReadWeight
 from retnet_export.graph.weights_file import WeightsFile
+from retnet_export.graph.writer import Writer
 from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.bundle.manifest import state_name
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from retnet_export.graph.blocks import Writer, feed_forward, norm
+from retnet_export.graph.blocks import feed_forward, norm
 from retnet_export.graph.builder import Value
 from retnet_export.graph.element_types import name_of_type
 from retnet_export.graph.states import chunks_in_place, layout_of, steps_in_place
-from retnet_export.graph.weights import narrowed
+from retnet_export.graph.writer import Writer
 from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.bundle.manifest import GraphSpec, TensorSpec
 from retnet_export.runtime.errors import PrecisionWarning
@@ -39,10 +39,7 @@ def warn_of_slow_heads(config: ModelConfig, state: str) -> None:
 def embed(w: Writer, tokens: Value) -> Value:
     """tokens int64 (lead…) -> the residual stream, float32 (lead…, D)."""
     b, config = w.b, w.config
-    table = b.initializer(
-        w.file.tensor("embedding.weight", lambda: narrowed("embedding.weight", w.read("embedding.weight"), w.compute_type.numpy()))
-    )
-    x = w.cast_up(b.op("Gather", table, tokens, name="embedding", axis=0), "embedding")
+    x = w.cast_up(b.op("Gather", w.table(), tokens, name="embedding", axis=0), "embedding")
     if config.embedding_scale != 1.0:
         x = b.op("Mul", x, b.scalar(config.embedding_scale, "embedding_scale"), name="embedding.scaled")
     return norm(w, x, "embedding_norm", config.norm, config.norm_eps) if config.embedding_norm else x
@@ -80,10 +77,9 @@ def logits(w: Writer, x: Value) -> Value:
         x = norm(w, x, "norm", config.norm, config.norm_eps)
     if not config.tied_embeddings:
         return w.linear(x, "head")
-    table = b.initializer(w.file.tensor("embedding.weight", lambda: w.read("embedding.weight")))
     many = len(w.lead) > 1  # a Gemm takes matrices
     rows = b.op("Reshape", x, b.shape(-1, config.hidden_size), name="head.rows") if many else x
-    y = w.cast_up(b.op("Gemm", w.cast_down(rows, "head"), table, name="head", transB=1), "head")
+    y = w.cast_up(b.op("Gemm", w.cast_down(rows, "head"), w.table(), name="head", transB=1), "head")
     if not many:
         return y
     lead = b.op("Shape", x, name="head.lead", start=0, end=len(w.lead))

@@ -80,7 +80,7 @@ CONFIGS: Mapping[str, ModelConfig] = {
 def bundle(folder: Path, model: ModelConfig, weights: Mapping[str, NDArray[np.generic]] | None = None, **options: object) -> Bundle:
     """A bundle of random weights (or of those given) in `folder`/tiny.retnet; `options` are those of the export."""
     weights = random_weights(model) if weights is None else weights
-    checkpoint = Checkpoint(path=folder, family="random", config=model, read=weights.__getitem__, files=())
+    checkpoint = Checkpoint(path=folder, family="random", config=model, weight=weights.__getitem__, files=())
     return export_bundle(checkpoint, folder / "tiny.retnet", ExportOptions(**options))
 
 

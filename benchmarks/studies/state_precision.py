@@ -162,7 +162,7 @@ def with_runs(text: Path, target: Path) -> Path:
 def slow_heads(tokens: int, folder: Path) -> dict[str, Any]:
     """State error of a random model of many heads, by head: relative, and the share of the reference's state that is there."""
     weights = random_weights(SLOW)
-    checkpoint = Checkpoint(path=folder, family="random", config=SLOW, read=weights.__getitem__, files=())
+    checkpoint = Checkpoint(path=folder, family="random", config=SLOW, weight=weights.__getitem__, files=())
     bundle = export_bundle(checkpoint, folder / "slow.retnet")
     forms = chosen(SLOW, "slowest", "both")
     runners = {name: rewritten(bundle, form, number).open_runner(1) for number, (name, form) in enumerate(forms.items())}

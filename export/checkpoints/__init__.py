@@ -22,7 +22,7 @@ class Family(Protocol):
     def recognises(self, names: Collection[str]) -> bool:
         """Whether tensors of these names are the family's."""
 
-    def read(self, found: Found) -> Checkpoint:
+    def checkpoint_from(self, found: Found) -> Checkpoint:
         """Open what was found."""
 
 
@@ -44,7 +44,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         names = set(source.names)
         for family in FAMILIES:
             if family.recognises(names):
-                return family.read(replace(found, source=source))
+                return family.checkpoint_from(replace(found, source=source))
     raise UserError(
         f"{described(found.source)}: not a known family (flash-linear-attention, torchscale, fairseq, syncdoth/RetNet); "
         f"its tensors are {listed(sorted(found.source.names), 4)}"

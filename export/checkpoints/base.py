@@ -59,7 +59,7 @@ class Checkpoint:
         path: where it was opened.
         family: "fla", "torchscale" or "syncdoth".
         config: its architecture.
-        read: reads one canonical weight (graph/weights.py), in the checkpoint's own precision.
+        weight: reads one canonical weight (graph/weights.py), in the checkpoint's own precision.
         files: the weight files.
         settings: of config.json or beside the tensors, as they are.
         text: the folder with the tokenizer and what goes with it; None if there is none to look in.
@@ -68,7 +68,7 @@ class Checkpoint:
     path: Path
     family: str
     config: ModelConfig
-    read: Callable[[str], Array]
+    weight: Callable[[str], Array]
     files: tuple[Path, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
     text: Path | None = None
@@ -102,9 +102,9 @@ def make_checkpoint(
             )
     check_weights(config, found.source, {name: stored(name) for name in weight_shapes(config)}, ignored)
 
-    def read(name: str) -> Array:
+    def weight(name: str) -> Array:
         place = stored(name)
-        array = found.source.read(place.name, place.rows)
+        array = found.source.tensor(place.name, place.rows)
         if (first := first_not_finite(array)) is not None:
             index = [int(position) for position in np.unravel_index(first, array.shape)]
             raise UserError(
@@ -117,7 +117,7 @@ def make_checkpoint(
         path=found.path,
         family=family,
         config=config,
-        read=read,
+        weight=weight,
         files=found.source.files,
         settings=found.settings,
         text=found.path if found.path.is_dir() else found.path.parent,
@@ -144,7 +144,7 @@ def _is_other(source: TensorSource, head: str, embedding: str) -> bool:
         return True
     step = max(1, ROWS_ELEMENTS // max(1, math.prod(shape[1:])))
     parts = (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
-    return not all(np.array_equal(source.read(head, part), source.read(embedding, part), equal_nan=True) for part in parts)
+    return not all(np.array_equal(source.tensor(head, part), source.tensor(embedding, part), equal_nan=True) for part in parts)
 
 
 class Fields:

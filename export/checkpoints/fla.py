@@ -50,7 +50,7 @@ def recognises(names: Collection[str]) -> bool:
     return "model.layers.0.attn.q_proj.weight" in names and bool({"model.embeddings.weight", "lm_head.weight"} & set(names))
 
 
-def read(found: Found) -> Checkpoint:
+def checkpoint_from(found: Found) -> Checkpoint:
     """Open a folder that fla's `save_pretrained` wrote.
 
     Raises:

@@ -42,8 +42,8 @@ class RenamedSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._source.shape(self._names[name])
 
-    def read(self, name: str, rows: slice | None = None) -> Array:
-        return self._source.read(self._names[name], rows)
+    def tensor(self, name: str, rows: slice | None = None) -> Array:
+        return self._source.tensor(self._names[name], rows)
 
 
 def candidates(source: TensorSource) -> Iterator[TensorSource]:

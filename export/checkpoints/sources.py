@@ -42,7 +42,7 @@ class TensorSource(Protocol):
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
 
-    def read(self, name: str, rows: slice | None = None) -> Array:
+    def tensor(self, name: str, rows: slice | None = None) -> Array:
         """Read one tensor, or only some of its rows."""
 
 
@@ -121,7 +121,7 @@ class SafetensorsSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entries[name].shape
 
-    def read(self, name: str, rows: slice | None = None) -> Array:
+    def tensor(self, name: str, rows: slice | None = None) -> Array:
         with _opened(self._entries[name].file) as file:
             array: Array = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
         return array
@@ -175,17 +175,17 @@ class TorchSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
 
-    def read(self, name: str, rows: slice | None = None) -> Array:
+    def tensor(self, name: str, rows: slice | None = None) -> Array:
         import torch
 
-        tensor = self._tensors[name].detach()
-        tensor = tensor if rows is None else tensor[rows]
-        if tensor.dtype == torch.bfloat16:  # NumPy knows no bfloat16 of its own
+        stored = self._tensors[name].detach()
+        stored = stored if rows is None else stored[rows]
+        if stored.dtype == torch.bfloat16:  # NumPy knows no bfloat16 of its own
             import ml_dtypes
 
-            bits: Array = tensor.view(torch.uint16).numpy()
+            bits: Array = stored.view(torch.uint16).numpy()
             return bits.view(ml_dtypes.bfloat16)
-        array: Array = tensor.numpy()
+        array: Array = stored.numpy()
         return array
 
 

@@ -35,7 +35,7 @@ def recognises(names: Collection[str]) -> bool:
     )
 
 
-def read(found: Found) -> Checkpoint:
+def checkpoint_from(found: Found) -> Checkpoint:
     """Open a folder that syncdoth's `save_pretrained` wrote.
 
     Raises:

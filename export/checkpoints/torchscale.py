@@ -57,7 +57,7 @@ def recognises(names: Collection[str]) -> bool:
     return any(f"{prefix}layers.0.retention.q_proj.weight" in names for prefix in ("", "decoder."))
 
 
-def read(found: Found) -> Checkpoint:
+def checkpoint_from(found: Found) -> Checkpoint:
     """Open a torchscale or fairseq file.
 
     Raises:
@@ -162,7 +162,7 @@ def make_decoder(found: Found, family: str, config: ModelConfig, prefix: str, he
 
 
 def _check_buffer(found: Found, name: str, exact: NDArray[np.float64]) -> None:
-    saved = np.asarray(found.source.read(name), np.float64)
+    saved = np.asarray(found.source.tensor(name), np.float64)
     if saved.shape != exact.shape or not np.allclose(saved, exact, rtol=BUFFER_ROUNDING, atol=0):
         raise UserError(
             f"{described(found.source)}: its saved {name} is {list(saved.shape)} {_numbers(saved)}, torchscale's is "

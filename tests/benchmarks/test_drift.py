@@ -34,7 +34,7 @@ def layer(tmp_path_factory):
     tokens = np.random.default_rng(0).integers(0, checkpoint.config.vocab_size, LENGTH, dtype=np.int64)
     tokens[LENGTH // 4 : 3 * LENGTH // 4] = tokens[0]
     backend = load(bundle.path, "onnxruntime", threads=1, low_memory=False).backend
-    return backend, RetNet.from_weights(checkpoint.config, checkpoint.read, torch.float64), tokens
+    return backend, RetNet.from_weights(checkpoint.config, checkpoint.weight, torch.float64), tokens
 
 
 @pytest.mark.parametrize("chunk", [1, 128])

@@ -31,10 +31,10 @@ def test_an_export_that_fails_midway_leaves_nothing(tmp_path):
     def read(name: str) -> np.ndarray:
         if name.startswith("layers.3."):
             raise OSError(28, "No space left on device")
-        return checkpoint.read(name)
+        return checkpoint.weight(name)
 
     with pytest.raises(Exception, match="cannot be written: No space left on device; nothing was kept"):
-        export_bundle(dataclasses.replace(checkpoint, read=read), tmp_path / "out.retnet")
+        export_bundle(dataclasses.replace(checkpoint, weight=read), tmp_path / "out.retnet")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -47,7 +47,7 @@ def test_an_interrupt_leaves_the_old_bundle(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        export_bundle(dataclasses.replace(checkpoint, read=read), bundle.path, force=True)
+        export_bundle(dataclasses.replace(checkpoint, weight=read), bundle.path, force=True)
     assert {path.name: path.read_bytes() for path in bundle.path.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.retnet"]
 
@@ -58,7 +58,7 @@ def test_each_weight_is_read_once(tmp_path):
 
     def read(name: str) -> np.ndarray:
         asked.append(name)
-        return checkpoint.read(name)
+        return checkpoint.weight(name)
 
-    export_bundle(dataclasses.replace(checkpoint, read=read), tmp_path / "out.retnet")
+    export_bundle(dataclasses.replace(checkpoint, weight=read), tmp_path / "out.retnet")
     assert len(asked) == len(set(asked))

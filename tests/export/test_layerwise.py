@@ -63,7 +63,7 @@ def test_the_parallel_form_holds_one_layer_at_a_time():
 def test_verify_by_layer_finds_what_verify_finds(tmp_path):
     config = tiny.CONFIGS["torchscale"]
     bundle = tiny.bundle(tmp_path, config, chunk=16)
-    checkpoint = Checkpoint(path=tmp_path, family="random", config=config, read=random_weights(config).__getitem__, files=())
+    checkpoint = Checkpoint(path=tmp_path, family="random", config=config, weight=random_weights(config).__getitem__, files=())
     whole = verify(load(bundle.path, "onnxruntime", threads=1, low_memory=False), checkpoint, tokens=48)
     layered = verify_by_layer(bundle, checkpoint, tokens=48)
     assert layered.by_layer
@@ -75,7 +75,7 @@ def test_verify_by_layer_finds_a_wrong_weight(tmp_path):
     config = tiny.config()
     bundle = tiny.bundle(tmp_path, config, chunk=16)
     other = random_weights(config) | {"layers.1.ffn.down.weight": random_weights(config, seed=1)["layers.1.ffn.down.weight"]}
-    checkpoint = Checkpoint(path=tmp_path, family="random", config=config, read=other.__getitem__, files=())
+    checkpoint = Checkpoint(path=tmp_path, family="random", config=config, weight=other.__getitem__, files=())
     assert not verify_by_layer(bundle, checkpoint, tokens=48).passed
 
 

@@ -29,7 +29,7 @@ from retnet_export.export.pipeline import export_bundle
 from retnet_export.graph.weights import random_weights
 
 config = tiny.config()
-checkpoint = Checkpoint(path=".", family="random", config=config, read=random_weights(config).__getitem__, files=())
+checkpoint = Checkpoint(path=".", family="random", config=config, weight=random_weights(config).__getitem__, files=())
 
 def stop_half_way(stage, share):
     if share > 0.5:
@@ -43,7 +43,7 @@ TESTS = Path(__file__).parents[1]
 
 def random_checkpoint(folder: Path) -> Checkpoint:
     config = tiny.config()
-    return Checkpoint(path=folder, family="random", config=config, read=random_weights(config).__getitem__, files=())
+    return Checkpoint(path=folder, family="random", config=config, weight=random_weights(config).__getitem__, files=())
 
 
 @pytest.fixture

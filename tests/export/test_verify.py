@@ -32,10 +32,10 @@ def test_a_weight_that_is_off_by_a_thousandth_is_found(model):
     checkpoint = open_checkpoint(EXAMPLE)
 
     def read(name: str) -> np.ndarray:
-        weight = checkpoint.read(name)
+        weight = checkpoint.weight(name)
         return weight * np.float16(1.02) if name == "layers.2.ffn.down.weight" else weight
 
-    result = verify(model, dataclasses.replace(checkpoint, read=read), tokens=64)
+    result = verify(model, dataclasses.replace(checkpoint, weight=read), tokens=64)
     assert not result.passed
 
 

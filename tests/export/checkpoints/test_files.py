@@ -27,7 +27,7 @@ def folder(tmp_path) -> Path:
 
 def weights(path: Path) -> dict[str, np.ndarray]:
     opened = open_checkpoint(path)
-    return {name: np.asarray(opened.read(name), np.float32) for name in weight_shapes(opened.config)}
+    return {name: np.asarray(opened.weight(name), np.float32) for name in weight_shapes(opened.config)}
 
 
 def assert_same(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
@@ -69,7 +69,7 @@ def test_half_precision_is_read_as_it_is(folder, dtype, file):
     (folder / "model.safetensors").unlink()
     save_file(tensors, folder / file) if file.endswith("safetensors") else torch.save(tensors, folder / file)
     opened = open_checkpoint(folder)
-    read = opened.read("layers.0.retention.q.weight")
+    read = opened.weight("layers.0.retention.q.weight")
     assert read.dtype.itemsize == 2
     expected = tensors["model.layers.0.retention.q_proj.weight"].float().numpy()
     np.testing.assert_array_equal(read.astype(np.float32), expected)

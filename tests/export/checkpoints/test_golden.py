@@ -57,7 +57,7 @@ def test_the_parallel_form_is_the_original_packages(checkpoint):
     if "recurrent_exact_buffers" in golden:
         pytest.skip("a file in half precision: its parallel form was computed with rounded angles and decays")
     opened = open_checkpoint(checkpoint)
-    model = RetNet.from_weights(opened.config, opened.read, torch.float64)
+    model = RetNet.from_weights(opened.config, opened.weight, torch.float64)
     with torch.no_grad():
         logits = model.parallel(torch.from_numpy(golden["tokens"])).numpy()
     assert measure(logits, golden["parallel"]).relative <= TOLERANCES["torch-float32"].relative
@@ -67,7 +67,7 @@ def test_the_parallel_form_is_the_original_packages(checkpoint):
 def test_rows_of_scores_are_divided_by_the_magnitude_of_their_sum(case):
     # At eps 1e-5 the row clamp is ten times the rounding error, so that the form without it would be caught.
     golden, opened = expected(GOLDEN / case), open_checkpoint(GOLDEN / case)
-    model = RetNet.from_weights(opened.config, opened.read, torch.float64)
+    model = RetNet.from_weights(opened.config, opened.weight, torch.float64)
     tokens = torch.from_numpy(golden["tokens"])
     with torch.no_grad():
         clamped, plain = (model.parallel(tokens, clamp_rows=clamp).numpy() for clamp in (True, False))

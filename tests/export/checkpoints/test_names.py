@@ -31,7 +31,7 @@ FAMILIES = {
 
 def weights(path: Path) -> dict[str, np.ndarray]:
     opened = open_checkpoint(path)
-    return {name: np.asarray(opened.read(name), np.float32) for name in weight_shapes(opened.config)}
+    return {name: np.asarray(opened.weight(name), np.float32) for name in weight_shapes(opened.config)}
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -127,7 +127,7 @@ def test_a_head_that_is_not_the_embedding_is_the_head_whatever_the_settings_say(
         opened = open_checkpoint(folder)
     assert not opened.config.tied_embeddings
     for name, tensor in (("head.weight", tensors[head]), ("embedding.weight", tensors[embedding])):
-        np.testing.assert_array_equal(opened.read(name).astype(np.float32), tensor.float().numpy())
+        np.testing.assert_array_equal(opened.weight(name).astype(np.float32), tensor.float().numpy())
 
 
 def test_the_exported_graph_and_the_verifying_model_take_the_files_own_head(tmp_path):
