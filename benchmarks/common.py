@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from random_weights import random_weights
 
 from retnet_export.export.checkpoints.base import Checkpoint
 from retnet_export.export.pipeline import ExportOptions, export_bundle, package_versions
-from retnet_export.graph.weights import random_weights, weight_shapes
+from retnet_export.graph.weights import weight_shapes
 from retnet_export.runtime.bundle.bundle import Bundle, open_bundle
 from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.errors import UserError

@@ -20,11 +20,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from drift import Reference, graph_angles, references, unturned
 from forever import stretches
+from random_weights import random_weights
 
 from retnet_export.export.checkpoints.base import Checkpoint
 from retnet_export.export.model import RetNet
 from retnet_export.export.pipeline import ExportOptions, export_bundle
-from retnet_export.graph.weights import random_weights
 from retnet_export.runtime.backends.cuda.backend import CudaBackend, CudaRunner
 from retnet_export.runtime.backends.cuda.many_source import WINDOW
 from retnet_export.runtime.bundle.config import ModelConfig

@@ -1,13 +1,12 @@
-"""Weights on their way into a graph: how they are read, narrowed to the format of a bundle, and made up for tests."""
+"""Weights on their way into a graph: how they are read, and narrowed to the format of a bundle."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.bundle.weights import retention_inputs as retention_inputs
 from retnet_export.runtime.bundle.weights import weight_shapes as weight_shapes
 from retnet_export.runtime.errors import UserError
@@ -35,22 +34,3 @@ def narrowed(name: str, array: Array, dtype: np.dtype[np.generic]) -> Array:
                 + ("precision=fp32 or bf16" if dtype.name == "float16" else "a checkpoint of smaller weights")
             )
     return stored
-
-
-def random_weights(config: ModelConfig, seed: int = 0, dtype: type[np.floating] = np.float32) -> Mapping[str, Array]:
-    """Random weights that keep activations near unit scale: for tests and for benchmarks, whose speed does not depend on them.
-
-    Norm weights and biases are random too, so that a forgotten one shows.
-    """
-    generator = np.random.default_rng(seed)
-    weights: dict[str, Array] = {}
-    for name, shape in weight_shapes(config).items():
-        if len(shape) == 2:
-            deviation = 1.0 if name == "embedding.weight" else shape[1] ** -0.5
-            value = generator.standard_normal(shape, dtype=np.float32) * np.float32(deviation)
-        else:
-            value = generator.standard_normal(shape, dtype=np.float32) * np.float32(0.1)
-            if name.endswith(".weight"):
-                value += np.float32(1.0)
-        weights[name] = value.astype(dtype)
-    return weights

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from random_weights import random_weights
 
 from retnet_export.export.checkpoints.base import Checkpoint
 from retnet_export.export.pipeline import ExportOptions, export_bundle
-from retnet_export.graph.weights import random_weights
 from retnet_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.bundle.config import ModelConfig

@@ -34,6 +34,7 @@ import onnx_ir as ir
 import typer
 from common import CACHE, ROOT, describe_machine, random_bundle
 from numpy.typing import NDArray
+from random_weights import random_weights
 from state_formats import (
     BFLOAT16,
     FLOAT8,
@@ -56,7 +57,6 @@ from retnet_export.compare.drawing import BLUE, GREEN, GREY, INK, ORANGE, SOFT, 
 from retnet_export.export.checkpoints import open_checkpoint
 from retnet_export.export.checkpoints.base import Checkpoint
 from retnet_export.export.pipeline import export_bundle
-from retnet_export.graph.weights import random_weights
 from retnet_export.quantize.evaluation import evaluate_all
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.runtime.bundle.bundle import Bundle, open_bundle

@@ -12,11 +12,11 @@ import tiny
 torch = pytest.importorskip("torch", reason="needs the torch extra")
 
 from drift import measure_drift, references  # noqa: E402
+from random_weights import random_weights  # noqa: E402
 
 from retnet_export.export.checkpoints import open_checkpoint  # noqa: E402 (needs torch)
 from retnet_export.export.model import RetNet  # noqa: E402
 from retnet_export.export.pipeline import export_bundle  # noqa: E402
-from retnet_export.graph.weights import random_weights  # noqa: E402
 from retnet_export.runtime.model import load  # noqa: E402
 from retnet_export.runtime.numerics import TOLERANCES  # noqa: E402
 

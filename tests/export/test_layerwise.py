@@ -9,6 +9,7 @@ import oracle
 import pytest
 import tiny
 import torch
+from random_weights import random_weights
 from typer.testing import CliRunner
 
 from retnet_export.cli import app
@@ -18,7 +19,7 @@ from retnet_export.export.layerwise import logits_by_layer
 from retnet_export.export.model import RetNet, parallel_by_layer
 from retnet_export.export.pipeline import export_bundle
 from retnet_export.export.verify import verify, verify_by_layer
-from retnet_export.graph.weights import random_weights, weight_shapes
+from retnet_export.graph.weights import weight_shapes
 from retnet_export.runtime.bundle.bundle import open_bundle
 from retnet_export.runtime.model import load
 from retnet_export.runtime.numerics import TOLERANCES, measure

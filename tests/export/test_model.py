@@ -9,9 +9,9 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_weights import random_weights
 
 from retnet_export.export.model import RetNet, State
-from retnet_export.graph.weights import random_weights
 from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.numerics import TOLERANCES, measure
 

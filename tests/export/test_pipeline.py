@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from random_weights import random_weights
 
 from retnet_export.export.checkpoints.base import Checkpoint
 from retnet_export.export.pipeline import export_bundle
-from retnet_export.graph.weights import random_weights
 from retnet_export.runtime.bundle.bundle import open_bundle
 from retnet_export.runtime.bundle.files import sha256_of
 from retnet_export.runtime.errors import UserError
@@ -26,7 +26,7 @@ import sys, time
 import tiny
 from retnet_export.export.checkpoints.base import Checkpoint
 from retnet_export.export.pipeline import export_bundle
-from retnet_export.graph.weights import random_weights
+from random_weights import random_weights
 
 config = tiny.config()
 checkpoint = Checkpoint(path=".", family="random", config=config, weight=random_weights(config).__getitem__, files=())

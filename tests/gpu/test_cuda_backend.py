@@ -130,7 +130,7 @@ def test_the_largest_logits_are_chosen_on_the_device(tmp_path):
 
 
 def test_equal_logits_come_in_the_order_of_their_tokens(tmp_path):
-    from retnet_export.graph.weights import random_weights
+    from random_weights import random_weights
 
     weights = dict(random_weights(MEDIUM))
     weights["head.weight"] = np.repeat(weights["head.weight"][:1], MEDIUM.vocab_size, 0)  # all logits are equal
@@ -140,7 +140,7 @@ def test_equal_logits_come_in_the_order_of_their_tokens(tmp_path):
 
 
 def test_a_logit_that_is_not_finite_shows(tmp_path):
-    from retnet_export.graph.weights import random_weights
+    from random_weights import random_weights
 
     weights = dict(random_weights(MEDIUM))
     weights["head.weight"] = weights["head.weight"].copy()

@@ -9,8 +9,8 @@ import numpy as np
 import oracle
 import pytest
 import tiny
+from random_weights import random_weights
 
-from retnet_export.graph.weights import random_weights
 from retnet_export.runtime.backends.cuda.backend import CudaBackend, CudaRunner
 
 PTX = (

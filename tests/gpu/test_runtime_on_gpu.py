@@ -11,8 +11,8 @@ import numpy as np
 import oracle
 import pytest
 import tiny
+from random_weights import random_weights
 
-from retnet_export.graph.weights import random_weights
 from retnet_export.runtime.bundle.manifest import state_name
 from retnet_export.runtime.generate.generation import Options
 from retnet_export.runtime.generate.state import Snapshot

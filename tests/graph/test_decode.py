@@ -7,8 +7,8 @@ import onnx
 import oracle
 import pytest
 import tiny
+from random_weights import random_weights
 
-from retnet_export.graph.weights import random_weights
 from retnet_export.runtime.model import load
 from retnet_export.runtime.numerics import TOLERANCES, measure
 

@@ -11,10 +11,10 @@ import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_weights import random_weights
 
 from retnet_export.graph.decode import build_decode
 from retnet_export.graph.prefill import build_prefill
-from retnet_export.graph.weights import random_weights
 from retnet_export.graph.weights_file import WeightsFile
 from retnet_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from retnet_export.runtime.backends.onnxruntime_api import best_variant

@@ -10,9 +10,10 @@ import onnxruntime
 import oracle
 import pytest
 import tiny
+from random_weights import random_weights
 
 from retnet_export.graph.blocks import rotated_projection_order
-from retnet_export.graph.weights import random_weights, retention_inputs
+from retnet_export.graph.weights import retention_inputs
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.runtime.bundle.bundle import open_bundle
 from retnet_export.runtime.errors import PrecisionWarning, UserError

@@ -19,7 +19,7 @@ def model(tmp_path_factory) -> Model:
 @pytest.fixture(scope="session")
 def other_model(tmp_path_factory) -> Model:
     """The same architecture with other weights."""
-    from retnet_export.graph.weights import random_weights
+    from random_weights import random_weights
 
     folder = tmp_path_factory.mktemp("other")
     tiny.bundle(folder, tiny.config(), random_weights(tiny.config(), seed=1), chunk=8)

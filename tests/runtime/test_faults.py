@@ -139,7 +139,7 @@ def test_swapped_files_are_refused(bundle):
 
 
 def test_a_file_of_another_bundle_is_refused(bundle, tmp_path):
-    from retnet_export.graph.weights import random_weights
+    from random_weights import random_weights
 
     (tmp_path / "other").mkdir()
     tiny.bundle(tmp_path / "other", tiny.config(), random_weights(tiny.config(), seed=9), chunk=8)

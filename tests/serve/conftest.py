@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import tiny
+from random_weights import random_weights
 
-from retnet_export.graph.weights import random_weights
 from retnet_export.runtime.model import Model, load
 
 

@@ -7,9 +7,9 @@ import onnxruntime
 import oracle
 import pytest
 import tiny
+from random_weights import random_weights
 
 from retnet_export.graph.states import layout_of
-from retnet_export.graph.weights import random_weights
 from retnet_export.runtime.backends.base import initial_state, state_from_graph, state_to_graph
 from retnet_export.runtime.backends.onnxruntime_api import is_older
 from retnet_export.runtime.bundle.layout import AXES, StateLayout

@@ -158,7 +158,7 @@ def test_candidates_are_the_largest_logits_in_order_and_more_are_taken_from_the_
 
 
 def test_equal_logits_come_in_the_order_of_their_tokens(tmp_path, cuda):
-    from retnet_export.graph.weights import random_weights
+    from random_weights import random_weights
 
     model = tiny.config()
     weights = dict(random_weights(model))
