@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from retnet_export.commands.options import CheckpointPath, Force, Json, Output
-from retnet_export.commands.output import print_json, print_table, progress, size
+from retnet_export.commands.output import print_json, print_table, progress
 
 if TYPE_CHECKING:
     from retnet_export.runtime.bundle.bundle import Bundle
@@ -90,29 +90,12 @@ def summary(bundle: Bundle) -> dict[str, object]:
 
 
 def print_summary(title: str, bundle: Bundle) -> None:
-    from retnet_export.runtime.bundle.weights import parameters
+    from retnet_export.graph.card import facts
 
-    manifest, model = bundle.manifest, bundle.manifest.model
-    print_table(
-        title,
-        [
-            (
-                "model",
-                f"{model.num_layers} layers, width {model.hidden_size}, {model.num_heads} heads of "
-                f"{model.head_key_dim} × {model.head_value_dim}, vocabulary {model.vocab_size:,}",
-            ),
-            ("parameters", f"{parameters(model):,}"),
-            (
-                "precision",
-                f"weights {manifest.precision.weights}, products {manifest.precision.compute}, state {manifest.precision.state}",
-            ),
-            *(("graphs", _described(name, variant)) for name, variant in manifest.variants.items()),
-            ("weights", size(manifest.weights_bytes)),
-            ("state", f"{size(manifest.state_bytes)} per sequence, at any length"),
-            ("tokenizer", "yes" if manifest.tokenizer else "none: takes and gives token ids"),
-            *_rows_of_text(bundle),
-        ],
-    )
+    manifest = bundle.manifest
+    rows = [*facts(manifest), *(("graphs", _described(name, variant)) for name, variant in manifest.variants.items())]
+    rows.append(("tokenizer", "yes" if manifest.tokenizer else "none: takes and gives token ids"))
+    print_table(title, [*rows, *_rows_of_text(bundle)])
 
 
 def _described(name: str, variant: Variant) -> str:

@@ -88,21 +88,12 @@ def _sizes(source: Bundle, result: Bundle) -> dict[str, int]:
 
 
 def _print_quantized(source: Bundle, result: Bundle) -> None:
-    record = result.manifest.quantization
-    assert record is not None
+    from retnet_export.graph.card import facts
+
     before, after = _sizes(source, result).values()
-    scales = f"a scale for {record['group_size']} inputs" if record["group_size"] else "a scale for each output"
-    errors = record["relative_weight_error"]
-    assert isinstance(errors, dict)
-    text = cast(dict[str, int] | None, record["calibration"])
-    print_table(
-        f"{result.path}: {record['weights']} by {record['method']}, {scales}",
-        [
-            ("weights", f"{size(before)} -> {size(after)}, {before / after:.1f} times smaller"),
-            ("embedding, head", f"{record['embedding']}, {record['head']}"),
-            *([("calibrated on", f"{text['sequences'] * text['length']:,} tokens of {text['file']}")] if text else []),
-            *([("activations", str(record["activations"]))] if record["activations"] else []),
-            ("rounding error", ", ".join(f"{role} {100 * error:.2f} %" for role, error in errors.items()) + " of their size"),
-            ("state", f"{result.manifest.precision.state}, {size(result.manifest.state_bytes)} a sequence"),
-        ],
-    )
+    errors = cast(dict[str, float], (result.manifest.quantization or {})["relative_weight_error"])
+    rows = [
+        ("weights file", f"{size(before)} -> {size(after)}, {before / after:.1f} times smaller"),
+        ("rounding error", ", ".join(f"{role} {100 * error:.2f} %" for role, error in errors.items()) + " of their size"),
+    ]
+    print_table(f"{result.path}: quantized", [*rows, *facts(result.manifest)])

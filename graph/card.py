@@ -23,7 +23,12 @@ def write_card(folder: Path, manifest: Manifest) -> None:
 
 def card(manifest: Manifest) -> str:
     """The card: YAML for the Hub between two lines of dashes, then Markdown."""
-    parts = [_front_matter(manifest), f"# {manifest.name}", _introduction(manifest), _table("", _facts(manifest))]
+    parts = [
+        _front_matter(manifest),
+        f"# {manifest.name}",
+        _introduction(manifest),
+        _table("", [*facts(manifest), ("graphs", ", ".join(manifest.variants))]),
+    ]
     if (quality := _quality(manifest)) is not None:
         parts += ["## What quantization costs", quality]
     parts += ["## Run it", _usage(manifest)]
@@ -60,22 +65,25 @@ def _introduction(manifest: Manifest) -> str:
     )
 
 
-def _facts(manifest: Manifest) -> list[tuple[str, str]]:
+def facts(manifest: Manifest) -> list[tuple[str, str]]:
+    """Sizes and number formats, for people."""
     config, precision, record = manifest.model, manifest.precision, manifest.quantization
+    heads = f"{config.num_heads} heads of {config.head_key_dim} × {config.head_value_dim}"
     rows = [
         ("parameters", f"{parameters(config):,}"),
-        ("architecture", f"{config.num_layers} layers, width {config.hidden_size}, vocabulary {config.vocab_size:,}"),
+        ("architecture", f"{config.num_layers} layers, width {config.hidden_size}, {heads}, vocabulary {config.vocab_size:,}"),
         ("weights", f"{precision.weights}, {manifest.weights_bytes / 1e6:,.1f} MB"),
         ("products", precision.compute),
-        ("state", f"{precision.state}, {manifest.state_bytes / 1e6:,.2f} MB a sequence"),
-        ("graphs", ", ".join(manifest.variants)),
+        ("state", f"{precision.state}, {manifest.state_bytes / 1e6:,.2f} MB a sequence, at any length"),
     ]
     if record is not None:
         group = record.get("group_size")
         scales = f"a scale for {group} inputs" if group else "a scale for each output"
         rows.append(("quantized", f"by {record['method']}, {scales}; embedding {record['embedding']}, head {record['head']}"))
+        if record.get("activations"):
+            rows.append(("activations", str(record["activations"])))
         if isinstance(text := record.get("calibration"), Mapping):
-            rows.append(("calibrated on", f"{text['sequences'] * text['length']:,} tokens of `{text['file']}`"))
+            rows.append(("calibrated on", f"{text['sequences'] * text['length']:,} tokens of {text['file']}"))
     return rows
 
 
