@@ -132,13 +132,13 @@ def _write_graphs(folder: Path, checkpoint: Checkpoint, options: ExportOptions, 
     from retnet_export.graph.decode import build_decode
     from retnet_export.graph.prefill import build_prefill
     from retnet_export.graph.retnet import warn_of_slow_heads
+    from retnet_export.graph.states import store_states_as_float16
     from retnet_export.graph.variants import ALWAYS
     from retnet_export.graph.variants.writing import write_variants
     from retnet_export.graph.weights_file import WeightsFile
 
     config = checkpoint.config
     warn_of_slow_heads(config, options.state)
-    stored = STORED[options.state]
     total, done = len(weight_shapes(config)), 0
 
     def counted(name: str):  # type: ignore[no-untyped-def]
@@ -150,7 +150,9 @@ def _write_graphs(folder: Path, checkpoint: Checkpoint, options: ExportOptions, 
     graphs = {}
     with WeightsAhead(config, checkpoint.weight) as ahead, WeightsFile(folder / "weights.bin") as weights:
         for name, build in (("decode", build_decode), ("prefill", build_prefill)):
-            graphs[name] = build(config, counted, weights, COMPUTED[options.precision], stored, options.batch)
+            graphs[name] = build(config, counted, weights, COMPUTED[options.precision], options.batch)
+            if options.state == "fp16":
+                store_states_as_float16(graphs[name])
         files, checkpoint_sha256 = {weights.name: weights.record()}, ahead.sha256()
     variants = write_variants(folder, graphs, {"decode": 1, "prefill": options.chunk}, ALWAYS)
     return _Written(variants, files, checkpoint_sha256)

@@ -17,7 +17,6 @@ import onnx_ir as ir
 
 from retnet_export.graph.blocks import head_norm, join_heads, projections, rotation
 from retnet_export.graph.builder import GraphBuilder, Value
-from retnet_export.graph.element_types import onnx_type
 from retnet_export.graph.retnet import OPSET, embed, layers, logits
 from retnet_export.graph.states import allow_in_place
 from retnet_export.graph.weights import ReadWeight
@@ -27,9 +26,7 @@ from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.bundle.manifest import state_name
 
 
-def build_decode(
-    config: ModelConfig, read: ReadWeight, file: WeightsFile, compute: str, state_dtype: str = "float32", batch: int | None = None
-) -> ir.Model:
+def build_decode(config: ModelConfig, read: ReadWeight, file: WeightsFile, compute: str, batch: int | None = None) -> ir.Model:
     """Write the single-step graph.
 
     Args:
@@ -37,17 +34,15 @@ def build_decode(
         read: reads a canonical weight.
         file: where weights are stored.
         compute: "float32", "float16" or "bfloat16".
-        state_dtype: "float32" or "float16"; the update itself is float32.
         batch: a fixed batch, or None for any.
     """
     b = GraphBuilder("decode", OPSET)
     w = Writer(b, config, read, file, compute, lead=(0,))
     size: int | str = "batch" if batch is None else batch
-    state_type = onnx_type(state_dtype)
     state_shape = (size, config.num_heads, config.head_key_dim, config.head_value_dim)
     tokens = b.input("tokens", ir.DataType.INT64, (size, 1))
     position = b.input("position", ir.DataType.INT64, (size,))
-    states = [b.input(state_name(index), state_type, state_shape) for index in range(config.num_layers)]
+    states = [b.input(state_name(index), ir.DataType.FLOAT, state_shape) for index in range(config.num_layers)]
 
     after = b.op("Add", position, b.constant(np.array([1], np.int64), "one_token"), name="position_after")
     cos, sin = rotation(w, b.op("Unsqueeze", position, b.axes(-1), name="position_row"))  # (B, 1, Dk/2)
@@ -66,14 +61,9 @@ def build_decode(
         q = b.op("Unsqueeze", p.q, b.axes(2), name="q_row")  # (B, H, 1, Dk)
         k = b.op("Unsqueeze", p.k, b.axes(3), name="k_column")  # (B, H, Dk, 1)
         v = b.op("Unsqueeze", p.v, b.axes(2), name="v_row")  # (B, H, 1, Dv)
-        state = states[index]
-        if state_dtype != "float32":
-            state = b.op("Cast", state, name="state_float32", to=ir.DataType.FLOAT)
-        decayed = b.op("Mul", state, gamma, name="decayed")
+        decayed = b.op("Mul", states[index], gamma, name="decayed")
         new = b.op("Add", decayed, b.op("Mul", k, v, name="key_value"), name="state_after")
         o = b.op("Squeeze", b.op("MatMul", q, new, name="read"), b.axes(2), name="o")  # (B, H, Dv)
-        if state_dtype != "float32":
-            new = b.op("Cast", new, name="state_stored", to=state_type)
         state_after.append(new)
         return join_heads(w, head_norm(w, o, read_count), p.gate)
 
@@ -82,7 +72,7 @@ def build_decode(
     b.output(out, "logits", ir.DataType.FLOAT, (size, config.vocab_size))
     b.output(after, "position_out", ir.DataType.INT64, (size,))
     for index, value in enumerate(state_after):
-        b.output(value, f"{state_name(index)}_out", state_type, state_shape)
+        b.output(value, f"{state_name(index)}_out", ir.DataType.FLOAT, state_shape)
     model = b.model(f"RetNet decode step, {config.num_layers} layers, {compute}")
     allow_in_place(model)  # one operator reads a layer's state, and a later one writes it
     return model

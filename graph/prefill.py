@@ -30,7 +30,6 @@ import onnx_ir as ir
 
 from retnet_export.graph.blocks import head_norm, join_heads, projections, rotation
 from retnet_export.graph.builder import GraphBuilder, Value
-from retnet_export.graph.element_types import onnx_type
 from retnet_export.graph.retnet import OPSET, embed, layers, logits
 from retnet_export.graph.weights import ReadWeight
 from retnet_export.graph.weights_file import WeightsFile
@@ -44,7 +43,6 @@ def build_prefill(
     read: ReadWeight,
     file: WeightsFile,
     compute: str,
-    state_dtype: str = "float32",
     batch: int | None = None,
 ) -> ir.Model:
     """Write the graph that reads several tokens at once.
@@ -54,19 +52,17 @@ def build_prefill(
         read: reads a canonical weight.
         file: where weights are stored; names and layouts are those of the decode graph, so both share one copy.
         compute: "float32", "float16" or "bfloat16".
-        state_dtype: "float32" or "float16"; all of retention between projections and head norm is float32.
         batch: a fixed batch, or None for any.
     """
     b = GraphBuilder("prefill", OPSET)
     w = Writer(b, config, read, file, compute, lead=(0, 0))
     size: int | str = "batch" if batch is None else batch
-    state_type = onnx_type(state_dtype)
     state_shape = (size, config.num_heads, config.head_key_dim, config.head_value_dim)
     tokens = b.input("tokens", ir.DataType.INT64, (size, "chunk"))
     position = b.input("position", ir.DataType.INT64, (size,))
     length = b.input("length", ir.DataType.INT64, (size,))
     rows = b.input("rows", ir.DataType.INT64, (size, "rows"))
-    states = [b.input(state_name(index), state_type, state_shape) for index in range(config.num_layers)]
+    states = [b.input(state_name(index), ir.DataType.FLOAT, state_shape) for index in range(config.num_layers)]
 
     after = b.op("Add", position, length, name="position_after")
     index = _token_index(b, tokens)  # (C,)
@@ -88,16 +84,12 @@ def build_prefill(
         k = b.op("Transpose", p.k, name="k_of_head", perm=[0, 2, 3, 1])  # (B, H, Dk, C)
         v = b.op("Transpose", p.v, name="v_of_head", perm=[0, 2, 1, 3])  # (B, H, C, Dv)
         state = states[layer]
-        if state_dtype != "float32":
-            state = b.op("Cast", state, name="state_float32", to=ir.DataType.FLOAT)
         scores = b.op("Mul", b.op("MatMul", q, k, name="scores"), decay.within, name="scores_decayed")  # (B, H, C, C)
         inner = b.op("MatMul", scores, v, name="read_chunk")  # (B, H, C, Dv)
         cross = b.op("MatMul", b.op("Mul", q, decay.since_state, name="q_decayed"), state, name="read_state")
         o = b.op("Transpose", b.op("Add", inner, cross, name="read"), name="o", perm=[0, 2, 1, 3])  # (B, C, H, Dv)
         update = b.op("MatMul", b.op("Mul", k, decay.to_end, name="k_decayed"), v, name="key_value")  # (B, H, Dk, Dv)
         new = b.op("Add", b.op("Mul", state, decay.whole, name="decayed"), update, name="state_after")
-        if state_dtype != "float32":
-            new = b.op("Cast", new, name="state_stored", to=state_type)
         state_after.append(new)
         return join_heads(w, head_norm(w, o, read_count), p.gate)
 
@@ -108,7 +100,7 @@ def build_prefill(
     b.output(logits(w, x), "logits", ir.DataType.FLOAT, (size, "rows", config.vocab_size))
     b.output(after, "position_out", ir.DataType.INT64, (size,))
     for layer, value in enumerate(state_after):
-        b.output(value, f"{state_name(layer)}_out", state_type, state_shape)
+        b.output(value, f"{state_name(layer)}_out", ir.DataType.FLOAT, state_shape)
     return b.model(f"RetNet prefill, {config.num_layers} layers, {compute}")
 
 

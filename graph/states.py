@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from retnet_export.graph.inserter import Inserter
 from retnet_export.runtime.bundle.layout import AXES, StateLayout
 from retnet_export.runtime.bundle.manifest import state_name
 
+FLOAT, FLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16
 AXES_KEY, PIECES_KEY = "retnet.state_axes", "retnet.state_pieces"
 STEPS_KEY, CHUNKS_KEY = "retnet.steps_in_place", "retnet.chunks_in_place"
 
@@ -52,3 +54,20 @@ def steps_in_place(model: ir.Model) -> bool:
 def chunks_in_place(model: ir.Model) -> bool:
     """Whether `allow_in_place` was called for chunks."""
     return model.metadata_props.get(CHUNKS_KEY) == "1"
+
+
+def store_states_as_float16(model: ir.Model) -> None:
+    """Keep the states of a graph as float16 between runs, in place: a Cast behind each input and before each output.
+
+    The update stays float32.
+    """
+    graph = model.graph
+    for layer, (value, new) in enumerate(states(graph)):
+        scope = f"layers.{layer}.retention"
+        up = Inserter(graph, graph.node(0), scope).op("Cast", value, name="state_float32", dtype=FLOAT, to=FLOAT)
+        value.replace_all_uses_with(up)
+        up.producer().replace_input_with(0, value)  # type: ignore[union-attr]
+        value.type = ir.TensorType(FLOAT16)
+        stored = Inserter(graph, None, scope).op("Cast", new, name="state_stored", dtype=FLOAT16, to=FLOAT16)
+        stored.name, new.name, stored.shape = new.name, f"{scope}.state_after", new.shape
+        graph.outputs[graph.outputs.index(new)] = stored

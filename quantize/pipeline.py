@@ -55,12 +55,13 @@ def quantize_bundle(
         raise MissingExtraError("onnx-ir", "export", "quantizing") from error
     from retnet_export.graph.card import write_card
     from retnet_export.graph.retnet import warn_of_slow_heads
+    from retnet_export.graph.states import store_states_as_float16
     from retnet_export.graph.variants import ALWAYS
     from retnet_export.graph.variants.writing import write_variants
     from retnet_export.graph.weights_file import WeightsFile
     from retnet_export.quantize.calibration import activation_ranges
     from retnet_export.quantize.matrices import MatrixRun, planned_matrices
-    from retnet_export.quantize.rewrite import products, quantize_graph, store_state_as_float16
+    from retnet_export.quantize.rewrite import products, quantize_graph
 
     _check_source(source, target, options)
     manifest = source.manifest
@@ -92,7 +93,7 @@ def quantize_bundle(
                 quantize_graph(model, run.store.stored, ranges)
                 _move_weights(model, file)
                 if options.state == "fp16":
-                    store_state_as_float16(model)
+                    store_states_as_float16(model)
             weights = file.record()
         chunk_sizes = {name: spec.chunk_size for name, spec in manifest.graphs.items()}
         variants = write_variants(folder, graphs, chunk_sizes, ALWAYS)

@@ -30,7 +30,6 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from retnet_export.graph.inserter import Inserter
-from retnet_export.graph.states import states
 from retnet_export.quantize.formats import Format, stored_scales
 from retnet_export.quantize.options import Role
 
@@ -228,23 +227,3 @@ def _rank(value: ir.Value) -> int:
     if producer is not None and producer.op_type in ("Min", "Max") and producer.inputs[0] is not None:
         return _rank(producer.inputs[0])
     raise ValueError(f"{value.name}: cannot tell the rank of the embedding's input")
-
-
-def store_state_as_float16(model: ir.Model) -> None:
-    """Make float32 state inputs and outputs float16, with a Cast behind each input and before each output; in place."""
-    graph = model.graph
-    for value, old in states(graph):
-        up = ir.node("Cast", inputs=[value], attributes={"to": ir.DataType.FLOAT}, name=f"{value.name}.float32")
-        up.outputs[0].name = f"{value.name}.float32"
-        value.replace_all_uses_with(up.outputs[0])
-        up.replace_input_with(0, value)
-        value.type = ir.TensorType(ir.DataType.FLOAT16)
-        graph.insert_before(graph.node(0), up)
-
-        index, name, shape = graph.outputs.index(old), old.name, old.shape
-        old.name = f"{name}.float32"
-        down = ir.node("Cast", inputs=[old], attributes={"to": ir.DataType.FLOAT16}, name=name)
-        new = down.outputs[0]
-        new.name, new.type, new.shape = name, ir.TensorType(ir.DataType.FLOAT16), shape
-        graph.append(down)
-        graph.outputs[index] = new

@@ -15,6 +15,7 @@ from random_weights import random_weights
 
 from retnet_export.graph.decode import build_decode
 from retnet_export.graph.prefill import build_prefill
+from retnet_export.graph.states import store_states_as_float16
 from retnet_export.graph.weights_file import WeightsFile
 from retnet_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from retnet_export.runtime.backends.onnxruntime_api import best_variant
@@ -225,7 +226,10 @@ def test_tensorrt_builds_it_for_any_chunk_and_batch(tmp_path, family, compute, s
     trt = pytest.importorskip("tensorrt_rtx", reason="needs the tensorrt-rtx extra")
     config = tiny.CONFIGS[family]
     with WeightsFile(tmp_path / "weights.bin") as file:
-        ir.save(build_prefill(config, random_weights(config).__getitem__, file, compute, state), tmp_path / "prefill.onnx")
+        model = build_prefill(config, random_weights(config).__getitem__, file, compute)
+        if state == "float16":
+            store_states_as_float16(model)
+        ir.save(model, tmp_path / "prefill.onnx")
     log = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
