@@ -64,11 +64,7 @@ ShowStats = Annotated[bool, typer.Option("--stats", help="Print speed and sizes 
 
 
 def with_sampling(**defaults: Any) -> Callable[[Command], Command]:
-    """Give a command the flags of sampling in the place of its parameter `options`.
-
-    Args:
-        defaults: other than those of `FLAGS`, by field.
-    """
+    """Give a command the flags of sampling in place of its parameter `options`; `defaults` replace those of `FLAGS`."""
 
     def decorate(command: Command) -> Command:
         hints = typing.get_type_hints(command, localns={"Options": object}, include_extras=True)
@@ -108,11 +104,7 @@ def _changes(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def field_called(name: str) -> str:
-    """The field of `Options` for a flag's or a field's name.
-
-    Raises:
-        UserError: there is no such option.
-    """
+    """The field of `Options` for a flag's or a field's name; raises UserError if there is none."""
     field = next((field for field in FLAGS if name.replace("-", "_") in (field, field.removesuffix("s"))), None)
     if field is None:
         raise UserError(f"unknown option {name!r}; expected one of {', '.join(FLAGS)}")
@@ -120,11 +112,7 @@ def field_called(name: str) -> str:
 
 
 def changed(options: Options, field: str, value: str) -> Options:
-    """The options with one of them changed to a value given as text.
-
-    Raises:
-        UserError: the value is none for it.
-    """
+    """The options with one of them changed to a value given as text; raises UserError for a value that does not fit."""
     try:
         new: Any
         if isinstance(getattr(options, field), bool):
@@ -166,11 +154,7 @@ def unescaped(text: str) -> str:
 
 
 def biases_from(entries: Sequence[str] | None) -> dict[int, float]:
-    """ID=BIAS as a mapping.
-
-    Raises:
-        ArgumentError: an entry is not of that form.
-    """
+    """ID=BIAS as a mapping."""
     biases = {}
     for entry in entries or ():
         token, _, bias = entry.partition("=")
@@ -182,11 +166,7 @@ def biases_from(entries: Sequence[str] | None) -> dict[int, float]:
 
 
 def speculation_from(text: str) -> int | None:
-    """`--speculate` as `Options` has it.
-
-    Raises:
-        ArgumentError: it is neither a word nor a number that may stand there.
-    """
+    """`--speculate` as `Options` has it."""
     if text in ("auto", "off"):
         return None if text == "auto" else 0
     if not text.isascii() or not text.isdigit():

@@ -11,10 +11,7 @@ PACKAGES = ("retnet-export", "onnxruntime", "onnxruntime-genai", "numpy")
 
 
 def cores(threads: int | None) -> tuple[int, ...]:
-    """The cores to pin to: as many as threads are asked for, all that this process may use when None.
-
-    With fewer cores than threads the list is shorter than asked for: more threads than cores measure the scheduler.
-    """
+    """The cores to pin to: one a thread, or all that this process may use; never more threads than cores are measured."""
     usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     return tuple(usable[:threads])
 

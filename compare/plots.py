@@ -112,11 +112,7 @@ def png(plot: Plot) -> bytes:
 
 
 def require_matplotlib() -> None:
-    """Find out that it is missing before minutes of measuring.
-
-    Raises:
-        UserError: it is.
-    """
+    """Refuse before minutes of measuring if it is missing."""
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingExtraError("matplotlib", "compare", "drawing the report")
 

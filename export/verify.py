@@ -136,14 +136,6 @@ def verify_by_layer(
     """Like `verify`, with one layer of the checkpoint and one layer of each graph in memory at a time, on ONNX Runtime.
 
     Every node and weight of both graphs is run. What it cannot show is how another backend computes them.
-
-    Args:
-        bundle: the bundle.
-        checkpoint: the checkpoint.
-        text, tokens, progress: as for `verify`.
-
-    Raises:
-        UserError: as `verify`.
     """
     from retnet_export.export.layerwise import logits_by_layer
 
@@ -155,10 +147,7 @@ def verify_by_layer(
 
 
 def memory_needed(bundle: Bundle) -> int:
-    """Bytes that ONNX Runtime takes, at most, for both graphs of a bundle side by side on the CPU.
-
-    Each session packs the weights for itself, and turns those in half precision into float32.
-    """
+    """Bytes that ONNX Runtime takes, at most, for both graphs on the CPU: each session packs the weights, as float32 if halves."""
     manifest = bundle.manifest
     if manifest.quantization is not None:
         return 2 * manifest.weights_bytes

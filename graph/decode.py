@@ -27,15 +27,7 @@ from retnet_export.runtime.bundle.manifest import state_name
 
 
 def build_decode(config: ModelConfig, read: ReadWeight, file: WeightsFile, compute: str, batch: int | None = None) -> ir.Model:
-    """Write the single-step graph.
-
-    Args:
-        config: the architecture.
-        read: reads a canonical weight.
-        file: where weights are stored.
-        compute: "float32", "float16" or "bfloat16".
-        batch: a fixed batch, or None for any.
-    """
+    """Write the single-step graph, for a fixed batch or for any; `compute` is "float32", "float16" or "bfloat16"."""
     b = GraphBuilder("decode", OPSET)
     w = Writer(b, config, read, file, compute, lead=(0,))
     size: int | str = "batch" if batch is None else batch

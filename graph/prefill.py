@@ -45,15 +45,7 @@ def build_prefill(
     compute: str,
     batch: int | None = None,
 ) -> ir.Model:
-    """Write the graph that reads several tokens at once.
-
-    Args:
-        config: the architecture.
-        read: reads a canonical weight.
-        file: where weights are stored; names and layouts are those of the decode graph, so both share one copy.
-        compute: "float32", "float16" or "bfloat16".
-        batch: a fixed batch, or None for any.
-    """
+    """Write the graph that reads several tokens at once; weights have the names and layouts of decode's, so both share a copy."""
     b = GraphBuilder("prefill", OPSET)
     w = Writer(b, config, read, file, compute, lead=(0, 0))
     size: int | str = "batch" if batch is None else batch

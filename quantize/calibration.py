@@ -102,13 +102,7 @@ class LayerRunner:
         return self._layers[index].weights
 
     def grams(self, index: int, weights: Mapping[str, Array], matrices: Sequence[str]) -> dict[str, Gram]:
-        """XᵀX of the inputs of some of a layer's matrices, over all tokens; the residual stream stays where it is.
-
-        Args:
-            index: the layer.
-            weights: everything `weight_names` lists.
-            matrices: those to look at.
-        """
+        """XᵀX of the inputs of some of a layer's matrices over all tokens, with these weights; the residual stream stays."""
         taps = {name: self._layers[index].inputs_of[name] for name in matrices}
         grams = dict.fromkeys(matrices, np.zeros(()))
         held: dict[str, list[Array]] = {name: [] for name in matrices}
@@ -123,11 +117,7 @@ class LayerRunner:
         return grams
 
     def advance(self, index: int, weights: Mapping[str, Array], matrices: Sequence[str] = ()) -> dict[str, float]:
-        """Carry the residual stream through a layer with these weights.
-
-        Returns:
-            The largest magnitude of the inputs of some of its matrices, over all tokens.
-        """
+        """Carry the residual stream through a layer; gives the largest magnitude of the inputs of some of its matrices."""
         taps = {name: self._layers[index].inputs_of[name] for name in matrices}
         largest = dict.fromkeys(matrices, 0.0)
         for step, values in enumerate(self._run(index, weights, taps.values())):
@@ -174,18 +164,10 @@ class LayerRunner:
 
 
 def activation_ranges(source: Bundle, decode: ir.Model, tokens: NDArray[np.int64], products: Mapping[str, str]) -> dict[str, float]:
-    """The largest magnitude that flows into products of a float bundle's decode graph, over a text.
+    """The largest magnitude that flows into each product of a float bundle's decode graph over tokens (B, T).
 
-    One number a product: both graphs take it, and the scale follows from it and the format.
-
-    Args:
-        source: the bundle.
-        decode: its decode graph.
-        tokens: (B, T).
-        products: the matrix of each, by the name of the node.
-
-    Returns:
-        By the name of the node.
+    Both graphs take this number, and the scale follows from it and the format. `products` and the result are by the name of the
+    node; `products` gives its matrix.
     """
     runner = LayerRunner(source, decode, tokens)
     largest: dict[str, float] = {}

@@ -83,11 +83,8 @@ def products(model: ir.Model) -> dict[str, str]:
 def quantize_graph(model: ir.Model, stored: Mapping[str, StoredMatrix], activations: Mapping[str, float] | None = None) -> None:
     """Replace the float matrices named in `stored` by their integers, in place.
 
-    Args:
-        model: the graph.
-        stored: the quantized matrices, by initializer name.
-        activations: the largest magnitude of what flows into a product, by the product's name; those named are quantized in
-            the format of the product's matrix.
+    What flows into the products that `activations` names is quantized in the format of their matrix; the value is the largest
+    magnitude.
     """
     model.graph.opset_imports[""] = max(OPSET, model.graph.opset_imports[""])
     rewriter = _Rewriter(model.graph, stored)

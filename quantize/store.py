@@ -31,13 +31,7 @@ class MatrixStore:
         return self._stored
 
     def put(self, name: str, role: Role, quantized: Quantized) -> None:
-        """Write one matrix.
-
-        Args:
-            name: the initializer's name.
-            role: what the graph does with it.
-            quantized: (inputs, outputs); of an embedding (D, V), a row of the table being an output.
-        """
+        """Write one matrix (inputs, outputs); of an embedding (D, V), a row of the table being an output."""
         form = quantized.format
         scales = quantized.scales.astype(form.scale_dtype)
         if role in ("weights", "head"):

@@ -222,11 +222,7 @@ def _says_nothing(value: object) -> bool:
 
 
 def rows(source: TensorSource, name: str) -> int:
-    """Rows of a tensor that every model of a family has.
-
-    Raises:
-        UserError: the files do not have it.
-    """
+    """Rows of a tensor that every model of a family has."""
     if name not in source.names:
         raise UserError(f"{described(source)}: has no {name}; the checkpoint is incomplete")
     return source.shape(name)[0]

@@ -52,11 +52,7 @@ REFUSALS = (
 
 
 def refuse(source: TensorSource) -> None:
-    """Refuse a model by name if its tensors give it away.
-
-    Raises:
-        UserError: they do.
-    """
+    """Refuse a model by name if its tensors show what it is."""
     for refusal in REFUSALS:
         if matches := [name for name in source.names if re.search(refusal.pattern, name)]:
             raise UserError(f"{described(source)}: {listed(matches, 2)} are of {refusal.what}: {refusal.why}")

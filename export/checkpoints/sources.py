@@ -52,11 +52,7 @@ def described(source: TensorSource) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        UserError: it cannot be read, is not JSON, or not an object.
-    """
+    """A JSON object from a file."""
     try:
         document = json.loads(path.read_bytes())
     except OSError as error:

@@ -180,11 +180,7 @@ def write_engines(bundle: Bundle, record: EngineRecord, engines: Mapping[str, me
 
 
 def read_engines(bundle: Bundle) -> list[EngineRecord]:
-    """The records of all engines of a bundle, whether or not they run here.
-
-    Raises:
-        UserError: a record is damaged.
-    """
+    """The records of all engines of a bundle, whether or not they run here."""
     records = []
     for path in sorted((bundle.path / FOLDER).glob("*.json")):
         content = path.read_bytes()

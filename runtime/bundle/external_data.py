@@ -34,11 +34,7 @@ DEPTH_LIMIT = 64
 
 
 def external_locations(content: bytes) -> set[str]:
-    """The files that the tensors of an ONNX file are in.
-
-    Raises:
-        UserError: it is not an ONNX file.
-    """
+    """The files that the tensors of an ONNX file are in."""
     try:
         return set(_locations("Model", memoryview(content), 0))
     except (IndexError, ValueError) as error:
@@ -69,11 +65,7 @@ class StoredInitializer:
 
 
 def stored_initializers(content: bytes) -> list[StoredInitializer]:
-    """The initializers of an ONNX file's main graph that are stored elsewhere.
-
-    Raises:
-        UserError: it is not an ONNX file.
-    """
+    """The initializers of an ONNX file's main graph that are stored elsewhere."""
     try:
         graph = [value for number, value in _fields(memoryview(content)) if number == 7]
         parts = [part for each in graph for part in _fields(each)]

@@ -61,11 +61,7 @@ POSITION = "position"
 
 
 def state_name(layer: int) -> str:
-    """The name of a layer's state in every graph and snapshot.
-
-    Zero-padded, because Triton pairs state inputs with state outputs in the order of their names: without, `state.10` stands
-    before `state.2`, and `state.10_out` elsewhere than `state.2_out` does.
-    """
+    """The name of a layer's state in every graph and snapshot; zero-padded, because Triton pairs inputs and outputs by order."""
     return f"state.{layer:03d}"
 
 

@@ -20,12 +20,7 @@ T = TypeVar("T")
 
 
 def decode(kind: type[T], value: object, where: str) -> T:
-    """Build a dataclass from a JSON value.
-
-    Args:
-        kind: the dataclass.
-        value: what `json.loads` gave.
-        where: the name of the document, for messages.
+    """Build a dataclass from a JSON value; `where` is the document's name for messages.
 
     Raises:
         UserError: a field is missing, unknown, or of the wrong type; the message names its path.

@@ -23,15 +23,7 @@ def sealed(document: Mapping[str, object]) -> bytes:
 
 
 def check_seal(document: dict[str, object], content: bytes) -> None:
-    """Take the hash out of a document that was read, and compare.
-
-    Args:
-        document: what `content` says.
-        content: the file.
-
-    Raises:
-        UserError: the file is not as it was written.
-    """
+    """Take the hash out of a document that was read, and compare it with the file's content."""
     found = document.pop(KEY, None)
     if not isinstance(found, str) or len(found) != len(NOTHING):
         raise UserError("it has no checksum of itself, so it is damaged or was written by hand")

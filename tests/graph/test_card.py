@@ -69,7 +69,7 @@ def test_sizes_are_the_manifests(quantized, example_bundle):
         assert f"{bundle.manifest.weights_bytes / 1e6:,.1f} MB" in text
         assert f"{bundle.manifest.state_bytes / 1e6:,.2f} MB a sequence" in text
     assert parameters(example_bundle.manifest.model) == sum(
-        open_checkpoint(EXAMPLE).read(name).size for name in ("embedding.weight", *weights_but_the_embedding(example_bundle))
+        open_checkpoint(EXAMPLE).weight(name).size for name in ("embedding.weight", *weights_but_the_embedding(example_bundle))
     )
 
 
