@@ -172,7 +172,7 @@ def compile_bundle(bundle: Bundle, options: CompileOptions, *, progress: Progres
     if form == "joined" and fixed_batch != -1:
         raise UserError(
             f"{bundle.path}: its batch is fixed to {fixed_batch}, so neither graph can be empty while the other runs; "
-            "export it without --batch"
+            "export it without a fixed batch"
         )
     parts: list[EnginePart] = []
     engines: dict[str, memoryview] = {}

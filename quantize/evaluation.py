@@ -211,7 +211,7 @@ class _Reading:
             count = self._read + int(finite.argmin()) + 1
             raise UserError(
                 f"{self.model.bundle.path}: its logits are not finite after token {count} of the text; "
-                "if the bundle is fp16, export it with --precision fp32 or --state fp32"
+                "if the bundle is fp16, export it with precision=fp32 or state=fp32"
             )
         self._read += len(part)
         self._losses.append(losses)

@@ -95,7 +95,7 @@ class OnnxRuntimeBackend:
         manifest = self._bundle.manifest
         fixed = manifest.graphs["decode"].inputs[0].shape[0]
         if fixed not in (-1, batch):
-            raise UserError(f"{self._bundle.path}: exported for batch {fixed}, asked for {batch}; export it without --batch")
+            raise UserError(f"{self._bundle.path}: exported for batch {fixed}, asked for {batch}; export it without a fixed batch")
         return OnnxRuntimeRunner(self._decode, self._prefill, manifest, self._graphs, batch)
 
 

@@ -25,7 +25,7 @@ WEIGHTS_FOLDER_OPTION = (1, 21)
 FUSES_INTEGERS = (1, 25)
 """The first that makes one operator of an 8-bit weight's DequantizeLinear and its product, and that has LinearAttention."""
 
-BFLOAT16_REMEDY = "run it on a GPU (--backend cuda, or compile it for TensorRT), or export with --precision fp32 or fp16"
+BFLOAT16_REMEDY = "run it on a GPU (backend=cuda, or compile it for TensorRT), or export it with precision=fp32 or fp16"
 """What to do with a bundle of bfloat16."""
 
 

@@ -135,7 +135,7 @@ class Sequences:
         where = first_broken_layer(self.manifest.state, self._runner.read_state(place))
         raise UserError(
             f"the logits after step {self.slots[place].position} are not finite ({largest}), so nothing was sampled: {where}. "
-            "Reset the session or restore an earlier snapshot; if the bundle is fp16, export with --precision fp32 or --state fp32"
+            "Reset the session or restore an earlier snapshot; if the bundle is fp16, export it with precision=fp32 or state=fp32"
         )
 
     # Passes

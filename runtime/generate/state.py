@@ -103,7 +103,7 @@ class Snapshot:
             if found.dtype != NUMPY_DTYPES[dtype] or found.shape != shape:
                 raise UserError(
                     f"{self.source}: {name} is {found.dtype}{list(found.shape)}, this bundle's state is {dtype}{list(shape)}; "
-                    "use a bundle exported with the same --state"
+                    "use a bundle with the same format of the state"
                 )
         vocabulary = (manifest.model.vocab_size,)
         if self.read.shape != vocabulary or (self.logits is not None and self.logits.shape != vocabulary):

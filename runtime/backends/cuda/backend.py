@@ -213,7 +213,7 @@ class CudaBackend:
     def open_runner(self, batch: int) -> CudaRunner:
         fixed = self.manifest.graphs["decode"].inputs[0].shape[0]
         if batch < 1 or fixed not in (-1, batch):
-            raise UserError(f"{self.path}: exported for batch {fixed}, asked for {batch}; export it without --batch")
+            raise UserError(f"{self.path}: exported for batch {fixed}, asked for {batch}; export it without a fixed batch")
         self._check_batch(batch)
         return CudaRunner(self, batch)
 
