@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from retnet_export.runtime.bundle.anatomy import Anatomy
 
 HEAD = ("device", "fits", "peak", "tokens/s", "range", "Transformer at 8k", "largest batch")
+FORMATS = {each.short: each.name for each in ELEMENT_TYPES.values()}
+EXAMPLE = "for example --layers 24 --width 2048"
 
 
 def plan(
@@ -45,12 +47,27 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Predict what a model needs on a device, and how fast it will be there, without running it."""
+    from retnet_export.export.pipeline import DEFAULT_CHUNK
     from retnet_export.plan.calibration import read_report
     from retnet_export.plan.devices import DEVICES, find_device
     from retnet_export.plan.outlook import outlook
 
-    sizes, chunk, name, formats = _model(bundle, layers, width, heads, ffn, vocabulary, weights, state)
-    step = None if bundle is None else _counted_step(bundle)
+    given = {"layers": layers, "width": width, "heads": heads, "ffn": ffn, "vocabulary": vocabulary, "weights": weights}
+    others = [option for option, value in {**given, "state": state}.items() if value is not None]
+    if bundle is not None and others:
+        raise ArgumentError(others[0], "cannot be combined with a bundle, which has its own sizes; give one of the two")
+    step = None
+    if bundle is not None:
+        name, (sizes, chunk, formats, step) = str(bundle), _of_bundle(bundle)
+    else:
+        for option, asked, other in (("layers", layers, width), ("width", width, layers)):
+            if asked is None and other is not None:
+                raise ArgumentError(option, f"is missing: without a bundle the planner needs both, {EXAMPLE}")
+        if layers is None or width is None:
+            raise ArgumentError("bundle", f"is missing: give one, or a model's sizes, {EXAMPLE}")
+        name, chunk = f"{layers} layers of width {width}, {weights or 'fp16'}", DEFAULT_CHUNK
+        formats = (FORMATS[weights or "fp16"],)
+        sizes = _of_sizes(layers, width, heads or max(1, width // 256), ffn, vocabulary, formats[0], FORMATS[state or "fp32"])
     chosen = list(DEVICES.values()) if devices else [find_device(key) for key in device or ()]
     if not chosen:
         raise ArgumentError("device", f"is missing: give one or more, or --devices for all of {', '.join(DEVICES)}")
@@ -67,47 +84,28 @@ def plan(
         _print_all(name, sizes, batch, outlooks)
 
 
-FORMATS = {each.short: each.name for each in ELEMENT_TYPES.values()}
+def _of_bundle(path: Path) -> tuple[Sizes, int, tuple[str, ...], Anatomy | None]:
+    """Of a bundle: its sizes, the tokens of a chunk, the formats of weights and products, and the anatomy of a step.
 
-
-def _model(
-    bundle: Path | None,
-    layers: int | None,
-    width: int | None,
-    heads: int | None,
-    ffn: int | None,
-    vocabulary: int | None,
-    weights: str | None,
-    state: str | None,
-) -> tuple[Sizes, int, str, tuple[str, ...]]:
-    """The model's sizes, the tokens of a chunk, a name, and the formats of its weights and products."""
-    from retnet_export.export.pipeline import DEFAULT_CHUNK
-    from retnet_export.plan.sizes import sizes_of_bundle, sizes_of_model
+    The anatomy is that of an engine; of several, one that was built on its own GPU is preferred.
+    """
+    from retnet_export.plan.sizes import sizes_of_bundle
     from retnet_export.runtime.bundle.bundle import open_bundle
+    from retnet_export.runtime.bundle.engines import read_engines, sources_of
+
+    opened = open_bundle(path, check_hashes=False)
+    manifest = opened.manifest
+    records = [record for record in read_engines(opened) if dict(record.sources) == sources_of(opened)]
+    counted = [step for record in sorted(records, key=lambda each: each.device is None) if (step := record.anatomy_of("decode"))]
+    formats = (manifest.precision.weights, manifest.precision.compute)
+    return sizes_of_bundle(manifest), manifest.graphs["prefill"].chunk_size, formats, counted[0] if counted else None
+
+
+def _of_sizes(layers: int, width: int, heads: int, ffn: int | None, vocabulary: int | None, weights: str, state: str) -> Sizes:
+    """Of a model that need not exist."""
+    from retnet_export.plan.sizes import sizes_of_model
     from retnet_export.runtime.bundle.config import ModelConfig
 
-    if bundle is not None:
-        given = {
-            "layers": layers,
-            "width": width,
-            "heads": heads,
-            "ffn": ffn,
-            "vocabulary": vocabulary,
-            "weights": weights,
-            "state": state,
-        }
-        if others := [option for option, value in given.items() if value is not None]:
-            raise ArgumentError(others[0], "cannot be combined with a bundle, which has its own sizes; give one of the two")
-        manifest = open_bundle(bundle, check_hashes=False).manifest
-        precision = (manifest.precision.weights, manifest.precision.compute)
-        return sizes_of_bundle(manifest), manifest.graphs["prefill"].chunk_size, str(bundle), precision
-    for name, asked, other in (("layers", layers, width), ("width", width, layers)):
-        if asked is None and other is not None:
-            raise ArgumentError(name, "is missing: without a bundle the planner needs both, for example --layers 24 --width 2048")
-    if layers is None or width is None:
-        raise ArgumentError("bundle", "is missing: give one, or a model's sizes, for example --layers 24 --width 2048")
-    weights, state = weights or "fp16", state or "fp32"
-    heads = heads or max(1, width // 256)
     if width % (2 * heads):
         raise ArgumentError("width", f"is {width}, with {heads} heads: the key size of a head must be even; give --heads")
     config = ModelConfig(
@@ -120,20 +118,7 @@ def _model(
         ffn_size=ffn or 2 * width,
         num_kv_heads=heads,
     )
-    group_size = 64 if weights in ("int4", "fp4") else None
-    sizes = sizes_of_model(config, FORMATS[weights], state=FORMATS[state], group_size=group_size)
-    return sizes, DEFAULT_CHUNK, f"{layers} layers of width {width}, {weights}", (FORMATS[weights],)
-
-
-def _counted_step(bundle: Path) -> Anatomy | None:
-    """The anatomy of a step in an engine of the bundle. If there are several, prefer one that was built on its own GPU."""
-    from retnet_export.runtime.bundle.bundle import open_bundle
-    from retnet_export.runtime.bundle.engines import read_engines, sources_of
-
-    opened = open_bundle(bundle, check_hashes=False)
-    records = [record for record in read_engines(opened) if dict(record.sources) == sources_of(opened)]
-    counted = [step for record in sorted(records, key=lambda each: each.device is None) if (step := record.anatomy_of("decode"))]
-    return counted[0] if counted else None
+    return sizes_of_model(config, weights, state=state, group_size=64 if weights in ("int4", "float4") else None)
 
 
 def _record(spec: DeviceSpec, result: Outlook) -> dict[str, object]:
