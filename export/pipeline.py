@@ -15,14 +15,7 @@ from retnet_export.graph.card import write_card
 from retnet_export.graph.weights import weight_shapes
 from retnet_export.runtime.bundle.bundle import MANIFEST, Bundle, open_bundle, record_files, write_manifest
 from retnet_export.runtime.bundle.files import new_folder
-from retnet_export.runtime.bundle.manifest import (
-    FORMAT_VERSION,
-    FileRecord,
-    Manifest,
-    Precision,
-    Variant,
-    state_specs,
-)
+from retnet_export.runtime.bundle.manifest import FORMAT_VERSION, FileRecord, Manifest, Precision, Variant, state_specs
 from retnet_export.runtime.element_types import COMPUTED, STORED
 from retnet_export.runtime.errors import ArgumentError, MissingExtraError, PrecisionWarning, one_of
 from retnet_export.runtime.hub import repository_of

@@ -89,12 +89,7 @@ class Verification:
 
 
 def verify(
-    model: Model,
-    checkpoint: Checkpoint,
-    *,
-    text: str | None = None,
-    tokens: int = 512,
-    progress: Progress = silent,
+    model: Model, checkpoint: Checkpoint, *, text: str | None = None, tokens: int = 512, progress: Progress = silent
 ) -> Verification:
     """Compare a bundle on its backend with the checkpoint it came from.
 
@@ -126,12 +121,7 @@ def verify(
 
 
 def verify_by_layer(
-    bundle: Bundle,
-    checkpoint: Checkpoint,
-    *,
-    text: str | None = None,
-    tokens: int = 512,
-    progress: Progress = silent,
+    bundle: Bundle, checkpoint: Checkpoint, *, text: str | None = None, tokens: int = 512, progress: Progress = silent
 ) -> Verification:
     """Like `verify`, with one layer of the checkpoint and one layer of each graph in memory at a time, on ONNX Runtime.
 

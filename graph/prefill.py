@@ -38,13 +38,7 @@ from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.bundle.manifest import state_name
 
 
-def build_prefill(
-    config: ModelConfig,
-    read: ReadWeight,
-    file: WeightsFile,
-    compute: str,
-    batch: int | None = None,
-) -> ir.Model:
+def build_prefill(config: ModelConfig, read: ReadWeight, file: WeightsFile, compute: str, batch: int | None = None) -> ir.Model:
     """Write the graph that reads several tokens at once; weights have the names and layouts of decode's, so both share a copy."""
     b = GraphBuilder("prefill", OPSET)
     w = Writer(b, config, read, file, compute, lead=(0, 0))

@@ -109,11 +109,7 @@ def _tensors_and_settings(file: Path, document: Any) -> tuple[dict[str, Any], Ma
 
 def _settings(document: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     cfg = document.get("cfg")
-    for candidate in (
-        document.get("args"),
-        cfg.get("model") if isinstance(cfg, dict) else None,
-        document.get("config"),
-    ):
+    for candidate in (document.get("args"), cfg.get("model") if isinstance(cfg, dict) else None, document.get("config")):
         found = candidate if isinstance(candidate, dict) else getattr(candidate, "__dict__", None)
         if found:
             yield {name: value.item() if isinstance(value, np.generic) else value for name, value in found.items()}

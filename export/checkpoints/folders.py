@@ -18,12 +18,7 @@ from retnet_export.runtime.errors import UserError
 
 CONFIG = "config.json"
 ARGS = "args.json"
-HUGGING_FACE_WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+HUGGING_FACE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """Names of weights in a Hugging Face folder; the first that is there is taken, as transformers does."""
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 EXPECTED = (
@@ -66,11 +61,7 @@ KINDS = (
         "a checkpoint of DeepSpeed, whose weights are in pieces",
         "join them: python zero_to_fp32.py . pytorch_model.bin, and export the folder again",
     ),
-    Kind(
-        "*_model_states.pt",
-        "a checkpoint of DeepSpeed",
-        "join its pieces with the zero_to_fp32.py of the folder above",
-    ),
+    Kind("*_model_states.pt", "a checkpoint of DeepSpeed", "join its pieces with the zero_to_fp32.py of the folder above"),
     Kind(
         "*.distcp",
         "a checkpoint of torch.distributed, in pieces",

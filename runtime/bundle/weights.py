@@ -61,9 +61,5 @@ def parameters(config: ModelConfig) -> int:
 
 def retention_inputs(config: ModelConfig) -> dict[str, int]:
     """The projections that read the same normed input, by name with their output width, in the order they are joined."""
-    sizes = {
-        "q": config.key_size,
-        "k": config.num_kv_heads * config.head_key_dim,
-        "v": config.num_kv_heads * config.head_value_dim,
-    }
+    sizes = {"q": config.key_size, "k": config.num_kv_heads * config.head_key_dim, "v": config.num_kv_heads * config.head_value_dim}
     return sizes | {"gate": config.value_size} if config.output_gate else sizes
