@@ -15,7 +15,7 @@ PEER_MARGIN = 1.10
 
 
 @dataclass(frozen=True)
-class Row:
+class Pair:
     """RetNet and baseline in one cell.
 
     Attributes:
@@ -49,22 +49,22 @@ class Capacity:
     transformer_batch: int
 
 
-def rows(comparison: Comparison, kind: str) -> list[Row]:
+def rows(comparison: Comparison, kind: str) -> list[Pair]:
     """RetNet and Transformer side by side, cell by cell."""
     found = []
     for cell in comparison.cells(kind):
         retnet, transformer = comparison.find(RETNET, cell), baseline_in(comparison, cell)
         if retnet is not None and transformer is not None:
-            found.append(Row(cell, retnet, transformer))
+            found.append(Pair(cell, retnet, transformer))
     return found
 
 
-def decode_rows(comparison: Comparison) -> list[Row]:
+def decode_rows(comparison: Comparison) -> list[Pair]:
     """Single sequences over context."""
     return [row for row in rows(comparison, "decode") if row.cell.batch == 1]
 
 
-def batch_rows(comparison: Comparison) -> list[Row]:
+def batch_rows(comparison: Comparison) -> list[Pair]:
     """Batches, at the context at which batches were measured."""
     context = comparison.settings["batch_context"]
     return sorted((row for row in rows(comparison, "decode") if row.cell.context == context), key=lambda row: row.cell.batch)

@@ -19,7 +19,7 @@ from retnet_export.runtime.bundle.bundle import open_bundle
 from retnet_export.runtime.errors import UserError
 
 
-class Engine(Protocol):
+class Runnable(Protocol):
     """A model made ready to run."""
 
     def open(self, batch: int, context: int, tokens: int) -> None:

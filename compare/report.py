@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from retnet_export.compare.analysis import Row, batch_rows, caveats, decode_rows, parameter_difference, rows, summary
+from retnet_export.compare.analysis import Pair, batch_rows, caveats, decode_rows, parameter_difference, rows, summary
 from retnet_export.compare.plots import plots, png, svg
 from retnet_export.compare.results import GENAI, LLAMA_CPP, RETNET, TRANSFORMER, Comparison, Measurement, Side
 from retnet_export.runtime.bundle.schema import encode
@@ -157,7 +157,7 @@ def facts(comparison: Comparison) -> list[tuple[str, str]]:
     return lines
 
 
-def ratio(row: Row) -> str:
+def ratio(row: Pair) -> str:
     """The Transformer's time over the RetNet's."""
     if row.advantage is None:
         return "–"

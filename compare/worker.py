@@ -17,11 +17,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from retnet_export.compare.engines import Engine
+from retnet_export.compare.engines import Runnable
 from retnet_export.compare.results import Cell
 from retnet_export.runtime.errors import UserError
 
-MakeEngine = Callable[[], Engine]
+MakeEngine = Callable[[], Runnable]
 """Makes the engine inside the new process; it is pickled on its way there."""
 
 PROGRAM = "import sys; sys.path[:] = {path!r}; from retnet_export.compare.worker import serve; serve()"
@@ -116,7 +116,7 @@ def serve() -> None:
             _send(answers, "there is not enough memory for it")
 
 
-def timed(engine: Engine, cell: Cell, count: int) -> list[float]:
+def timed(engine: Runnable, cell: Cell, count: int) -> list[float]:
     """Milliseconds of each of `count` runs of a cell."""
     times = []
     for _ in range(count):

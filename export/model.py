@@ -56,7 +56,7 @@ class FeedForward(nn.Module):
         return cast(Tensor, self.down(inner))
 
 
-class Layer(nn.Module):
+class RetNetLayer(nn.Module):
     """Retention and feed-forward, each with its norm and residual."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -80,7 +80,7 @@ class RetNet(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embedding_norm = Norm(config.norm, config.hidden_size, config.norm_eps) if config.embedding_norm else None
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(RetNetLayer(config) for _ in range(config.num_layers))
         self.norm = Norm(config.norm, config.hidden_size, config.norm_eps) if config.final_norm else None
         self.head = None if config.tied_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(dropout)
@@ -119,7 +119,7 @@ class RetNet(nn.Module):
             x = self._layer(layer, x, angles, clamp_rows)
         return self._logits(x)
 
-    def _layer(self, layer: Layer, x: Tensor, angles: Tensor, clamp_rows: bool) -> Tensor:
+    def _layer(self, layer: RetNetLayer, x: Tensor, angles: Tensor, clamp_rows: bool) -> Tensor:
         """One layer in parallel form, x (B, T, D)."""
         retention = partial(layer.retention.parallel, angles=angles, clamp_rows=clamp_rows)
         x = self._residual(x, layer.retention_norm, retention)
@@ -159,8 +159,8 @@ class RetNet(nn.Module):
         """Logits (B, T, V) of tokens (B, T), read one at a time."""
         return self.chunkwise(tokens, 1, state)
 
-    def _layers(self) -> list[Layer]:
-        return cast("list[Layer]", list(self.layers))
+    def _layers(self) -> list[RetNetLayer]:
+        return cast("list[RetNetLayer]", list(self.layers))
 
     def _angles(self, position: Tensor, length: int) -> Tensor:
         """Rotation of each token, float64 (B, T, Dk/2)."""

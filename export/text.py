@@ -27,7 +27,7 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token",
 
 
 @dataclass(frozen=True)
-class Text:
+class TextSettings:
     """What goes into a bundle.
 
     Attributes:
@@ -55,7 +55,7 @@ class Text:
         return TokenizerSpec(TOKENIZER, self.prefix_ids, template, self.special_tokens)
 
 
-def read_text_settings(folder: Path | None, settings: Mapping[str, Any], vocab_size: int, bos: str = "auto") -> Text:
+def read_text_settings(folder: Path | None, settings: Mapping[str, Any], vocab_size: int, bos: str = "auto") -> TextSettings:
     """Read the files of a checkpoint that say how it takes and gives text.
 
     Args:
@@ -68,7 +68,7 @@ def read_text_settings(folder: Path | None, settings: Mapping[str, Any], vocab_s
         UserError: a file is damaged, or `bos` is no token.
     """
     if folder is None:
-        return Text(eos_ids=_ends(vocab_size, _ids("config.json", settings)))
+        return TextSettings(eos_ids=_ends(vocab_size, _ids("config.json", settings)))
     config, generation = _optional(folder / TOKENIZER_CONFIG), _optional(folder / GENERATION_CONFIG)
     special = {**_named_tokens(_optional(folder / SPECIAL_TOKENS)), **_named_tokens(config)}
     content = read_text(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else converted(folder)
@@ -80,7 +80,7 @@ def read_text_settings(folder: Path | None, settings: Mapping[str, Any], vocab_s
     ids = [pair for _, pairs in named for pair in pairs]
     if tokenizer is not None and "eos_token" in special:
         ids.append((TOKENIZER_CONFIG, tokenizer.token_to_id(special["eos_token"])))
-    return Text(
+    return TextSettings(
         tokenizer=content,
         prefix_ids=() if tokenizer is None else _prefix(tokenizer, bos, vocab_size),
         eos_ids=_ends(vocab_size, iter(ids)),

@@ -159,26 +159,22 @@ class Fields:
 
     def integer(self, name: str, default: int | None = None) -> int:
         value = self._get(name, default)
-        if type(value) is not int:
-            raise self._fault(name, "a whole number", value)
-        return value
+        self._expect(type(value) is int, name, value, "a whole number")
+        return int(value)
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self._get(name, default)
-        if type(value) not in (int, float):
-            raise self._fault(name, "a number", value)
+        self._expect(type(value) in (int, float), name, value, "a number")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
         value = self._get(name, default)
-        if type(value) is not bool:
-            raise self._fault(name, "true or false", value)
-        return value
+        self._expect(type(value) is bool, name, value, "true or false")
+        return bool(value)
 
     def choice(self, name: str, choices: Mapping[str, str], default: str) -> str:
         value = self._get(name, default)
-        if not isinstance(value, str) or value not in choices:
-            raise self._fault(name, " or ".join(map(repr, choices)), value)
+        self._expect(isinstance(value, str) and value in choices, name, value, " or ".join(map(repr, choices)))
         return choices[value]
 
     def refuse(self, name: str, allowed: object, why: str) -> None:
@@ -212,8 +208,9 @@ class Fields:
             raise UserError(f"{self._where}: the field {name!r} is missing")
         return value
 
-    def _fault(self, name: str, expected: str, value: object) -> UserError:
-        return UserError(f"{self._where}: {name} is {value!r}, expected {expected}")
+    def _expect(self, holds: bool, name: str, value: object, expected: str) -> None:
+        if not holds:
+            raise UserError(f"{self._where}: {name} is {value!r}, expected {expected}")
 
 
 def _says_nothing(value: object) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, overload
 
 from retnet_export.runtime.errors import UserError
 
@@ -71,9 +70,9 @@ def stored_initializers(content: bytes) -> list[StoredInitializer]:
         parts = [part for each in graph for part in _fields(each)]
         readers: dict[str, set[str]] = {}
         for _, node in (part for part in parts if part[0] == 1):
-            fields = [(number, bytes(value).decode()) for number, value in _fields(node) if number in (1, 4)]
-            operator = next((value for number, value in fields if number == 4), "")
-            for _, read in (field for field in fields if field[0] == 1):
+            fields = list(_fields(node))
+            operator = next((bytes(value).decode() for number, value in fields if number == 4), "")
+            for read in (bytes(value).decode() for number, value in fields if number == 1):
                 readers.setdefault(read, set()).add(operator)
         tensors = (_initializer(value, readers) for number, value in parts if number == 5)
         return [tensor for tensor in tensors if tensor is not None]
@@ -85,7 +84,7 @@ def _initializer(content: memoryview, readers: Mapping[str, set[str]]) -> Stored
     """A TensorProto: dims 1, data_type 2, name 8, external_data 13."""
     shape: list[int] = []
     element_type, name, place = 0, "", {}
-    for number, value in _fields(content, integers=True):
+    for number, value in _values(content):
         if number == 1:  # one by one, or packed
             shape += [value] if isinstance(value, int) else _varints(value)
         elif number == 2 and isinstance(value, int):
@@ -116,24 +115,20 @@ def _locations(message: str, content: memoryview, depth: int) -> Iterator[str]:
             yield from _locations(inner[number], value, depth + 1)
 
 
-@overload
-def _fields(content: memoryview) -> Iterator[tuple[int, memoryview]]: ...
+def _fields(content: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Number and content of each length-delimited field."""
+    return ((number, value) for number, value in _values(content) if isinstance(value, memoryview))
 
 
-@overload
-def _fields(content: memoryview, integers: Literal[True]) -> Iterator[tuple[int, memoryview | int]]: ...
-
-
-def _fields(content: memoryview, integers: bool = False) -> Iterator[tuple[int, Any]]:
-    """Number and value of each length-delimited field, and of each integer if they are asked for."""
+def _values(content: memoryview) -> Iterator[tuple[int, memoryview | int]]:
+    """Number and value of each length-delimited field and of each integer."""
     place = 0
     while place < len(content):
         key, place = _varint(content, place)
         wire = key & 7
         if wire == VARINT:
             integer, place = _varint(content, place)
-            if integers:
-                yield key >> 3, integer
+            yield key >> 3, integer
         elif wire == BYTES:
             size, place = _varint(content, place)
             if place + size > len(content):
