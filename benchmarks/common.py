@@ -16,10 +16,11 @@ import numpy as np
 from random_weights import random_weights
 
 from retnet_export.export.checkpoints.base import Checkpoint
-from retnet_export.export.pipeline import ExportOptions, export_bundle, package_versions
+from retnet_export.export.pipeline import ExportOptions, export_bundle
 from retnet_export.graph.weights import weight_shapes
 from retnet_export.runtime.bundle.bundle import Bundle, open_bundle
 from retnet_export.runtime.bundle.config import ModelConfig
+from retnet_export.runtime.device.doctor import package_versions
 from retnet_export.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 
-from retnet_export.runtime.device.doctor import examine
+from retnet_export.runtime.device.doctor import examine, package_versions
 
 PACKAGES = ("retnet-export", "onnxruntime", "onnxruntime-genai", "numpy")
 
@@ -31,6 +31,4 @@ def description(pinned: tuple[int, ...]) -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """Versions of what runs."""
-    from retnet_export.export.pipeline import package_versions
-
     return package_versions(*PACKAGES)

@@ -5,17 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
 from retnet_export.export.checkpoints.base import Checkpoint
 from retnet_export.export.text import read_text_settings
 from retnet_export.graph.card import write_card
-from retnet_export.graph.weights import weight_shapes
 from retnet_export.runtime.bundle.bundle import MANIFEST, Bundle, open_bundle, record_files, write_manifest
 from retnet_export.runtime.bundle.files import new_folder
 from retnet_export.runtime.bundle.manifest import FORMAT_VERSION, FileRecord, Manifest, Precision, Variant, state_specs
+from retnet_export.runtime.device.doctor import package_versions
 from retnet_export.runtime.element_types import COMPUTED, STORED
 from retnet_export.runtime.errors import ArgumentError, MissingExtraError, PrecisionWarning, one_of
 from retnet_export.runtime.hub import repository_of
@@ -132,31 +131,12 @@ def _write_graphs(folder: Path, checkpoint: Checkpoint, options: ExportOptions, 
 
     config = checkpoint.config
     warn_of_slow_heads(config, options.state)
-    total, done = len(weight_shapes(config)), 0
-
-    def counted(name: str):  # type: ignore[no-untyped-def]
-        nonlocal done
-        done += 1
-        progress("writing weights", done / total)
-        return ahead.take(name)
-
     graphs = {}
-    with WeightsAhead(config, checkpoint.weight) as ahead, WeightsFile(folder / "weights.bin") as weights:
+    with WeightsAhead(config, checkpoint.weight, progress) as ahead, WeightsFile(folder / "weights.bin") as weights:
         for name, build in (("decode", build_decode), ("prefill", build_prefill)):
-            graphs[name] = build(config, counted, weights, COMPUTED[options.precision], options.batch)
+            graphs[name] = build(config, ahead.take, weights, COMPUTED[options.precision], options.batch)
             if options.state == "fp16":
                 store_states_as_float16(graphs[name])
         files, checkpoint_sha256 = {weights.name: weights.record()}, ahead.sha256()
     variants = write_variants(folder, graphs, {"decode": 1, "prefill": options.chunk}, ALWAYS)
     return _Written(variants, files, checkpoint_sha256)
-
-
-def package_versions(*names: str) -> dict[str, str]:
-    """Versions of installed packages; a package that is not installed is left out."""
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return versions

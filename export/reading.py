@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from retnet_export.graph.weights import ReadWeight, weight_shapes
 from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.bundle.hashing import bytes_of
+from retnet_export.runtime.progress import Progress
 
 ELEMENTS_AHEAD = 1 << 26
 """Weights are read ahead until so many numbers wait: 128 MiB in half precision. One weight may exceed it."""
@@ -28,10 +29,11 @@ class WeightsAhead:
     Args:
         config: the architecture.
         read: reads a canonical weight.
+        progress: receives the share of the weights that were taken.
     """
 
-    def __init__(self, config: ModelConfig, read: ReadWeight) -> None:
-        self._read = read
+    def __init__(self, config: ModelConfig, read: ReadWeight, progress: Progress) -> None:
+        self._read, self._progress, self._taken = read, progress, 0
         self._shapes = weight_shapes(config)
         self._order = {name: position for position, name in enumerate(self._shapes)}
         self._names = list(self._shapes)
@@ -48,6 +50,8 @@ class WeightsAhead:
 
     def take(self, name: str) -> NDArray[np.generic]:
         """One canonical weight."""
+        self._taken += 1
+        self._progress("writing weights", self._taken / len(self._names))
         future = self._waiting.pop(name, None) or self._pool.submit(self._read_and_hash, name)
         self._scheduled = max(self._scheduled, self._order[name] + 1)
         self._read_ahead()

@@ -47,7 +47,7 @@ def examine() -> Report:
             "memory": _memory(),
             "python": platform.python_version(),
         },
-        packages={name: _version(name) for name in DISTRIBUTIONS},
+        packages=dict.fromkeys(DISTRIBUTIONS, "not installed") | package_versions(*DISTRIBUTIONS),
         works=works,
     )
 
@@ -71,11 +71,15 @@ def _gpu() -> dict[str, str]:
     }
 
 
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
+def package_versions(*names: str) -> dict[str, str]:
+    """Versions of installed packages; a package that is not installed is left out."""
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
 
 
 def _processor() -> str:
