@@ -88,12 +88,24 @@ class Narrowing(Protocol):
         """
 
 
+@runtime_checkable
+class Undoing(Protocol):
+    """A runner that still holds the state before its last `score`, so that a draft may enter the state on trial."""
+
+    def undo(self) -> None:
+        """Put back the state before a `score`, after which nothing was read or written; `logits` and `top` stay undefined."""
+
+
 @dataclass(frozen=True)
 class PassCost:
     """What `Runner.score` of n tokens takes for one sequence: 1 + fixed + token · (n - 1) steps."""
 
     fixed: float
     token: float
+
+    def surplus(self, sequences: int, tokens: float) -> float:
+        """What `score` of so many tokens of each of so many sequences takes beyond a step of these, in such steps."""
+        return (self.fixed + self.token * sequences * (tokens - 1)) / (1 + self.token * (sequences - 1))
 
 
 @runtime_checkable

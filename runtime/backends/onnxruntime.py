@@ -172,6 +172,9 @@ class OnnxRuntimeRunner:
         self._read(tokens, lengths, rows, logits)
         return logits
 
+    def undo(self) -> None:
+        self._side = 1 - self._side
+
     def _read(
         self, tokens: NDArray[np.int64], lengths: NDArray[np.int64], rows: NDArray[np.int64], logits: NDArray[np.float32]
     ) -> None:

@@ -188,6 +188,9 @@ class TensorRtRunner:
         self._wait()
         return logits
 
+    def undo(self) -> None:
+        self._side = 1 - self._side
+
     def _read(
         self,
         tokens: NDArray[np.int64],

@@ -7,18 +7,23 @@ the text (speculation.py).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from retnet_export.runtime.backends.base import Checking, PassCost
 from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.generate.budget import Budget
 from retnet_export.runtime.generate.generation import Continuation, Piece
 from retnet_export.runtime.generate.sampling import Logits
 from retnet_export.runtime.generate.sequences import Sequences
 from retnet_export.runtime.generate.slot import Slot
-from retnet_export.runtime.generate.speculation import MOST, Draft, length_of_drafts
+from retnet_export.runtime.generate.speculation import MOST, Draft, plan_drafts
 from retnet_export.runtime.generate.stats import Stats
+
+FREE = PassCost(0.0, 0.0)
+"""Where drafts were asked for, nobody asks what they cost."""
 
 
 @dataclass(eq=False)
@@ -51,24 +56,44 @@ class Running:
         return self.made[:-1] if self.waits else self.made
 
 
+@dataclass
+class _Pass:
+    """A pass over the first sequences.
+
+    Attributes:
+        drafts: what it looks at, of each sequence.
+        on_trial: how many of these tokens the state takes in.
+        expected: steps that it should take beyond one; None if the budget has nothing to do with it, or knows of it already.
+        seconds: how long it took.
+    """
+
+    drafts: Sequence[list[int]]
+    on_trial: int = 0
+    expected: float | None = None
+    seconds: float = 0.0
+
+
 class Loop:
     """Generates in the sequences of a session.
 
     Args:
         sequences: the session's.
+        budget: of its drafts.
         stats: receives the times.
     """
 
-    def __init__(self, sequences: Sequences, stats: Stats | None = None) -> None:
-        self._sequences, self._stats = sequences, Stats() if stats is None else stats
+    def __init__(self, sequences: Sequences, budget: Budget, stats: Stats | None = None) -> None:
+        self._sequences, self._budget, self._stats = sequences, budget, Stats() if stats is None else stats
         backend = sequences.backend
-        self._cost = backend.pass_cost if isinstance(backend, Checking) else None
+        self._pays = isinstance(backend, Checking)
+        self._cost = backend.pass_cost if isinstance(backend, Checking) else FREE
+        self._last = _Pass([])
         self._sampling_ms = self._choosing_ms = 0.0  # of the tokens that wait for the next pass: in sampling, and all together
 
     def begin(self, continuation: Continuation, place: int) -> Running:
         """Let a continuation go on from where a sequence stands."""
         slot, asked = self._sequences.slots[place], continuation.options.speculate
-        most = (MOST if self._cost is not None else 0) if asked is None else asked
+        most = (MOST if self._pays else 0) if asked is None else asked
         slot.history.watched = most > 0
         return Running(slot, continuation, most, asked is not None, slot.position)
 
@@ -88,6 +113,7 @@ class Loop:
         if token is None:
             return None
         sampled = time.perf_counter()
+        self._note_time(sampled - began)
         piece = continuation.accept(token)
         running.made.append(token)
         self._stats.new_tokens += 1
@@ -97,6 +123,7 @@ class Loop:
         sampling_ms, total_ms = 1e3 * (sampled - began), 1e3 * (time.perf_counter() - began)
         if row is not None:
             self._stats.accepted += 1
+            self._budget.note_accepted(len(self._last.drafts))
             self._stats.add_to_step(sampling_ms, total_ms)
         else:
             running.waits = True
@@ -110,30 +137,50 @@ class Loop:
         for each in running:
             self._take(each, each.made[-1], None)
             each.waits = False
-        drafts = self._drafts(running)
-        for each, draft, rows in zip(running, drafts, self._sequences.take_in(drafts), strict=True):
+        this = self._plan(running) if any(each.most for each in running) else _Pass([[]] * len(running))
+        for each, draft, rows in zip(running, this.drafts, self._sequences.take_in(this.drafts, this.on_trial), strict=True):
             each.draft = Draft(draft, rows)
             self._stats.drafted += len(draft)
-        graph_ms = 1e3 * (time.perf_counter() - began)
-        self._stats.add_step(graph_ms, self._sampling_ms, graph_ms + self._choosing_ms)
+        seconds = time.perf_counter() - began
+        this.seconds, self._last = seconds, this
+        self._stats.add_step(1e3 * seconds, self._sampling_ms, 1e3 * seconds + self._choosing_ms)
         self._sampling_ms = self._choosing_ms = 0.0
 
     def _take(self, running: Running, token: int, logits: Logits | None) -> None:
         running.slot.choose(token, logits)
         running.position += 1
 
-    def _drafts(self, running: Sequence[Running]) -> list[list[int]]:
+    def _plan(self, running: Sequence[Running]) -> _Pass:
         """What to look at in the next pass: guesses where they pay, or where they were asked for."""
-        if not any(each.most for each in running):
-            return [[] for _ in running]
-        room = self._sequences.chunk - max(len(each.slot.ahead) for each in running)
-        most = [min(each.most, room, each.continuation.left - 1) for each in running]
+        waiting = self._sequences.waiting(len(running))
+        room = self._sequences.chunk - max(waiting) - 1  # a trial that fails leaves all of it waiting, with the token after it
+        most = [max(min(each.most, room, each.continuation.left - 1), 0) for each in running]
         chances = [each.slot.history.chances(count) for each, count in zip(running, most, strict=True)]
-        paying = length_of_drafts(
-            self._cost or PassCost(0.0, 0.0), [[] if r.asked else row for r, row in zip(running, chances, strict=True)]
-        )
+        if not any(chances):
+            return self._pass([[]] * len(running), waiting, running)
+        asked = any(each.asked and row for each, row in zip(running, chances, strict=True))
+        cost, credit = (FREE, math.inf) if asked else (self._cost, self._budget.credit(len(running)))
+        plan = plan_drafts(cost, chances, waiting, undoes=self._sequences.undoes, credit=credit)
         lengths = [
-            (count if row else 0) if each.asked else min(paying, len(row))
+            (count if each.asked and row else min(plan.length, len(row)))
             for each, row, count in zip(running, chances, most, strict=True)
         ]
-        return [each.slot.history.expected(length) for each, length in zip(running, lengths, strict=True)]
+        drafts = [each.slot.history.expected(length) for each, length in zip(running, lengths, strict=True)]
+        return self._pass(drafts, waiting, running, plan.on_trial)
+
+    def _pass(self, drafts: Sequence[list[int]], waiting: Sequence[int], running: Sequence[Running], on_trial: int = 0) -> _Pass:
+        if any(each.asked for each in running):
+            return _Pass(drafts, on_trial)
+        tokens = max(waiting) + max(map(len, drafts))
+        return _Pass(drafts, on_trial, self._cost.surplus(len(running), tokens) if tokens > 1 else 0.0)
+
+    def _note_time(self, choosing: float) -> None:
+        """The first choice after a pass was made: a step on a GPU has come to its end with it."""
+        last = self._last
+        if last.expected is None:
+            return
+        if last.expected:
+            self._budget.note_pass(len(last.drafts), last.seconds + choosing, last.expected)
+        else:
+            self._budget.note_step(len(last.drafts), last.seconds + choosing)
+        last.expected = None

@@ -2,7 +2,7 @@
 
 Rule: whoever looks sees each sequence after its last token. Which tokens the state has taken in is known here alone: a chosen token
 enters it with the next pass, and one whose logits a pass over a draft has shown already need not enter before something asks for
-the state itself.
+the state itself. Where the runner can undo a pass, guesses enter the state on trial: if they come true, nothing is read twice.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet_export.runtime.backends.base import Backend, Narrowing, chunk_tokens, initial_state
+from retnet_export.runtime.backends.base import Backend, Narrowing, Undoing, chunk_tokens, initial_state
 from retnet_export.runtime.bundle.manifest import Manifest
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.generate.sampling import Logits, Row, Tokens
@@ -40,6 +40,14 @@ class _View:
         # NaN is passed on by max, and so are +inf and a row of nothing but -inf.
         self.sequences.check_finite(logits.max(), self.place)
         return logits
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What the last pass let the state take in: tokens that count, and guesses at what would be chosen after them, (n, …) each."""
+
+    certain: Sequence[list[int]]
+    guessed: Sequence[list[int]]
 
 
 class Sequences:
@@ -70,6 +78,7 @@ class Sequences:
         self.chunk = chunk_tokens(backend, manifest.graphs["prefill"].chunk_size)
         self._vocab_size = manifest.model.vocab_size
         self._narrowing = self._runner if isinstance(self._runner, Narrowing) else None
+        self._undoing = self._runner if isinstance(self._runner, Undoing) else None
         self._views = [_View(self, place) for place in range(batch)]
         self._forget()
 
@@ -77,6 +86,7 @@ class Sequences:
         self.slots = [Slot.empty(self._vocab_size) for _ in range(self.batch)]
         self._in_use = self.batch  # the first so many places hold sequences
         self._tops: dict[int, tuple[Tokens, Logits]] = {}  # what was asked of the runner since its last pass, for all sequences
+        self._trial: _Trial | None = None
         self._failed = False
 
     def check_whole(self) -> None:
@@ -191,25 +201,38 @@ class Sequences:
             slot.logits = own[-1].copy()  # the others are the caller's own
         return logits
 
-    def take_in(self, drafts: Sequence[Sequence[int]]) -> Sequence[Logits | None]:
+    @property
+    def undoes(self) -> bool:
+        """Whether guesses may enter the state on trial."""
+        return self._undoing is not None
+
+    def waiting(self, count: int) -> list[int]:
+        """How many tokens the state has yet to take in, of each of the first so many sequences."""
+        self._end_trial(count)
+        return [len(slot.ahead) for slot in self.slots[:count]]
+
+    def take_in(self, drafts: Sequence[list[int]], on_trial: int = 0) -> Sequence[Logits | None]:
         """Let the state take in what was chosen in the first n sequences, and look at what follows drafts in the same pass.
 
         Args:
-            drafts: what may follow in each, (n,), maybe nothing; the state does not take it in.
+            drafts: what may follow in each, (n,), maybe nothing.
+            on_trial: the state takes in so many tokens of each, too, if it `undoes`.
 
         Returns:
             For each sequence its logits after the last token and after each one of the draft, (1 + len(draft), V); None if nothing
             was drafted, and the logits are where the runner has them.
         """
         self.check_whole()
+        self._end_trial(len(drafts))
         self._failed = True
         slots = self.slots[: len(drafts)]
-        taken = [slot.ahead for slot in slots]
+        certain, guessed = [slot.ahead for slot in slots], [draft[:on_trial] for draft in drafts]
         shown: Sequence[Logits | None] = [None] * len(slots)
-        if not any(drafts) and max(map(len, taken)) == 1:
-            self._runner.step(self._widened(np.array(taken))[:, 0])
+        if not any(drafts) and max(map(len, certain)) == 1:
+            self._runner.step(self._widened(np.array(certain))[:, 0])
         else:
-            shown = self._pass(taken, drafts)
+            shown = self._pass(certain, guessed, drafts)
+            self._trial = _Trial(certain, guessed) if any(guessed) else None
         for slot, rows in zip(slots, shown, strict=True):
             slot.ahead, slot.logits = [], None if rows is None else rows[0]
         self._tops.clear()
@@ -217,8 +240,9 @@ class Sequences:
         return shown
 
     def settle(self) -> None:
-        """Let the state take in all tokens that count; all logits stay as they are."""
+        """Let the state take in all tokens that count, and nothing else; all logits stay as they are."""
         self.check_whole()
+        self._end_trial(self._in_use)
         slots = self.slots[: self._in_use]
         if not any(slot.ahead for slot in slots):
             return
@@ -230,15 +254,31 @@ class Sequences:
         self._read(tokens, lengths)
         self._failed = False
 
-    def _pass(self, taken: Sequence[Sequence[int]], drafts: Sequence[Sequence[int]]) -> list[Logits]:
-        """Logits after the last of the tokens taken in, and after each one of the drafts."""
-        lengths = np.array([len(each) for each in taken])
+    def _end_trial(self, count: int) -> None:
+        """Keep what the state took in on trial if it came true in the first so many sequences; take it back if not."""
+        if self._trial is None or self._undoing is None:
+            return
+        (certain, guessed), self._trial = (self._trial.certain, self._trial.guessed), None
+        slots = self.slots[:count]
+        if all(slot.ahead[: len(guess)] == guess for slot, guess in zip(slots, guessed, strict=False)):
+            for slot, guess in zip(slots, guessed, strict=False):
+                del slot.ahead[: len(guess)]
+        else:
+            self._undoing.undo()
+            for slot, own in zip(slots, certain, strict=False):
+                slot.ahead = [*own, *slot.ahead]
+
+    def _pass(
+        self, certain: Sequence[Sequence[int]], guessed: Sequence[Sequence[int]], drafts: Sequence[Sequence[int]]
+    ) -> list[Logits]:
+        """Let the state take in tokens and guesses, with which drafts begin; logits after the tokens and after each one drafted."""
         wanted = 1 + max(map(len, drafts))
-        tokens = np.zeros((len(taken), max(len(own) + len(draft) for own, draft in zip(taken, drafts, strict=True))), np.int64)
-        rows = np.zeros((len(taken), wanted), np.int64)
-        for place, (own, draft) in enumerate(zip(taken, drafts, strict=True)):
+        tokens = np.zeros((len(drafts), max(len(own) + len(draft) for own, draft in zip(certain, drafts, strict=True))), np.int64)
+        rows = np.zeros((len(drafts), wanted), np.int64)
+        for place, (own, draft) in enumerate(zip(certain, drafts, strict=True)):
             tokens[place, : len(own) + len(draft)] = [*own, *draft]
             rows[place] = len(own) - 1 + np.minimum(np.arange(wanted), len(draft))
+        lengths = np.array([len(own) + len(guess) for own, guess in zip(certain, guessed, strict=True)])
         wide = self._widened(tokens)
         more = len(wide) - len(tokens)
         logits = self._runner.score(wide, np.pad(lengths, (0, more)), np.pad(rows, ((0, more), (0, 0))))
@@ -287,6 +327,8 @@ class Sequences:
         """Let a sequence go on from a snapshot, which fits the model; a single one may do so after a failure."""
         if self.batch > 1:
             self.check_whole()
+            self._end_trial(self._in_use)
+        self._trial = None
         self._runner.write_state(place, snapshot.state)
         self.slots[place] = Slot.restored(snapshot)
         self._in_use = max(self._in_use, place + 1)
@@ -295,5 +337,6 @@ class Sequences:
     def move(self, source: int, target: int) -> None:
         """Let one sequence go on in another place. Logits that the runner holds stay behind."""
         self.check_whole()
+        self._end_trial(self._in_use)
         self._runner.write_state(target, self._runner.read_state(source))
         self.slots[target], self.slots[source] = self.slots[source], Slot.empty(self._vocab_size)

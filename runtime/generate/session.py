@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from retnet_export.runtime.backends.base import Backend
 from retnet_export.runtime.bundle.manifest import Manifest
 from retnet_export.runtime.errors import ArgumentError, UserError
+from retnet_export.runtime.generate.budget import Budget
 from retnet_export.runtime.generate.generation import Continuation, Generation, OptionChanges, Options, Piece
 from retnet_export.runtime.generate.loop import Loop
 from retnet_export.runtime.generate.sampling import Logits, Tokens
@@ -69,6 +70,7 @@ class Session:
         self.manifest, self.batch, self._backend, self._tokenizer = manifest, batch, backend, tokenizer
         self._sequences = Sequences(backend, manifest, batch)
         self.chunk = self._sequences.chunk
+        self._budget = Budget()
         self._alone = _Alone()
         self._kept: deque[Snapshot] = deque(maxlen=keep)
 
@@ -249,7 +251,7 @@ class Session:
 
     def loop(self, stats: Stats | None = None) -> Loop:
         """What generates in this session's sequences. It belongs to one thread, as the session does."""
-        return Loop(self._sequences, stats)
+        return Loop(self._sequences, self._budget, stats)
 
     def _generate(self, continuation: Continuation, stats: Stats | None) -> Iterator[Piece]:
         # A stop string is known by its last token; those before have been read by then, and are taken back.

@@ -2,15 +2,17 @@
 
 Rule: a draft is only a guess at what will be chosen. It is checked by one pass over [tokens to take in, draft], which gives logits
 after every one of them (`Runner.score`); each place then draws from its own logits, and the next place counts if the draw is what
-the draft has there. So the text is the same as without, token by token, and a draft that fails has touched no state.
+the draft has there. So the text is the same as without, token by token. A draft that fails leaves no trace in the state: it did not
+enter it, or the pass is undone (sequences.py).
 
 How much to draft follows from how often such guesses were right. That is learned without drafting: after every token it is known
-what the lookup would have said, by the length of the match. Nothing here looks at a clock, so that a seed gives the same passes
-every time.
+what the lookup would have said, by the length of the match. Nothing here looks at a clock; what drafts may cost in all is measured
+(budget.py).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -155,26 +157,52 @@ class History:
         return next((kind for kind, bound in enumerate(BOUNDS) if matched < bound), len(BOUNDS))
 
 
-def length_of_drafts(cost: PassCost, chances: Sequence[Sequence[float]]) -> int:
+@dataclass(frozen=True)
+class Plan:
+    """What a pass drafts: so many tokens of each sequence, of which the state takes in some on trial."""
+
+    length: int
+    on_trial: int
+
+
+def plan_drafts(
+    cost: PassCost, chances: Sequence[Sequence[float]], waiting: Sequence[int], *, undoes: bool, credit: float = math.inf
+) -> Plan:
     """How many tokens to draft for sequences that step together; 0 if a step is the better choice.
 
-    All rows of a pass are as wide as the widest, so one length serves all. What is accepted is read once more, into the state.
+    All rows of a pass are as wide as the widest, so one length serves all. What is accepted is read once more, into the state,
+    unless it has entered the state on trial; if a trial fails, the tokens that waited are read again, too. So if c tokens wait, a
+    will be accepted, and m guesses on trial all come true with probability P, then a + c - P · (c + m) are read again, on average:
+    m is where that is least.
 
     Args:
         cost: of a pass for one sequence.
         chances: of each sequence, as `History.chances` gives them.
+        waiting: how many tokens of each sequence the state takes in for certain.
+        undoes: whether the runner can take back a pass.
+        credit: steps that the pass may take beyond one over the tokens that wait.
     """
-    count, best, length = len(chances), GAIN, 0
-    expected, longest = float(count), 0.0
+    count, widest, certain = len(chances), max(waiting), sum(waiting)
+    base = 1 + (cost.surplus(count, widest) if widest > 1 else 0.0)
+    best, length, on_trial = GAIN, 0, 0
+    accepted, longest = 0.0, 0.0
+    trial, spared = 0, 0.0
     for number in range(1, 1 + max(map(len, chances), default=0)):
         column = [row[number - 1] for row in chances if len(row) >= number]
-        expected += sum(column)
+        accepted += sum(column)
         longest += max(column)
-        step = 1 + cost.token * (count - 1)
-        gain = expected / count * step / (step + cost.fixed + cost.token * count * (number + longest))
+        if undoes:
+            all_true = math.prod(row[min(number, len(row)) - 1] for row in chances if row)
+            guessed = sum(min(number, len(row)) for row in chances)
+            if all_true * (certain + guessed) - certain > spared:
+                trial, spared = number, all_true * (certain + guessed) - certain
+        if 1 + cost.surplus(count, widest + number) > base + credit:
+            break
+        again = max(longest - spared / count, 0.0)
+        gain = (1 + accepted / count) * base / (1 + cost.surplus(count, widest + number + again))
         if gain > best:
-            best, length = gain, number
-    return length
+            best, length, on_trial = gain, number, trial
+    return Plan(length, on_trial)
 
 
 @dataclass

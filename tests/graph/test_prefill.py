@@ -118,6 +118,22 @@ def test_the_state_is_the_same_bit_by_bit_whatever_the_drafts_are(model, length,
     assert all(np.array_equal(states[0][name], states[1][name]) for name in states[0])
 
 
+def test_a_score_that_is_undone_leaves_the_state_bit_by_bit(model):
+    runner, undone = model.backend.open_runner(2), model.backend.open_runner(2)
+    for each in (runner, undone):
+        each.prefill(np.stack([TOKENS[:7], TOKENS[3:10]]), np.array([7, 4]))
+        each.step(TOKENS[:2])  # which may write the state where it was read
+    undone.score(np.stack([TOKENS[:6]] * 2), np.array([6, 3]), np.array([[5], [5]]))
+    undone.undo()
+    for each in (runner, undone):
+        each.step(TOKENS[5:7])
+        each.prefill(TOKENS[:6].reshape(2, 3), np.array([3, 1]))
+    np.testing.assert_array_equal(undone.logits(), runner.logits())
+    for slot in range(2):
+        for name, value in runner.read_state(slot).items():
+            np.testing.assert_array_equal(undone.read_state(slot)[name], value)
+
+
 def test_a_step_after_a_score_goes_on_from_the_tokens_taken_in(model, stepped):
     runner = model.backend.open_runner(1)
     runner.score(TOKENS[None, :9], np.array([5]), np.array([[4, 8]]))

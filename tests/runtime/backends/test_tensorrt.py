@@ -91,6 +91,12 @@ def test_scores_are_those_of_onnx_runtime_and_drafts_leave_no_trace(tmp_path, cu
     np.testing.assert_array_equal(ours.top(3)[0], reference.top(3)[0])
     for slot, taken in enumerate((12, 6, 8)):
         assert ours.read_state(slot)["position"] == taken
+    for runner in (ours, reference):
+        runner.score(*chunks[0])
+        runner.undo()
+        runner.step(TOKENS[:, 13])
+    assert measure(ours.logits(), reference.logits()).relative < SAME
+    assert ours.read_state(0)["position"] == 13
 
 
 def test_auto_takes_the_engine_that_was_compiled_for_this_gpu(bundle):

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from altered import with_runners
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retnet_export.runtime.backends.base import PassCost
 from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.generate import loop, sequences
 from retnet_export.runtime.generate.batching import Prompt
-from retnet_export.runtime.generate.generation import Options
-from retnet_export.runtime.generate.speculation import HISTORY, ORDERS, History, length_of_drafts
+from retnet_export.runtime.generate.budget import FIRST, SHARE, Budget
+from retnet_export.runtime.generate.generation import Continuation, Options
+from retnet_export.runtime.generate.speculation import HISTORY, ORDERS, History, plan_drafts
 from retnet_export.runtime.generate.state import Snapshot
 from retnet_export.runtime.generate.stats import Stats
 from retnet_export.runtime.numerics import TOLERANCES, measure
@@ -37,6 +44,11 @@ SAMPLINGS = st.builds(
     max_new_tokens=st.integers(0, 40),
     seed=st.integers(0, 2**32),
 )
+
+
+def length(cost, chances):
+    """How many tokens a pass drafts, if one token of each sequence waits."""
+    return plan_drafts(cost, chances, [1] * len(chances), undoes=False).length
 
 
 def fed(model, prompt):
@@ -206,7 +218,7 @@ def test_a_number_below_zero_is_refused():
 @given(tokens=st.lists(st.integers(0, 3), max_size=60), most=st.integers(0, 9))
 def test_a_draft_is_what_followed_the_longest_run_the_last_time(tokens, most):
     history = History(tokens)
-    draft = history.expected(length_of_drafts(FREE, [history.chances(most)]))
+    draft = history.expected(length(FREE, [history.chances(most)]))
     places = next(
         (
             found
@@ -230,11 +242,11 @@ def test_nothing_is_drafted_where_guesses_fail_and_much_where_they_hold():
     for index, token in enumerate(random.integers(0, 6, 600).tolist()):
         wild.note(token)
         tame.note(index % 7)
-    assert length_of_drafts(cost, [wild.chances(16)]) == 0
-    assert length_of_drafts(cost, [tame.chances(16)]) == 16
+    assert length(cost, [wild.chances(16)]) == 0
+    assert length(cost, [tame.chances(16)]) == 16
     assert tame.expected(16) == [(600 + index) % 7 for index in range(16)]
-    assert length_of_drafts(cost, [tame.chances(16), *[[]] * 7]) == 0  # eight rows as wide as one draft cost more than it brings
-    assert length_of_drafts(cost, [tame.chances(16)] * 2) > 0
+    assert length(cost, [tame.chances(16), *[[]] * 7]) == 0  # eight rows as wide as one draft cost more than it brings
+    assert length(cost, [tame.chances(16)] * 2) > 0
 
 
 def test_a_passage_goes_on_behind_a_word_that_was_replaced():
@@ -269,3 +281,108 @@ def test_a_history_is_the_last_tokens_however_they_came(data):
     np.testing.assert_array_equal(history.tokens, tokens[-HISTORY:])
     assert len(history._tokens) <= 2 * HISTORY
     assert all(0 < place < len(history._tokens) for place in history._after.values())
+
+
+@settings(max_examples=300)
+@given(
+    shares=st.lists(st.sampled_from([0.2, 0.5, 0.8, 0.95, 1.0]), min_size=1, max_size=12),
+    waiting=st.integers(1, 12),
+)
+def test_as_many_guesses_enter_the_state_on_trial_as_leave_least_to_read_again(shares, waiting):
+    chances = list(itertools.accumulate(shares, lambda first, then: first * then))
+    plan = plan_drafts(FREE, [chances], [waiting], undoes=True)
+    ends = [first - then for first, then in itertools.pairwise([1.0, *chances[: plan.length], 0.0])]  # after so many right ones
+
+    def again(on_trial):
+        return sum(share * (right - on_trial if right >= on_trial else waiting + right) for right, share in enumerate(ends))
+
+    best = min(map(again, range(plan.length + 1)))
+    assert again(plan.on_trial) == pytest.approx(best)
+    assert plan_drafts(FREE, [chances], [waiting], undoes=False).on_trial == 0
+
+
+class Clock:
+    """A clock that runners move: a step takes 1, a pass over n tokens as much as `cost` says. It counts the tokens, too."""
+
+    def __init__(self, cost: PassCost) -> None:
+        self.cost, self.now, self.tokens = cost, 0.0, 0
+
+    def alter(self, runner) -> None:
+        def timed(method, *arguments):
+            width = arguments[0].shape[1] if arguments[0].ndim == 2 else 0
+            self.tokens += width or 1
+            self.now += 1 + (self.cost.surplus(1, width) if width else 0.0)
+            return method(*arguments)
+
+        for name in ("step", "score", "prefill"):
+            setattr(runner, name, partial(timed, getattr(runner, name)))
+
+
+@pytest.fixture
+def dictate(model, monkeypatch):
+    """Lets a session write given tokens, 400 at a time, in a time that the costs of passes say."""
+
+    def dictated(cost: PassCost, tokens: Iterable[int], times=1) -> list[tuple[float, int]]:
+        """How long each took, in steps, and how many tokens went through the model."""
+        clock, text, found = Clock(cost), iter(tokens), []
+        monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+        monkeypatch.setattr(Continuation, "choose", lambda self, view: next(text))
+        session = fed(with_runners(model, clock.alter), REPEATING)
+        for _ in range(times):
+            clock.now, clock.tokens = 0.0, 0
+            assert len(list(session.generate_tokens(max_new_tokens=400))) == 400
+            found.append((clock.now, clock.tokens))
+        return found
+
+    return dictated
+
+
+CYCLE = (7, 3, 9, 4, 1, 1, 8)
+CHEAP, DEAR = PassCost(0.3, 0.12), PassCost(4.0, 2.0)
+
+
+@pytest.mark.parametrize("cost", [PassCost(0.0, 0.05), CHEAP, PassCost(1.0, 0.06), DEAR], ids=str)
+@pytest.mark.parametrize("sure", [0.95, 1.0])
+def test_drafts_that_always_fail_cost_next_to_nothing_whatever_a_pass_takes(model, monkeypatch, dictate, cost, sure):
+    """Even if every guess is wrong and thought to be right, and what the backend says of its costs is wrong, too."""
+    monkeypatch.setattr(History, "chances", lambda self, most: [sure**place for place in range(1, 1 + most)])
+    monkeypatch.setattr(History, "expected", lambda self, count: [49] * count)
+    first, second = dictate(cost, itertools.cycle(CYCLE), times=2)
+    last = cost.surplus(1, 17) + cost.surplus(1, 2)  # what the last draft costs, which the rest of the text has yet to earn
+    assert 400 < first[0] < 400 * (1 + SHARE) + FIRST + last
+    assert second[0] < 400 * (1 + SHARE) + last
+
+
+def test_drafts_that_come_true_but_take_longer_than_steps_are_given_up(dictate):
+    first, second = dictate(DEAR, itertools.cycle(CYCLE), times=2)
+    assert 400 < first[0] < 400 + 2 * DEAR.surplus(1, 17)
+    assert second[0] < 400 * (1 + SHARE) + DEAR.surplus(1, 17)
+
+
+def test_a_text_that_repeats_itself_is_written_in_less_than_half_the_time(dictate):
+    ((took, _),) = dictate(CHEAP, itertools.cycle(CYCLE))
+    assert took < 400 / 2
+
+
+def test_what_came_true_on_trial_is_read_once(monkeypatch, dictate):
+    ((_, tokens),) = dictate(CHEAP, itertools.cycle(CYCLE))
+    assert 400 <= tokens < 420
+    monkeypatch.setattr(sequences, "Undoing", type(None))  # no runner is one
+    ((_, tokens),) = dictate(CHEAP, itertools.cycle(CYCLE))
+    assert tokens > 650
+
+
+def test_a_step_that_someone_disturbed_does_not_ruin_a_session():
+    budget = Budget()
+    for index in range(60):
+        budget.note_step(1, 50.0 if index % 20 == 3 else 1.0)
+    before = budget.credit(1)
+    assert before == pytest.approx(FIRST + 60 * SHARE)
+    budget.note_pass(1, 1.6, 0.5)
+    assert before - budget.credit(1) == pytest.approx(0.6, abs=0.2)
+    before = budget.credit(1)
+    budget.note_pass(1, 100.0, 0.5)
+    assert before - budget.credit(1) == pytest.approx(2.0)
+    budget.note_pass(1, 41.0, 0.5)  # again: so that is what it takes
+    assert before - budget.credit(1) == pytest.approx(42.0, abs=4)
+    assert Budget().credit(1) == 0.0  # before a step was measured
