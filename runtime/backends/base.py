@@ -90,10 +90,13 @@ class Narrowing(Protocol):
 
 @runtime_checkable
 class Undoing(Protocol):
-    """A runner that still holds the state before its last `score`, so that a draft may enter the state on trial."""
+    """A runner that can keep the state before a pass, so that drafts may enter the state on trial."""
+
+    def score_on_trial(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """`Runner.score` that can be undone, as long as nothing else is read or written."""
 
     def undo(self) -> None:
-        """Put back the state before a `score`, after which nothing was read or written; `logits` and `top` stay undefined."""
+        """Put back the state before a `score_on_trial`; `logits` and `top` stay undefined."""
 
 
 @dataclass(frozen=True)

@@ -126,30 +126,34 @@ class OnnxRuntimeRunner:
         self._buffers = tuple({spec.input: _filled(spec, self._layout, batch) for spec in manifest.state} for _ in range(sides))
         self._position_after = np.zeros(batch, np.int64)
         self._side = 0
-        self._bindings: dict[int, tuple[_Bindings, _Bindings]] = {}
+        self._bindings: dict[int, tuple[_Bindings, _Bindings, _Bindings]] = {}
         self.narrow(batch)
 
     def narrow(self, slots: int) -> None:
         self._slots = slots
         if slots not in self._bindings:
             self._bindings[slots] = self._bind(slots)
-        self._decode_bindings, self._prefill_bindings = self._bindings[slots]
+        self._decode_bindings, self._prefill_bindings, self._trial_bindings = self._bindings[slots]
 
-    def _bind(self, slots: int) -> tuple[_Bindings, _Bindings]:
-        """Bindings of decode and prefill over the first so many slots, for either side."""
+    def _bind(self, slots: int) -> tuple[_Bindings, _Bindings, _Bindings]:
+        """Bindings of decode, of prefill, and of prefill from one side to the other over the first so many slots, for each side."""
         sides = [{name: buffer[:slots] for name, buffer in buffers.items()} for buffers in self._buffers]
         swapping = list(zip(sides, reversed(sides), strict=True))
         in_place = [(side, {**side, "position": self._position_after[:slots]}) for side in sides]
-        prefill, decode = (
+        decode, prefill, trial = (
             tuple(self._bind_state(session, before, after) for before, after in (in_place if stays else swapping))
-            for session, stays in ((self._prefill, self._chunks_in_place), (self._decode, self._steps_in_place))
+            for session, stays in (
+                (self._decode, self._steps_in_place),
+                (self._prefill, self._chunks_in_place),
+                (self._prefill, len(sides) == 1),
+            )
         )
         for binding in decode:
             _bind_input(binding, "tokens", self._tokens[:slots])
             if self._shared:
                 _bind_input(binding, "length", self._one_token[:slots])
                 _bind_input(binding, "rows", self._first_row[:slots])
-        return decode, prefill
+        return decode, prefill, trial
 
     def step(self, tokens: NDArray[np.int64]) -> None:
         self._tokens[: self._slots, 0] = tokens
@@ -165,28 +169,43 @@ class OnnxRuntimeRunner:
 
     def prefill(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
         # Columns that are padding in every slot are not computed at all.
-        self._read(tokens[:, : max(lengths.max(), 1)], lengths, last_rows(lengths), self._logits[: self._slots, None])
+        tokens, logits = tokens[:, : max(lengths.max(), 1)], self._logits[: self._slots, None]
+        self._read(tokens, lengths, last_rows(lengths), logits, self._chunks_in_place)
 
     def score(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         logits = np.empty((*rows.shape, self._logits.shape[1]), np.float32)
-        self._read(tokens, lengths, rows, logits)
+        self._read(tokens, lengths, rows, logits, self._chunks_in_place)
+        return logits
+
+    def score_on_trial(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        if len(self._buffers) == 1:  # the state before is kept on a side of its own, made for the first trial
+            self._buffers = (*self._buffers, {spec.input: _filled(spec, self._layout, self.batch) for spec in self._specs})
+            self._bindings.clear()
+            self.narrow(self._slots)
+        logits = np.empty((*rows.shape, self._logits.shape[1]), np.float32)
+        self._read(tokens, lengths, rows, logits, False)
         return logits
 
     def undo(self) -> None:
         self._side = 1 - self._side
 
     def _read(
-        self, tokens: NDArray[np.int64], lengths: NDArray[np.int64], rows: NDArray[np.int64], logits: NDArray[np.float32]
+        self,
+        tokens: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        logits: NDArray[np.float32],
+        in_place: bool,
     ) -> None:
         """Run the prefill graph; logits of `rows` (B, R) go to `logits` (B, R, V)."""
-        binding = self._prefill_bindings[self._side]
+        binding = (self._prefill_bindings if in_place else self._trial_bindings)[self._side]
         inputs = {"tokens": tokens, "length": lengths, "rows": rows}
         held = {name: np.ascontiguousarray(array) for name, array in inputs.items()}  # until the run is over
         for name, array in held.items():
             _bind_input(binding, name, array)
         binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
         self._prefill.run_with_iobinding(binding)
-        self._advance(self._chunks_in_place)
+        self._advance(in_place)
 
     def logits(self) -> NDArray[np.float32]:
         return self._logits

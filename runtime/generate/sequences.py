@@ -281,7 +281,8 @@ class Sequences:
         lengths = np.array([len(own) + len(guess) for own, guess in zip(certain, guessed, strict=True)])
         wide = self._widened(tokens)
         more = len(wide) - len(tokens)
-        logits = self._runner.score(wide, np.pad(lengths, (0, more)), np.pad(rows, ((0, more), (0, 0))))
+        score = self._runner.score if self._undoing is None or not any(guessed) else self._undoing.score_on_trial
+        logits = score(wide, np.pad(lengths, (0, more)), np.pad(rows, ((0, more), (0, 0))))
         return [logits[place, : 1 + len(draft)] for place, draft in enumerate(drafts)]
 
     def _check_chunk(self, tokens: Tokens) -> None:

@@ -123,7 +123,7 @@ def test_a_score_that_is_undone_leaves_the_state_bit_by_bit(model):
     for each in (runner, undone):
         each.prefill(np.stack([TOKENS[:7], TOKENS[3:10]]), np.array([7, 4]))
         each.step(TOKENS[:2])  # which may write the state where it was read
-    undone.score(np.stack([TOKENS[:6]] * 2), np.array([6, 3]), np.array([[5], [5]]))
+    undone.score_on_trial(np.stack([TOKENS[:6]] * 2), np.array([6, 3]), np.array([[5], [5]]))
     undone.undo()
     for each in (runner, undone):
         each.step(TOKENS[5:7])

@@ -92,7 +92,7 @@ def test_scores_are_those_of_onnx_runtime_and_drafts_leave_no_trace(tmp_path, cu
     for slot, taken in enumerate((12, 6, 8)):
         assert ours.read_state(slot)["position"] == taken
     for runner in (ours, reference):
-        runner.score(*chunks[0])
+        runner.score_on_trial(*chunks[0])
         runner.undo()
         runner.step(TOKENS[:, 13])
     assert measure(ours.logits(), reference.logits()).relative < SAME

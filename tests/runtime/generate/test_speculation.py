@@ -314,7 +314,7 @@ class Clock:
             self.now += 1 + (self.cost.surplus(1, width) if width else 0.0)
             return method(*arguments)
 
-        for name in ("step", "score", "prefill"):
+        for name in ("step", "score", "score_on_trial", "prefill"):
             setattr(runner, name, partial(timed, getattr(runner, name)))
 
 
