@@ -24,7 +24,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retnet_export.runtime.backends.base import NUMPY_DTYPES, PassCost, State, last_rows, state_from_graph, state_to_graph, top_of
-from retnet_export.runtime.backends.onnxruntime_api import best_variant, check_computes, check_session, slow_when_quantized
+from retnet_export.runtime.backends.onnxruntime_api import (
+    ACTIVATION_BLOCK,
+    best_variant,
+    check_computes,
+    check_session,
+    return_free_memory,
+    slow_when_quantized,
+)
 from retnet_export.runtime.backends.registration import Registration
 from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.bundle.layout import StateLayout
@@ -41,8 +48,8 @@ class OnnxRuntimeBackend:
     Args:
         bundle: the bundle.
         threads: threads per operator; ONNX Runtime's choice (one per physical core) when None.
-        low_memory: True holds the weights once, and float weights as the mapped file itself instead of a packed copy; False
-            gives each graph a session of its own; None weighs speed against memory as above.
+        low_memory: True holds the weights once, float weights as the mapped file itself instead of a packed copy, and keeps no
+            memory between runs; False gives each graph a session of its own; None weighs speed against memory as above.
         variant: of the bundle's graphs; the best that this ONNX Runtime runs when None.
 
     Raises:
@@ -70,10 +77,14 @@ class OnnxRuntimeBackend:
         if low_memory and not quantized:
             # Products with quantized weights are twenty times slower unpacked, those with floats a tenth.
             options.add_session_config_entry("session.disable_prepacking", "1")
+        options.add_session_config_entry("session.qdq_matmulnbits_block_size", str(ACTIVATION_BLOCK))
+        self._tidy = bool(low_memory)
+        options.enable_cpu_mem_arena = not self._tidy
         self._options = options
         self._prefill = self._load("prefill")
         share = (not quantized or self._graphs["prefill"].steps_in_place) if low_memory is None else low_memory
         self._decode = self._prefill if share else self._load("decode")
+        return_free_memory()  # what packing the weights took
 
     def _load(self, graph: str) -> onnxruntime.InferenceSession:
         import onnxruntime
@@ -96,7 +107,7 @@ class OnnxRuntimeBackend:
         fixed = manifest.graphs["decode"].inputs[0].shape[0]
         if fixed not in (-1, batch):
             raise UserError(f"{self._bundle.path}: exported for batch {fixed}, asked for {batch}; export it without a fixed batch")
-        return OnnxRuntimeRunner(self._decode, self._prefill, manifest, self._graphs, batch)
+        return OnnxRuntimeRunner(self._decode, self._prefill, manifest, self._graphs, batch, self._tidy)
 
 
 _Bindings: TypeAlias = "tuple[onnxruntime.IOBinding, ...]"
@@ -112,8 +123,9 @@ class OnnxRuntimeRunner:
         manifest: Manifest,
         graphs: Mapping[str, GraphSpec],
         batch: int,
+        tidy: bool = False,
     ) -> None:
-        self._decode, self._prefill, self.batch = decode, prefill, batch
+        self._decode, self._prefill, self.batch, self._tidy = decode, prefill, batch, tidy
         self._specs = manifest.state
         self._layout = graphs["decode"].state_layout
         self._tokens = np.zeros((batch, 1), np.int64)
@@ -206,6 +218,8 @@ class OnnxRuntimeRunner:
         binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
         self._prefill.run_with_iobinding(binding)
         self._advance(in_place)
+        if self._tidy:
+            return_free_memory()
 
     def logits(self) -> NDArray[np.float32]:
         return self._logits

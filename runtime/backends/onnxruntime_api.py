@@ -5,6 +5,8 @@ Rule: no other module asks for a version of ONNX Runtime.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +27,10 @@ WEIGHTS_FOLDER_OPTION = (1, 21)
 FUSES_INTEGERS = (1, 25)
 """The first that makes one operator of an 8-bit weight's DequantizeLinear and its product, and that has LinearAttention."""
 
+ACTIVATION_BLOCK = 128
+"""Numbers that share a scale where products with INT8 weights round what flows into them. ONNX Runtime's own 32 take 45 %
+longer a step, and a quarter more memory for scales; what 128 cost in quality is in docs/lab/quantization.md."""
+
 BFLOAT16_REMEDY = "run it on a GPU (backend=cuda, or compile it for TensorRT), or export it with precision=fp32 or fp16"
 """What to do with a bundle of bfloat16."""
 
@@ -44,6 +50,15 @@ def slow_when_quantized(version: str) -> str | None:
         "groups, or beside float16, become floats at every step: ten times slower. On Python 3.11 or later: "
         "pip install --upgrade onnxruntime"
     )
+
+
+def return_free_memory() -> None:
+    """Give the system back what the C library keeps of freed memory: after weights are packed, a quarter of their size.
+
+    Only glibc keeps so much, and only it has this call.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library; TypeError: Windows has no CDLL(None)
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def read_weights_from(folder: Path, options: onnxruntime.SessionOptions, purpose: str) -> None:

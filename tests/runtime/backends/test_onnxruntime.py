@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
+from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.runtime.model import load
 from retnet_export.runtime.numerics import TOLERANCES, measure
 
@@ -26,6 +27,15 @@ def test_one_session_for_both_graphs_gives_what_two_give(tmp_path, low_memory):
         for token in TOKENS[30:]:
             session.step([token])
     assert measure(shared.logits, separate.logits).relative < TOLERANCES["chunkwise-float32"].relative
+
+
+def test_giving_memory_back_between_runs_changes_no_bit(tmp_path):
+    bundle = quantize_bundle(tiny.bundle(tmp_path, tiny.config(hidden_size=64)), tmp_path / "q.retnet", QuantizeOptions("int4", 16))
+    tidy, usual = (load(bundle.path, threads=1, low_memory=choice).session() for choice in (True, None))
+    for session in (tidy, usual):
+        session.feed(TOKENS[:30].tolist())
+        session.step([1])
+    np.testing.assert_array_equal(tidy.logits, usual.logits)
 
 
 RESIDENT = """
