@@ -21,7 +21,14 @@ CONFIG = tiny.config(
 READ = {
     "step": lambda runner: [runner.step(np.array([token])) for token in range(3)],
     "batch": lambda runner: [runner.step(np.arange(3)) for _ in range(3)],
-    "few": lambda runner: [runner.score(np.arange(7)[None], np.array([length]), np.arange(7)[None]) for length in (0, 3, 7)],
+    "few": lambda runner: [
+        runner.score(np.array([tokens]), np.array([length]), np.arange(length - 1, len(tokens))[None])
+        for tokens, length in (
+            ([0, 1, 2, 3, 4, 5, 6], 1),
+            ([1, 2, 3, 50, 51], 4),
+            ([51, 60], 2),
+        )  # three drafts were right, then one
+    ],
     "prompt": lambda runner: runner.prefill(np.arange(80)[None], np.array([80])),
 }
 
