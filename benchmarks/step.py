@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from gpu_models import MODELS
 
 from retnet_export.runtime.backends.cuda import backend as cuda_backend
-from retnet_export.runtime.backends.cuda import compiler, weights
+from retnet_export.runtime.backends.cuda import compiler, sources, weights
 from retnet_export.runtime.backends.cuda.layout import Kind, MatrixLayout
 from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.bundle.external_data import StoredInitializer
@@ -59,9 +59,9 @@ def random_model(config: ModelConfig, kind: Kind, group: int | None) -> tuple[An
     def stored(name: str, *shape: int) -> StoredInitializer:
         return StoredInitializer(name, 1, shape, "", 0, None, frozenset())
 
-    def matrix(rows: int, columns: int, *, of: Kind = kind, interleaved: bool = False) -> weights.MatrixSource:
+    def matrix(rows: int, columns: int, *, of: Kind = kind, interleaved: bool = False) -> sources.MatrixSource:
         layout = MatrixLayout(rows, columns, of, group if of == kind else None, "float16", interleaved)
-        return weights.MatrixSource(layout, stored("w", columns, rows), False, stored("s", 1))
+        return sources.MatrixSource(layout, stored("w", columns, rows), False, stored("s", 1))
 
     layer = {
         "projections": matrix(2 * config.key_size + 2 * config.value_size, config.hidden_size),
@@ -76,7 +76,7 @@ def random_model(config: ModelConfig, kind: Kind, group: int | None) -> tuple[An
         vectors[f"layers.{index}.retention.head_norm.weight"] = stored("head_norm", config.head_value_dim)
     head = matrix(config.vocab_size, config.hidden_size)
     embedding = matrix(config.vocab_size, config.hidden_size, of="float16")
-    sources = weights.Sources((layer,) * config.num_layers, head, embedding, vectors)
+    found = sources.Sources((layer,) * config.num_layers, head, embedding, vectors)
     manifest = SimpleNamespace(
         model=config,
         precision=SimpleNamespace(compute="float16"),
@@ -84,7 +84,7 @@ def random_model(config: ModelConfig, kind: Kind, group: int | None) -> tuple[An
         state=state_specs(config, "float32"),
         quantization=None,
     )
-    return SimpleNamespace(manifest=manifest, path=Path("random")), RandomWeights(config, Path(), sources)
+    return SimpleNamespace(manifest=manifest, path=Path("random")), RandomWeights(config, Path(), found)
 
 
 def copy_bandwidth(size: int = 4 << 30) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 
 from retnet_export.graph.blocks import rotated_projection_order
 from retnet_export.graph.weights import retention_inputs
-from retnet_export.runtime.backends.cuda.weights import MatrixSource, find_sources
+from retnet_export.runtime.backends.cuda.sources import MatrixSource, find_sources
 from retnet_export.runtime.bundle.bundle import Bundle
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}

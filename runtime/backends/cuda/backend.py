@@ -31,7 +31,8 @@ from retnet_export.runtime.backends.cuda.plan import (
     too_old,
     unsupported,
 )
-from retnet_export.runtime.backends.cuda.weights import DeviceWeights, UnsupportedError
+from retnet_export.runtime.backends.cuda.sources import UnsupportedError
+from retnet_export.runtime.backends.cuda.weights import DeviceWeights
 from retnet_export.runtime.backends.registration import Registration
 from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.device import cuda, kernels

@@ -11,8 +11,8 @@ from retnet_export.runtime.backends.cuda.launches import DeviceMatrix, DeviceMod
 from retnet_export.runtime.backends.cuda.layout import MatrixLayout
 from retnet_export.runtime.backends.cuda.many_source import Limits, ManySource
 from retnet_export.runtime.backends.cuda.plan import DeviceLimits
+from retnet_export.runtime.backends.cuda.sources import product_names
 from retnet_export.runtime.backends.cuda.weights import DeviceWeights
-from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.device import cuda, kernels
 
 RESERVED_BYTES = 1024
@@ -29,12 +29,6 @@ def layouts_by_name(weights: DeviceWeights) -> dict[str, MatrixLayout]:
     }
     layouts["embedding.weight"] = sources.embedding.layout
     return layouts if sources.head is sources.embedding else {**layouts, "head.weight": sources.head.layout}
-
-
-def product_names(config: ModelConfig) -> dict[str, str]:
-    """The products of a layer as the graphs name them."""
-    up = "ffn.gate_up" if config.ffn == "glu" else "ffn.up"
-    return {"projections": "retention.projections", "out": "retention.out", "up": up, "down": "ffn.down"}
 
 
 def many_source(weights: DeviceWeights, limits: DeviceLimits) -> ManySource:
