@@ -24,10 +24,11 @@ from step import FORMATS, copy_bandwidth, random_model
 from retnet_export.runtime.backends.cuda import backend as cuda_backend
 from retnet_export.runtime.backends.cuda import compiler
 from retnet_export.runtime.backends.cuda.many_source import WINDOW
+from retnet_export.runtime.backends.cuda.runner import CudaRunner
 from retnet_export.runtime.device import cuda
 
 
-def times_of_steps(runner: cuda_backend.CudaRunner, steps: int) -> list[float]:
+def times_of_steps(runner: CudaRunner, steps: int) -> list[float]:
     """Milliseconds of each step of a greedy loop."""
     tokens, times = np.zeros(runner.batch, np.int64), []
     for _ in range(steps + WINDOW):
@@ -38,7 +39,7 @@ def times_of_steps(runner: cuda_backend.CudaRunner, steps: int) -> list[float]:
     return sorted(times[WINDOW:])
 
 
-def times_of_prompts(runner: cuda_backend.CudaRunner, tokens: int, chunk: int, repeats: int = 7) -> list[float]:
+def times_of_prompts(runner: CudaRunner, tokens: int, chunk: int, repeats: int = 7) -> list[float]:
     """Milliseconds of reading a prompt, as a session does."""
     prompt, times = np.random.default_rng(0).integers(0, 30_000, (1, tokens)), []
     for _ in range(repeats + 2):

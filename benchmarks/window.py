@@ -25,8 +25,9 @@ from random_weights import random_weights
 from retnet_export.export.checkpoints.base import Checkpoint
 from retnet_export.export.model import RetNet
 from retnet_export.export.pipeline import ExportOptions, export_bundle
-from retnet_export.runtime.backends.cuda.backend import CudaBackend, CudaRunner
+from retnet_export.runtime.backends.cuda.backend import CudaBackend
 from retnet_export.runtime.backends.cuda.many_source import WINDOW
+from retnet_export.runtime.backends.cuda.runner import CudaRunner
 from retnet_export.runtime.bundle.config import ModelConfig
 from retnet_export.runtime.bundle.manifest import state_name
 from retnet_export.runtime.device import cuda

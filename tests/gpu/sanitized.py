@@ -13,7 +13,8 @@ import numpy as np
 import tiny
 
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
-from retnet_export.runtime.backends.cuda.backend import CudaBackend, CudaRunner
+from retnet_export.runtime.backends.cuda.backend import CudaBackend
+from retnet_export.runtime.backends.cuda.runner import CudaRunner
 
 CONFIG = tiny.config(
     vocab_size=96, hidden_size=64, num_layers=1, num_heads=2, num_kv_heads=2, head_key_dim=16, head_value_dim=32, ffn_size=64

@@ -11,7 +11,8 @@ import pytest
 import tiny
 from random_weights import random_weights
 
-from retnet_export.runtime.backends.cuda.backend import CudaBackend, CudaRunner
+from retnet_export.runtime.backends.cuda.backend import CudaBackend
+from retnet_export.runtime.backends.cuda.runner import CudaRunner
 
 PTX = (
     tuple(int(part) for part in os.environ["RETNET_EXPORT_TEST_PTX"].split(".")) if "RETNET_EXPORT_TEST_PTX" in os.environ else None

@@ -7,23 +7,17 @@ logits, which kernels put in the host's memory; all logits when asked for.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from collections.abc import Mapping
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from retnet_export.runtime.backends.base import NUMPY_DTYPES, PassCost, State, top_of
-from retnet_export.runtime.backends.cuda.buffers import ManyBatch, Size, ring_bytes
+from retnet_export.runtime.backends.base import PassCost
+from retnet_export.runtime.backends.cuda.buffers import Size, ring_bytes
 from retnet_export.runtime.backends.cuda.compiler import Kernels, cache_folder, compile_kernels, compiler_version, library
 from retnet_export.runtime.backends.cuda.many import ROWS_AT_ONCE, Many
 from retnet_export.runtime.backends.cuda.many_model import ManyKernels, device_model, many_source
 from retnet_export.runtime.backends.cuda.many_source import WINDOW
 from retnet_export.runtime.backends.cuda.plan import (
     THREADS,
-    TOP,
     DeviceLimits,
     StepPlan,
     plan_step,
@@ -31,6 +25,7 @@ from retnet_export.runtime.backends.cuda.plan import (
     too_old,
     unsupported,
 )
+from retnet_export.runtime.backends.cuda.runner import CudaRunner, StepStructure
 from retnet_export.runtime.backends.cuda.sources import UnsupportedError
 from retnet_export.runtime.backends.cuda.weights import DeviceWeights
 from retnet_export.runtime.backends.registration import Registration
@@ -43,26 +38,9 @@ SPARE_BYTES = 64 << 20
 """Left free when weights are loaded: code, streams, and what CUDA takes for itself."""
 
 
-class StepStructure(ctypes.Structure):
-    """`Params` of step.cu."""
-
-    _fields_ = (
-        *(
-            (name, ctypes.c_uint64)
-            for name in (
-                "layers", "head", "embedding", "embedding_scales", "vectors", "phases", "state", "position",
-                "mail", "control", "logits", "tile_largest", "result",
-            )
-        ),
-        ("token", ctypes.c_int),
-    )  # fmt: skip
-
-
 PASS_COST = PassCost(fixed=0.75, token=0.04)
 """1.5B in INT4 on an H100, where a pass costs most: two rows take 1.7 steps, eight 2.1, sixteen 2.8 (docs/lab/speculation.md).
 Tokens that were drafts of the last pass have no row. `fixed` is 0.4 for 1.5B in fp16 and for 7.8B in INT4."""
-RESULT_WORDS = 1 + 2 * TOP
-"""`Result` of step.cu, in words of 32 bits: whether more logits are equal than it looks at, tokens, logits."""
 
 
 def device_limits(index: int = 0) -> DeviceLimits:
@@ -217,146 +195,6 @@ class CudaBackend:
             raise UserError(f"{self.path}: exported for batch {fixed}, asked for {batch}; export it without a fixed batch")
         self._check_batch(batch)
         return CudaRunner(self, batch)
-
-
-class CudaRunner:
-    """State, position and logits of a batch of sequences."""
-
-    def __init__(self, backend: CudaBackend, batch: int) -> None:
-        self._backend, self.batch, self._stream, self._slots = backend, batch, backend.stream, batch
-        config = backend.manifest.model
-        self._config, self._layer_bytes = config, 4 * config.state_elements // config.num_layers
-        self._state = cuda.DeviceBuffer(batch * 4 * config.state_elements)
-        self._positions = cuda.DeviceBuffer(8 * batch)
-        self._logits = cuda.DeviceBuffer(4 * batch * config.vocab_size)
-        self._result, result = kernels.mapped((RESULT_WORDS,), np.uint32)
-        self._host_logits: NDArray[np.float32] | None = None
-        self._logits_current, self._waiting, self._alone = False, False, True
-        structure = backend.structure()
-        structure.state, structure.position = self._state.address, self._positions.address
-        structure.logits, structure.result = self._logits.address, result
-        self._arguments = kernels.Arguments(structure)
-        self._many: ManyBatch | None = None
-        for buffer in (self._state, self._positions, self._logits):
-            self._stream.fill(buffer, 0)
-        self._stream.synchronize()
-
-    def narrow(self, slots: int) -> None:
-        self._slots = slots
-
-    def step(self, tokens: NDArray[np.int64]) -> None:
-        self._check(tokens)
-        with cuda.LOCK:
-            if len(tokens) == 1:
-                self._step_alone(int(tokens[0]))
-            else:
-                self._backend.many.step(self._batch(), tokens)
-                self._advanced(alone=False)
-
-    def prefill(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
-        self._check(tokens[np.arange(tokens.shape[1]) < lengths[:, None]])
-        with cuda.LOCK:
-            if len(lengths) == 1 and lengths[0] == 1:
-                self._step_alone(int(tokens[0, 0]))
-            elif lengths.any():
-                self._backend.many.prefill(self._batch(), tokens, lengths)
-                self._advanced(alone=False)
-
-    def score(self, tokens: NDArray[np.int64], lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        with cuda.LOCK:
-            scores = self._backend.many.score(self._batch(), tokens, lengths, rows)
-            self._advanced(alone=False)
-        return scores
-
-    def logits(self) -> NDArray[np.float32]:
-        if self._host_logits is None:
-            self._host_logits = cuda.pinned((self.batch, self._config.vocab_size), np.float32)
-        if not self._logits_current:
-            self._stream.copy_to_host(self._host_logits, self._logits)
-            self._logits_current, self._waiting = True, True
-        self._wait()
-        return self._host_logits
-
-    def top(self, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        self._wait()
-        slots = self._slots
-        if self._alone:
-            found, tokens = not self._result[0], self._result[None, 1 : 1 + TOP].view(np.int32)
-            largest = self._result[None, 1 + TOP :].view(np.float32)
-        else:
-            many = self._batch()
-            found, tokens, largest = bool((many.found[:slots] >= 0).all()), many.tokens[:slots], many.largest[:slots]
-        if k > min(TOP, self._config.vocab_size) or not found or len(tokens) < slots:
-            return top_of(self.logits()[:slots], k)
-        return tokens[:, :k].astype(np.int64), largest[:, :k].copy()
-
-    def read_state(self, slot: int) -> State:
-        self._fold()
-        state: dict[str, NDArray[np.generic]] = {}
-        for spec in self._backend.manifest.state:
-            if spec.layer is None:
-                array: NDArray[Any] = np.empty(1, np.int64)
-                self._stream.copy_to_host(array, self._positions, 8 * slot)
-            else:
-                array = np.empty((1, *spec.shape[1:]), np.float32)
-                self._stream.copy_to_host(array, self._state, self._place(slot, spec.layer))
-            state[spec.input] = array
-        self._stream.synchronize()
-        return {spec.input: state[spec.input].astype(NUMPY_DTYPES[spec.dtype], copy=False) for spec in self._backend.manifest.state}
-
-    def write_state(self, slot: int, state: State) -> None:
-        self._changed()
-        arrays = []
-        for spec in self._backend.manifest.state:
-            if spec.layer is None:
-                array: NDArray[Any] = np.ascontiguousarray(state[spec.input], np.int64)
-                self._stream.copy_to_device(self._positions, array, 8 * slot)
-            else:
-                array = np.ascontiguousarray(state[spec.input], np.float32)
-                self._stream.copy_to_device(self._state, array, self._place(slot, spec.layer))
-            arrays.append(array)
-        self._stream.synchronize()
-
-    def _place(self, slot: int, layer: int) -> int:
-        return (slot * self._config.num_layers + layer) * self._layer_bytes
-
-    def _batch(self) -> ManyBatch:
-        if self._many is None:
-            addresses = self._state.address, self._positions.address, self._logits.address
-            self._many = self._backend.many.open_batch(self.batch, *addresses)
-        return self._many
-
-    def _fold(self) -> None:
-        """Bring the state up to date with all steps."""
-        if self._many is not None:
-            with cuda.LOCK:
-                self._backend.many.fold(self._many)
-
-    def _changed(self) -> None:
-        """The state is brought up to date, and then changed by another than `many`."""
-        self._fold()
-        if self._many is not None:
-            self._many.drafts = []
-
-    def _check(self, tokens: NDArray[np.int64]) -> None:
-        wrong = tokens[(tokens < 0) | (tokens >= self._config.vocab_size)]
-        if wrong.size:
-            raise UserError(f"token {wrong.flat[0]}: the vocabulary has {self._config.vocab_size}")
-
-    def _step_alone(self, token: int) -> None:
-        """One step of the first sequence."""
-        self._changed()
-        self._arguments.structure.token = token
-        self._backend.step_function.launch_together(self._stream, self._backend.plan.blocks, THREADS, self._arguments)
-        self._advanced(alone=True)
-
-    def _advanced(self, *, alone: bool) -> None:
-        self._logits_current, self._waiting, self._alone = False, True, alone
-
-    def _wait(self) -> None:
-        if self._waiting:
-            self._stream.synchronize()
-            self._waiting = False
 
 
 def shared_stream() -> cuda.Stream:

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet_export.runtime.backends.cuda.launches import Addresses, Slots, most_parts, padded, projections_width
+from retnet_export.runtime.backends.cuda.launches import Addresses, most_parts, padded, projections_width
 from retnet_export.runtime.backends.cuda.many_source import DRAFTS, OPERAND_BYTES, OPERANDS, WINDOW, ManySource
 from retnet_export.runtime.backends.cuda.pieces import padded_count, padded_rows
+from retnet_export.runtime.backends.cuda.structures import Slots
 from retnet_export.runtime.device import cuda, kernels
 
 KEPT = 64
