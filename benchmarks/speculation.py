@@ -63,7 +63,7 @@ def texts(tokenizer: Tokenizer, tokens: int) -> Mapping[str, Text]:
 
 
 class Dictated(Continuation):
-    """Chooses what it is told, and looks at the largest logit as greedy generation does."""
+    """Chooses given tokens, and looks at the largest logit as greedy generation does."""
 
     def __init__(self, options: Options, session: Session, text: Sequence[int]) -> None:
         super().__init__(options, np.zeros(session.manifest.model.vocab_size, np.int32))

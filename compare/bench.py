@@ -89,7 +89,7 @@ def run(model: Model, tests: Sequence[Trial], repetitions: int, progress: Progre
         model: the bundle on its backend.
         tests: what to time.
         repetitions: of each, after one that does not count.
-        progress: is told the share done.
+        progress: gets the share done.
     """
     for number, test in enumerate(tests):
         progress(str(test), number / len(tests))

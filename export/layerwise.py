@@ -39,13 +39,13 @@ def logits_by_layer(
         graph: "decode" or "prefill".
         tokens: int64 (T,); they are read as many at a time as the graph takes.
         threads: threads per operator; ONNX Runtime's choice when None.
-        progress: told the share done.
+        progress: gets the share done.
 
     Returns:
         Logits after each run of the graph, (T, V) for decode, (⌈T/C⌉, V) for prefill.
 
     Raises:
-        UserError: ONNX Runtime refuses a piece, or the graph's layers cannot be told apart.
+        UserError: ONNX Runtime refuses a piece, or the graph's nodes do not show its layers.
     """
     try:
         from retnet_export.graph.layers import LayerCutter, residual_streams

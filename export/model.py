@@ -204,7 +204,7 @@ def parallel_by_layer(
         read: reads a canonical weight.
         tokens: int64 (B, T).
         clamps: values of `clamp_rows`; all are computed in one pass over the weights.
-        progress: told the share done.
+        progress: gets the share done.
 
     Returns:
         Logits (B, T, V), one for each of `clamps`.

@@ -147,7 +147,7 @@ def compile_bundle(bundle: Bundle, options: CompileOptions, *, progress: Progres
     Args:
         bundle: the bundle; its portable graphs are compiled.
         options: for what, and how.
-        progress: is told the phase and the share done.
+        progress: gets the phase and the share done.
 
     Returns:
         The record that was written beside the engines.

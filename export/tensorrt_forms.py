@@ -1,6 +1,6 @@
-"""The bundle's graphs in the forms that TensorRT compiles best, in a folder of their own for as long as a build takes.
+"""The bundle's graphs in the forms that TensorRT compiles best, in a folder that exists while a build runs.
 
-Rule: weights are not copied. The folder holds a link to the bundle's weights file, and beside it what the forms hold anew: the
+Rule: weights are not copied. The folder holds a link to the bundle's weights file, and what is new in the forms: the
 planes of INT8 matrices, and a second copy of what TensorRT must not see twice.
 """
 

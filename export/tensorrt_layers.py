@@ -95,7 +95,7 @@ def layers_of_log(lines: Iterable[str]) -> list[Layer]:
     """The layers that a build with a verbose log listed.
 
     Raises:
-        UnreadableLayersError: there is no list, or a line of it is of no known form.
+        UnreadableLayersError: there is no list, or a line of it has an unknown form.
     """
     found: list[Layer] = []
     listed = False
@@ -120,12 +120,12 @@ OPERATOR = re.compile(r"\[ONNX Layer: ([^\]]*(?:\[profile \d+\])?)\]")
 def _layer_of_line(line: str) -> Layer:
     match = LINE.match(line)
     if match is None or "Outputs: [" not in match["rest"]:
-        raise UnreadableLayersError(f"a layer of no known form: {line[:120]}")
+        raise UnreadableLayersError(f"a layer in an unknown form: {line[:120]}")
     before, _, after = match["rest"].partition("Outputs: [")
     after, _, end = after.partition("TacticName:")
     inputs, outputs = (tuple(_tensor_of_text(each, line) for each in TENSOR.finditer(part)) for part in (before, after))
     if len(inputs) + len(outputs) != len(re.findall(r"\{ Name: ", before + after)):
-        raise UnreadableLayersError(f"a tensor of no known form: {line[:120]}")
+        raise UnreadableLayersError(f"a tensor in an unknown form: {line[:120]}")
     operators = tuple(OPERATOR.findall(end))
     return Layer(match["name"], match["kind"], inputs, outputs, operators)
 
@@ -142,14 +142,14 @@ def _item_bytes(text: str, tensor: str) -> float:
     for word in re.findall(r"\w+", text.lower()):
         if word in ITEM_BYTES:
             return ITEM_BYTES[word]
-    raise UnreadableLayersError(f"the tensor {tensor} is of a type that is not known: {text.strip()}")
+    raise UnreadableLayersError(f"the tensor {tensor} has an unknown type: {text.strip()}")
 
 
 def layers_of_inspector(document: str) -> list[Layer]:
     """The layers in the JSON of `IEngineInspector.get_engine_information`.
 
     Raises:
-        UnreadableLayersError: it has names only, or is of no known form.
+        UnreadableLayersError: it has names only, or an unknown form.
     """
     try:
         listed = json.loads(document)["Layers"]
@@ -160,7 +160,7 @@ def layers_of_inspector(document: str) -> list[Layer]:
     try:
         return _with_profiles([_layer_of_entry(entry) for entry in listed])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UnreadableLayersError(f"a layer of the inspector's is of no known form ({error!r})") from error
+        raise UnreadableLayersError(f"the inspector lists a layer in an unknown form ({error!r})") from error
 
 
 def _layer_of_entry(entry: dict[str, object]) -> Layer:

@@ -14,7 +14,7 @@ from retnet_export.runtime.progress import Progress
 
 
 def make_monitor(module: Any, progress: Progress) -> Any:
-    """A progress monitor that adds up TensorRT's nested phases, and cancels the build when told to.
+    """A progress monitor that adds up TensorRT's nested phases, and can cancel the build.
 
     Returns:
         An `IProgressMonitor` with a method `cancel`.

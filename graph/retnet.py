@@ -29,8 +29,8 @@ def warn_of_slow_heads(config: ModelConfig, state: str) -> None:
     if state == "fp16" and slow:
         warnings.warn(
             f"state fp16: {slow} of {config.num_heads} heads remember more than {LONGEST_HALF_PRECISION_MEMORY:,} tokens "
-            f"(up to {1 / (1 - config.gamma.max()):,.0f}); a float16 state of such heads was measured to be off by 4 % to 30 %. "
-            "fp32 holds them (docs/lab/quantization.md, State)",
+            f"(up to {1 / (1 - config.gamma.max()):,.0f}); in measurements a float16 state of such heads was off by 4 % to "
+            "30 %; use fp32 (docs/lab/quantization.md, State)",
             PrecisionWarning,
             stacklevel=3,
         )

@@ -37,7 +37,7 @@ DEBIAN = [
 ]
 PYTHON = "3.11"
 EXTRAS = "cpu,serve"
-"""Of the package. Their wheels have a folder of their own, so that other extras are downloaded anew."""
+"""Of the package. Their wheels have a folder of their own, so that other extras are downloaded again."""
 PLATFORMS = [f"manylinux_2_{minor}_aarch64" for minor in range(35, 16, -1)] + ["manylinux2014_aarch64"]
 """Of wheels that run with glibc 2.35, JetPack 6's, newest first."""
 

@@ -1,6 +1,6 @@
 """Who may ask: keys, hosts and origins are checked before anything else is looked at.
 
-Rule: without being told otherwise a server answers programs on its own machine, and no web page but its own. A page on another
+Rule: by default a server answers programs on its own machine, and no web page but its own. A page on another
 site can reach a loopback port through the browser, under a name of its own that leads here (DNS rebinding), or by sending a
 form: the names in Host and Origin tell.
 """

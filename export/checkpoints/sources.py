@@ -97,7 +97,7 @@ class _Entry:
 class SafetensorsSource:
     """Tensors in safetensors files.
 
-    A file is opened for each tensor anew: it is mapped as long as it is open, and what was read of it would count as memory in use.
+    A file is opened again for each tensor: while it is open it is mapped, and what was read of it would count as memory in use.
 
     Args:
         files: one file, or all shards.

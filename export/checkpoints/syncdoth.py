@@ -44,7 +44,7 @@ def checkpoint_from(found: Found) -> Checkpoint:
     if xatl := sorted(XATL_FIELDS & set(found.settings)):
         raise UserError(
             f"{found.settings_from}: {listed(xatl)} are fields of XATL's fork, which is another model even with its defaults: it "
-            "does not divide the state by √Σγ, spaces its decays otherwise, and rotates otherwise on GPU and CPU; only syncdoth's "
+            "does not divide the state by √Σγ, has other decays, and rotates differently on GPU and CPU; only syncdoth's "
             "own RetNets are exported"
         )
     if not found.settings:

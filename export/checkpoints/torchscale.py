@@ -101,8 +101,8 @@ def model_config(found: Found, fields: Fields, prefix: str, tied: bool) -> Model
     if biased != layer_norm or (biased and glu):
         raise UserError(
             f"{described(source)}: mixes modules of before and after 2023-09-28 (biased projections: {_yes(biased)}, LayerNorm: "
-            f"{_yes(layer_norm)}, gated feed-forward: {_yes(glu)}); no commit of torchscale that is known does, so its maths is "
-            "not known either"
+            f"{_yes(layer_norm)}, gated feed-forward: {_yes(glu)}); no known commit of torchscale does that, so "
+            "what the model computes is unknown"
         )
     hidden_size, heads = fields.integer("decoder_embed_dim", 768), fields.integer("decoder_retention_heads", 3)
     layers, eps = fields.integer("decoder_layers", 12), fields.number("layernorm_eps", 1e-6)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 TYPES: Mapping[str, DType] = {f"tensor({each.onnx.lower()})": cast(DType, each.name) for each in ELEMENT_TYPES.values()}
 """Element types by ONNX Runtime's names."""
 WEIGHTS_FOLDER_OPTION = (1, 21)
-"""The first that is told where the weights of a graph in memory lie."""
+"""The first that can be told where the weights of a graph in memory are."""
 FUSES_INTEGERS = (1, 25)
 """The first that makes one operator of an 8-bit weight's DequantizeLinear and its product, and that has LinearAttention."""
 

@@ -62,7 +62,7 @@ class DeviceLostError(CudaError, UserError):
     def __init__(self, call: str, code: str, text: str) -> None:
         super().__init__(call, code, text)
         self.args = (
-            f"the GPU stopped at work that it had been given ({call}: {code}, {text}). This process cannot use it any more: start "
+            f"the GPU stopped in the middle of its work ({call}: {code}, {text}). This process cannot use it any more: start "
             "the program again. If it happens again, look for 'Xid' or 'nvgpu' in the kernel's log (dmesg) and report it",
         )
 
@@ -206,9 +206,7 @@ def memory_info() -> MemoryInfo:
     except CudaError as error:
         if error.code not in OUT_OF_MEMORY:
             raise
-        raise CudaMemoryError(
-            "the GPU's memory is all taken, CUDA itself found none for this process; close other programs"
-        ) from error
+        raise CudaMemoryError("the GPU has no free memory for CUDA itself; close other programs") from error
     return MemoryInfo(int(free), int(total))
 
 

@@ -114,7 +114,7 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """The value made anew of JSON's types, so that a template meets no object with methods of its own."""
+    """The value copied into JSON's types, so that a template sees no object that has its own methods."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, Mapping):

@@ -59,11 +59,11 @@ def test_the_inspectors_answer_with_constants_that_are_no_tensors():
     [
         ([], "the builder's log has no list of layers"),
         (log("names-only.txt"), "without their tensors"),
-        (["Layers:", "Name: a, LayerType: kgen, Somewhere: []"], "a layer of no known form: Name: a"),
-        (["Layers:", "Name: a, LayerType: kgen, Inputs: [ { Name: x, Size: 4 }], Outputs: []"], "a tensor of no known form"),
+        (["Layers:", "Name: a, LayerType: kgen, Somewhere: []"], "a layer in an unknown form: Name: a"),
+        (["Layers:", "Name: a, LayerType: kgen, Inputs: [ { Name: x, Size: 4 }], Outputs: []"], "a tensor in an unknown form"),
         (
             ["Layers:", "Name: a, LayerType: kgen, Inputs: [ { Name: x, Dimensions: [4], Datatype: Complex }], Outputs: []"],
-            "the tensor x is of a type that is not known: Complex",
+            "the tensor x has an unknown type: Complex",
         ),
         (
             ["Layers:", "Name: a, LayerType: kgen, Inputs: [ { Name: x, Dimensions: [4], Strides: [1] }], Outputs: []"],
@@ -81,11 +81,11 @@ def test_what_is_of_no_known_form_is_said(lines, message):
     [
         ("{", "no list of layers"),
         ('{"Layers": ["a", "b"]}', "names layers without their tensors"),
-        ('{"Layers": [{"Name": "a", "LayerType": "kgen", "Inputs": [{"Name": "x"}]}]}', "of no known form"),
+        ('{"Layers": [{"Name": "a", "LayerType": "kgen", "Inputs": [{"Name": "x"}]}]}', "in an unknown form"),
         (
             '{"Layers": [{"Name": "a", "LayerType": "kgen", "Inputs": '
             '[{"Name": "x", "Dimensions": [-1], "Format/Datatype": "N/A due to dynamic shapes"}]}]}',
-            "x is of a type that is not known: N/A due to dynamic shapes",
+            "x has an unknown type: N/A due to dynamic shapes",
         ),
     ],
 )

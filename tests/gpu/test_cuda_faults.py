@@ -109,7 +109,7 @@ def test_a_bundle_is_refused_while_another_process_has_the_memory(bundle):
 def test_a_process_that_comes_when_all_memory_is_taken_says_so(bundle):
     with another_process_that_leaves(8 << 20):
         result = python(OPENING, bundle)
-    assert re.search(r"CudaMemoryError: .*(memory is all taken|needs [\d,]+ bytes on the GPU)", result), result
+    assert re.search(r"CudaMemoryError: .*(no free memory for CUDA itself|needs [\d,]+ bytes on the GPU)", result), result
 
 
 def test_a_batch_that_does_not_fit_is_refused_with_numbers_and_a_smaller_one_is_not(bundle):
@@ -195,6 +195,6 @@ def test_a_buffer_that_fits_in_pieces_only_is_made_of_them(monkeypatch):
 
 def test_a_kernel_that_fails_in_the_middle_of_a_step_says_what_to_do(bundle):
     first, second = python(LAUNCH_THAT_FAILS, bundle).splitlines()
-    assert "DeviceLostError: the GPU stopped at work that it had been given" in first
+    assert "DeviceLostError: the GPU stopped in the middle of its work" in first
     assert "start the program again" in first
     assert "an earlier step of this session failed" in second

@@ -272,7 +272,7 @@ def test_few_tokens_of_calibration_are_warned_of_with_their_number(example_bundl
 
     (tmp_path / "short.txt").write_text(PASSAGE)
     options = QuantizeOptions(method="gptq", calibration=tmp_path / "short.txt")
-    with pytest.warns(PrecisionWarning, match=r"calibrated on \d\d\d tokens of short\.txt, which are few: gptq may be worse"):
+    with pytest.warns(PrecisionWarning, match=r"short\.txt: \d\d\d tokens are few to calibrate on: below 4,096 gptq can be worse"):
         made = quantize_bundle(example_bundle, tmp_path / "small.retnet", options)
     record = made.manifest.quantization["calibration"]
     assert 128 <= record["sequences"] * record["length"] < 1000
