@@ -3,9 +3,8 @@
     pip install torch flash-linear-attention              beside 'retnet-export[cuda,export]'
     python benchmarks/against_fla.py                      the table of docs/lab/against-fla.md; two minutes on an H100
 
-The shape is that of fla-hub/retnet-1.3B-100B, its weights are random. The same folder is opened by both, in fp16: a prompt of
-32 tokens, then greedy tokens, without an end. What `generate` takes is its whole time less the prompt's (a call for one token);
-of ours, the greedy loop's.
+The shape is that of fla-hub/retnet-1.3B-100B; weights are random. Both open the same folder, in fp16: a prompt of 32 tokens, then
+greedy tokens. The time of `generate` is its whole time less that of a call for one token; ours is that of the greedy loop.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python benchmarks/batches.py                     the tables of docs/lab/gpu-batches.md; two minutes on an H100, no files
 
-A token of a batch costs: tokens in, one step, the largest logits' tokens out. The floor of a step reads every weight once,
-reads the states once and writes a `WINDOW`-th of them; the other floor writes all, as a step does that keeps nothing back.
+A token of a batch is: tokens in, one step, the tokens of the largest logits out. The floor of a step is the time to read every
+weight and every state once and to write one state in `WINDOW`; the other floor writes all states.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From how many tokens of calibration gptq pays: INT4 of the bundled model against rounding, by tokens.
+"""How many tokens of calibration gptq needs to be better than rounding: INT4 of the bundled model.
 
     python benchmarks/calibration.py --calibration train.txt --text test.txt
 

@@ -3,10 +3,9 @@
 The reference is `export.model.RetNet` in float64, which reads in chunks what the bundle reads token by token: the same
 recurrence (equation 7), at a speed that allows a million tokens.
 
-States are compared in the frame that turns with the queries. A state holds keys turned by n·θ, and the graph's θ is a
-multiple of 2^-32 turn (graph.blocks.rotation), so after a million tokens its keys stand up to 7e-4 radians from those of
-the reference. Nobody can see that: queries are turned alike, and only differences of angles reach an output. Turning each
-state back by its own n·θ removes what cannot be seen and leaves what can.
+States are compared after turning each back by its own n·θ. A state holds keys turned by n·θ, and the graph's θ is a multiple of
+2^-32 turn (graph.blocks.rotation), so after a million tokens its keys are up to 7e-4 radians from those of the reference. That
+changes no output, because queries are turned by the same angle and only differences of angles matter.
 """
 
 from __future__ import annotations

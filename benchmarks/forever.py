@@ -7,7 +7,7 @@ state and logits are compared with the reference (drift.py says how); errors mus
 table starts runners at positions around 2^31 and beyond, where float32 cannot count any more.
 
 The tokens are the hard case: half of them random, half of them one token repeated a thousand times, on which the state
-grows as large as it can.
+grows largest.
 """
 
 from __future__ import annotations

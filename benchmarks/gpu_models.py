@@ -1,8 +1,7 @@
-"""Random models for benchmarks on a GPU, written on the spot: 7.8B parameters in fp16 in well under a minute.
+"""Random models for benchmarks on a GPU: 7.8B parameters in fp16 are written in less than a minute.
 
-Speed does not depend on the weights' values, so a block of random numbers is written again and again instead of drawing
-billions of them; matrices are written in the layout of the graph, without a checkpoint to transpose. Norms and other vectors
-are random as in the tests.
+Speed does not depend on the weights' values, so one block of random numbers is written repeatedly; matrices are written in the
+layout of the graph, without a checkpoint to transpose. Norms and other vectors are random as in the tests.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What quantization costs in quality: every format and method on one text, as a table, JSON and a plot of quality against bytes.
+"""What quantization costs in quality: every format and method on one text, as a table, JSON and a figure.
 
     python benchmarks/quantization.py --text test.txt --calibration train.txt -o docs/lab/figures/quantization
     python benchmarks/quantization.py -o docs/lab/figures/quantization   # draws docs/lab/figures/quantization.json again
 
-The text is read token by token, as on the device. Questions: how much perplexity does a byte less cost, what do calibrated
-methods win, and what does a half-precision state do over a long text, head by head?
+The text is read token by token, as on the device. Questions: what does each format cost in quality, what does calibration gain,
+and what does a half-precision state do over a long text, head by head?
 """
 
 from __future__ import annotations
@@ -83,6 +83,8 @@ def plot(rows: list[Row], path: Path) -> None:
     def draw(axes: Axes) -> None:
         for method, look in LOOKS.items():
             mine = [row for row in shown if row["method"] == method]
+            if not mine:
+                continue
             kl = [row["evaluation"]["comparison"]["kl_mean"] for row in mine]
             look.draw(axes, kl, [places[row["name"]] + OFFSETS[method] for row in mine], method)
         axes.set_yticks(list(places.values()), list(names.values()))

@@ -3,9 +3,9 @@
     python benchmarks/speculation.py [--bundle PATH | --size 148M --weights int4] [--backend onnxruntime] [--threads 2]
 
 1. What does a pass over n tokens take, in steps? `pass_cost` of a backend says it as 1 + fixed + token · (n - 1).
-2. How much faster is a text written with `--speculate auto` than with `off`? Both take turns. The text is dictated, token by token,
-   so that it is the same for every model: prose that repeats nothing, a passage given back with edits, a list of a fixed pattern.
-   What is measured is what a model takes that writes this text. Everything else is as in `generate --temperature 0`.
+2. How much faster is a text written with `--speculate auto` than with `off`? Both take turns. The text is given, token by token,
+   so that it is the same for every model: prose that repeats nothing, a passage repeated with edits, a list of a fixed pattern.
+   The time is that of a model that writes this text. Everything else is as in `generate --temperature 0`.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python benchmarks/step.py                        the table of docs/lab/step-h100.md; 20 s on an H100, no files
     python benchmarks/step.py --ptx 8.7              the same as the code that a Jetson Orin would run
 
-A token costs: token in, one step, the best logit's token out, as greedy generation does. "Kernel" is the step alone: one after the
-other, without a look at what they choose. The weights' bytes are drawn once and repeated: speed does not depend on them.
+A token is: token in, one step, the token of the largest logit out, as in greedy generation. "Kernel" is steps one after another,
+whose tokens stay on the device. Random bytes are drawn once and repeated: speed does not depend on them.
 """
 
 from __future__ import annotations

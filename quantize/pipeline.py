@@ -73,9 +73,9 @@ def quantize_bundle(
     tokens = None if calibration is None else calibration.pop("tokens")
     if calibration is not None and tokens is not None and options.method == "gptq" and tokens.size < ENOUGH_TOKENS:
         warnings.warn(
-            f"{calibration['file']}: {tokens.size:,} tokens are few to calibrate on: below {ENOUGH_TOKENS:,} gptq can be worse than "
-            "rounding to nearest (docs/lab/calibration.md); give more text of the kinds that the model will continue, and measure "
-            "both with `retnet-export evaluate`",
+            f"{calibration['file']}: {tokens.size:,} tokens are few to calibrate on: below {ENOUGH_TOKENS:,} gptq can be worse "
+            "than rounding to nearest (docs/lab/calibration.md); give more text of the kinds that the model will continue, and "
+            "measure both with `retnet-export evaluate`",
             PrecisionWarning,
             stacklevel=2,
         )

@@ -1,7 +1,7 @@
 """Build the sdist and the wheel of the last commit twice, and keep them only if both times give the same bytes.
 
-Rule: what is built is what is committed, at the commit's time. The tree is exported to a folder of its own, so that files which
-git does not know, and what earlier builds left, are in neither. setuptools takes SOURCE_DATE_EPOCH for wheels; the times and the
+Rule: what is built is what is committed, at the commit's time. The tree is exported to an empty folder, so untracked files
+and the output of earlier builds are in neither. setuptools takes SOURCE_DATE_EPOCH for wheels; the times and the
 owners in an sdist are set here.
 """
 

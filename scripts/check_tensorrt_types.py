@@ -1,7 +1,7 @@
 """Type-check our calls of TensorRT against the package tensorrt-stubs: python scripts/check_tensorrt_types.py
 
 The stubs are generated, lack the marker that mypy looks for in installed packages, and version 10.13 has five signatures that are
-no Python. So they are copied beside a link to the package, with those five taken to accept anything, and mypy is run on the two.
+not valid Python. So they are copied beside a link to the package, those five accept anything, and mypy checks both.
 """
 
 from __future__ import annotations

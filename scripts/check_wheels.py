@@ -2,7 +2,7 @@
 
     python scripts/check_wheels.py [--extras cpu,cuda,serve]     prints the versions that pip would take, per JetPack
 
-It asks the package index; it installs nothing. The versions in docs/guides/jetson.md come from it.
+It asks the package index and installs nothing.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     before   state.i ─ ·γ ─ + k·v ─┬─ state.i_out          after   part in ─ decode ─ ·γ ─ + k·v ─┬─ encode ─ part out
                                    └─ read                         (for each part of the heads)   └─ read ── side by side
 
-A format cuts the heads, which stand from the fastest decay to the slowest, into parts, and says for each how it is stored. The
-update itself is float32 in all of them: what differs is what survives from one step to the next.
+A format cuts the heads, ordered from the fastest decay to the slowest, into parts, and says how each is stored. The update is
+float32 in all formats; only what is kept from one step to the next differs.
 """
 
 from __future__ import annotations

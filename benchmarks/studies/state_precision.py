@@ -9,9 +9,9 @@ It needs PYTHONPATH=benchmarks.
 - text: the bundled model reads the text token by token and is judged as by `retnet-export evaluate`.
 - prefill: the same in chunks of 128, so that the state is rounded once a chunk.
 - runs: the same with every second thousand words replaced by one word a thousand times, on which roundings go the same way.
-- slower: the bundled model as if every head remembered 16 times as long, up to 4,096 tokens. It was not trained so and predicts
-  worse; the question is how far its logits move with the state's rounding.
-- heads: a random model of 16 heads, γ up to 1 - 2^-20, reads 16,384 tokens drawn as words are, a few often and many seldom.
+- slower: the bundled model as if every head remembered 16 times as long, up to 4,096 tokens. It was not trained for that and
+  predicts worse; only the change of its logits by the state's rounding counts.
+- heads: a random model of 16 heads, γ up to 1 - 2^-20, reads 16,384 tokens drawn by Zipf's law, as words are.
 - speed: a step of a random model of 148M parameters, formats in turns.
 
 Each part is kept in OUT.json; tables and OUT.png are made of all parts that are there.

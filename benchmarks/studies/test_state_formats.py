@@ -1,4 +1,4 @@
-"""The graphs of state_precision.py do what they are said to do: pytest benchmarks/studies"""
+"""The graphs of state_precision.py compute what each format says: pytest benchmarks/studies"""
 
 import numpy as np
 import onnx_ir as ir
