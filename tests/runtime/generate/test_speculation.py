@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -279,8 +280,15 @@ def test_a_history_is_the_last_tokens_however_they_came(data):
             history.extend(part[300:])
         tokens += part
     np.testing.assert_array_equal(history.tokens, tokens[-HISTORY:])
-    assert len(history._tokens) <= 2 * HISTORY
-    assert all(0 < place < len(history._tokens) for place in history._after.values())
+
+
+def test_a_history_does_not_grow_with_the_text():
+    history, sizes = History(), []
+    history.watched = True
+    for token in np.random.default_rng(0).integers(0, 9, 8 * HISTORY).tolist():
+        history.note(token)
+        sizes.append(len(pickle.dumps(history)) if len(sizes) % HISTORY == 0 else 0)
+    assert max(sizes) < 1.1 * max(sizes[: 4 * HISTORY])
 
 
 @settings(max_examples=300)
