@@ -101,10 +101,17 @@ class Undoing(Protocol):
 
 @dataclass(frozen=True)
 class PassCost:
-    """What `Runner.score` of n tokens takes for one sequence: 1 + fixed + token · (n - 1) steps."""
+    """What `Runner.score` of n tokens takes for one sequence: 1 + fixed + token · (n - 1) steps.
+
+    Attributes:
+        fixed, token: as above.
+        again: whether tokens that were drafts of the last pass, and came true, are among the n when the state takes them in; not
+            where the runner has kept what that needs.
+    """
 
     fixed: float
     token: float
+    again: bool = True
 
     def surplus(self, sequences: int, tokens: float) -> float:
         """What `score` of so many tokens of each of so many sequences takes beyond a step of these, in such steps."""

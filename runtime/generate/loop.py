@@ -171,8 +171,10 @@ class Loop:
     def _pass(self, drafts: Sequence[list[int]], waiting: Sequence[int], running: Sequence[Running], on_trial: int = 0) -> _Pass:
         if any(each.asked for each in running):
             return _Pass(drafts, on_trial)
-        tokens = max(waiting) + max(map(len, drafts))
-        return _Pass(drafts, on_trial, self._cost.surplus(len(running), tokens) if tokens > 1 else 0.0)
+        longest = max(map(len, drafts))
+        tokens = (max(waiting) if self._cost.again else 1) + longest
+        steps = max(waiting) + longest == 1
+        return _Pass(drafts, on_trial, 0.0 if steps else self._cost.surplus(len(running), tokens))
 
     def _note_time(self, choosing: float) -> None:
         """The first choice after a pass was made: a step on a GPU has come to its end with it."""

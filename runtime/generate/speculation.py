@@ -173,7 +173,7 @@ def plan_drafts(
     All rows of a pass are as wide as the widest, so one length serves all. What is accepted is read once more, into the state,
     unless it has entered the state on trial; if a trial fails, the tokens that waited are read again, too. So if c tokens wait, a
     will be accepted, and m guesses on trial all come true with probability P, then a + c - P · (c + m) are read again, on average:
-    m is where that is least.
+    m is where that is least. A runner that keeps what a draft has shown reads nothing again.
 
     Args:
         cost: of a pass for one sequence.
@@ -182,8 +182,10 @@ def plan_drafts(
         undoes: whether the runner can take back a pass.
         credit: steps that the pass may take beyond one over the tokens that wait.
     """
-    count, widest, certain = len(chances), max(waiting), sum(waiting)
-    base = 1 + (cost.surplus(count, widest) if widest > 1 else 0.0)
+    count, steps = len(chances), max(waiting) == 1
+    waiting = waiting if cost.again else [1] * count  # drafts that came true wait as well, and cost nothing
+    widest, certain = max(waiting), sum(waiting)
+    base = 1 + (0.0 if steps else cost.surplus(count, widest))
     best, length, on_trial = GAIN, 0, 0
     accepted, longest = 0.0, 0.0
     trial, spared = 0, 0.0
@@ -198,7 +200,7 @@ def plan_drafts(
                 trial, spared = number, all_true * (certain + guessed) - certain
         if 1 + cost.surplus(count, widest + number) > base + credit:
             break
-        again = max(longest - spared / count, 0.0)
+        again = max(longest - spared / count, 0.0) if cost.again else 0.0
         gain = (1 + accepted / count) * base / (1 + cost.surplus(count, widest + number + again))
         if gain > best:
             best, length, on_trial = gain, number, trial

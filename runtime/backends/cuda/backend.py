@@ -38,9 +38,9 @@ SPARE_BYTES = 64 << 20
 """Left free when weights are loaded: code, streams, and what CUDA takes for itself."""
 
 
-PASS_COST = PassCost(fixed=0.75, token=0.04)
+PASS_COST = PassCost(fixed=0.65, token=0.075, again=False)
 """1.5B in INT4 on an H100, where a pass costs most: two rows take 1.7 steps, eight 2.1, sixteen 2.8 (docs/lab/speculation.md).
-Tokens that were drafts of the last pass have no row. `fixed` is 0.4 for 1.5B in fp16 and for 7.8B in INT4."""
+`fixed` is 0.35 for 1.5B in fp16 and for 7.8B in INT4."""
 
 
 def device_limits(index: int = 0) -> DeviceLimits:

@@ -394,3 +394,12 @@ def test_a_step_that_someone_disturbed_does_not_ruin_a_session():
     budget.note_pass(1, 41.0, 0.5)  # again: so that is what it takes
     assert before - budget.credit(1) == pytest.approx(42.0, abs=4)
     assert Budget().credit(1) == 0.0  # before a step was measured
+
+
+def test_where_nothing_is_read_again_drafts_are_longer():
+    chances = [0.9**n for n in range(1, 16)]
+    kept, again = (plan_drafts(PassCost(0.3, 0.2, again=each), [chances], [1], undoes=False).length for each in (False, True))
+    assert kept > again > 0
+    wild = [0.3**n for n in range(1, 16)]
+    lengths = [plan_drafts(PassCost(0.65, 0.075, again=False), [wild], [waiting], undoes=False).length for waiting in (1, 12)]
+    assert lengths[0] == 0 < lengths[1]  # what came true has to enter the state anyway, at the price of a pass
