@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from retnet_export.runtime.generate.engine import Ended, Event, Made, Read
 from retnet_export.runtime.generate.generation import Finish, Piece
+from retnet_export.runtime.generate.jobs import Ended, Event, Made, Read
 from retnet_export.serve.errors import ApiError
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from retnet_export.runtime.errors import UserError
-from retnet_export.runtime.generate.engine import Job, Read
+from retnet_export.runtime.generate.jobs import Job, Read
 from retnet_export.serve import page
 from retnet_export.serve.answers import AnswerWriter, ChatForm, CompletionForm, Form, TokenTexts
 from retnet_export.serve.bodies import (

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING
 
 from retnet_export.runtime.errors import UserError
-from retnet_export.runtime.generate.engine import Ended, Event, Failed, Job
+from retnet_export.runtime.generate.jobs import Ended, Event, Failed, Job
 from retnet_export.serve.errors import ApiError
 from retnet_export.serve.scheduler import BusyError, ClosedError, Ticket
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from retnet_export.runtime.errors import UserError
-from retnet_export.runtime.generate.engine import READ_TOKENS, Cache, Ended, Engine, Event, Failed, Job, Made, Read
+from retnet_export.runtime.generate.engine import READ_TOKENS, Engine
+from retnet_export.runtime.generate.jobs import Cache, Ended, Event, Failed, Job, Made, Read
 
 if TYPE_CHECKING:
     from retnet_export.runtime.model import Model

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from retnet_export.runtime.generate.engine import Job
 from retnet_export.runtime.generate.generation import Options
+from retnet_export.runtime.generate.jobs import Job
 from retnet_export.serve.bodies import ChatBody, CompletionBody, Generating, StateBody, text_of
 from retnet_export.serve.errors import ApiError
 from retnet_export.serve.prompts import Encoded

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from retnet_export.runtime.errors import UserError
-from retnet_export.runtime.generate.engine import Ended, Event, Failed, Made
+from retnet_export.runtime.generate.jobs import Ended, Event, Failed, Made
 from retnet_export.runtime.model import load
 from retnet_export.serve.answers import FINISHES
 from retnet_export.serve.bodies import CompletionBody, parse

@@ -12,8 +12,10 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from retnet_export.runtime.errors import ArgumentError, UserError
-from retnet_export.runtime.generate.engine import Ended, Engine, Failed, Job, Made, OpenSession
+from retnet_export.runtime.generate.engine import Engine
 from retnet_export.runtime.generate.generation import Finish, OptionChanges, Options, Piece
+from retnet_export.runtime.generate.jobs import Ended, Failed, Job, Made
+from retnet_export.runtime.generate.reading import OpenSession
 from retnet_export.runtime.generate.state import Snapshot
 from retnet_export.runtime.generate.stats import Stats
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retnet_export.runtime.errors import UserError
-from retnet_export.runtime.generate.engine import Engine, Job, Made, Read
+from retnet_export.runtime.generate.engine import Engine
 from retnet_export.runtime.generate.generation import Options
+from retnet_export.runtime.generate.jobs import Job, Made, Read
 from retnet_export.runtime.generate.state import Snapshot
 from retnet_export.serve.cache import STRIDE, PrefixCache, bytes_of
 from retnet_export.serve.store import Store, name_of

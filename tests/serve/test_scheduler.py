@@ -9,8 +9,8 @@ import threading
 import pytest
 
 from retnet_export.runtime.errors import UserError
-from retnet_export.runtime.generate.engine import Ended, Failed, Job, Made
 from retnet_export.runtime.generate.generation import Options
+from retnet_export.runtime.generate.jobs import Ended, Failed, Job, Made
 from retnet_export.serve.scheduler import BusyError, ClosedError, Scheduler
 
 

@@ -7,8 +7,9 @@ import pytest
 from altered import with_runners
 
 from retnet_export.runtime.errors import UserError
-from retnet_export.runtime.generate.engine import Ended, Engine, Failed, Job, Made, Read
+from retnet_export.runtime.generate.engine import Engine
 from retnet_export.runtime.generate.generation import Options
+from retnet_export.runtime.generate.jobs import Ended, Failed, Job, Made, Read
 from retnet_export.runtime.generate.sampling import log_softmax
 
 
