@@ -91,11 +91,6 @@ class CompareOptions:
 def compare(bundle: Bundle, options: CompareOptions | None = None, *, progress: Progress = silent) -> Comparison:
     """Measure a bundle against its baseline.
 
-    Args:
-        bundle: the RetNet.
-        options: what to measure.
-        progress: receives stage and share done.
-
     Raises:
         UserError: there is no fair baseline, the budget does not hold the weights, or a peer that was asked for is missing.
     """

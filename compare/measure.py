@@ -62,7 +62,6 @@ def measure(
         seconds: time for each contender in each cell, about.
         budget: bytes that a single contender may take; all together may take what the machine has free.
         cores: the cores to pin to.
-        progress: gets the share done.
     """
     found = []
     weights = np.array([_effort(cell) for cell in cells])

@@ -79,7 +79,6 @@ def transformer_like(config: ModelConfig, kv_heads: int | None = None, group: in
     """The baseline for a RetNet.
 
     Args:
-        config: the RetNet.
         kv_heads: heads of keys and values; as many as query heads when None.
         group: inputs of a matrix that share a scale, which must divide the feed-forward width.
 
@@ -151,7 +150,6 @@ class RandomWeights:
     """Random weights by name, made when read, so that a large baseline needs one tensor of memory. Speed does not depend on them.
 
     Args:
-        config: the architecture.
         seed: same seed, same weights.
     """
 

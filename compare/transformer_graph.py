@@ -46,9 +46,7 @@ def build_transformer(
     onnxruntime-genai, so that it runs the same file.
 
     Args:
-        config: the architecture.
         read: reads a weight by the names of `transformer.weight_shapes`.
-        file: where weights are stored.
         compute: "float32" or "float16", of stored matrices and operands of products.
         capacity: the longest sequence, for the table of rotary angles.
         lengths: "given" adds the inputs `seqlens_k` int32 (B,), each length less one, and `total_sequence_length` int32 ();

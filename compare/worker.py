@@ -32,7 +32,6 @@ class Worker:
 
     Args:
         make: makes the engine.
-        cell: what it will do.
         runs: the most runs it will be asked for, so that a cache has room for them.
         cores: the processor cores it may use.
 

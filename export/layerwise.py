@@ -35,11 +35,9 @@ def logits_by_layer(
     """Run one of a bundle's graphs on ONNX Runtime, a layer at a time.
 
     Args:
-        bundle: the bundle.
         graph: "decode" or "prefill".
         tokens: int64 (T,); they are read as many at a time as the graph takes.
         threads: threads per operator; ONNX Runtime's choice when None.
-        progress: gets the share done.
 
     Returns:
         Logits after each run of the graph, (T, V) for decode, (⌈T/C⌉, V) for prefill.

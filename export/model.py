@@ -71,7 +71,6 @@ class RetNet(nn.Module):
     """A RetNet language model.
 
     Args:
-        config: the architecture.
         dropout: applied to the embedding and to each block's output while training; a training detail, so not part of `config`.
     """
 
@@ -200,11 +199,8 @@ def parallel_by_layer(
     The parallel form lends itself to this: each layer sees the whole text at once, and is not needed again.
 
     Args:
-        config: the architecture.
-        read: reads a canonical weight.
         tokens: int64 (B, T).
         clamps: values of `clamp_rows`; all are computed in one pass over the weights.
-        progress: gets the share done.
 
     Returns:
         Logits (B, T, V), one for each of `clamps`.

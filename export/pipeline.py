@@ -63,13 +63,6 @@ def export_bundle(
 ) -> Bundle:
     """Write a bundle.
 
-    Args:
-        checkpoint: the trained model.
-        target: the folder to make.
-        options: formats.
-        force: replace an existing bundle.
-        progress: receives stage and share done.
-
     Raises:
         UserError: the target exists or cannot be written; nothing is left behind.
     """

@@ -27,8 +27,6 @@ class WeightsAhead:
     """Reads the weights of a checkpoint, whose order of use is that of `weight_shapes`; another order works, but slower.
 
     Args:
-        config: the architecture.
-        read: reads a canonical weight.
         progress: receives the share of the weights that were taken.
     """
 

@@ -94,11 +94,8 @@ def verify(
     """Compare a bundle on its backend with the checkpoint it came from.
 
     Args:
-        model: the bundle, loaded.
-        checkpoint: the checkpoint.
         text: what to read; a public-domain passage when None, random tokens if the bundle has no tokenizer.
         tokens: how many tokens at most.
-        progress: receives stage and share done.
 
     Raises:
         UserError: bundle and checkpoint describe different models, or the text has fewer than two tokens.

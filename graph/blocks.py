@@ -150,7 +150,6 @@ def projections(w: Writer, x: Value, cos: Value, sin: Value) -> Projections:
     """q, k, v and gate as one product; q and k rotated together; keys and values repeated if they serve several queries.
 
     Args:
-        w: the writer, in the layer's retention scope.
         x: normed input, (lead…, D).
         cos, sin: (lead…, 1, Dk/2), so that they broadcast over heads.
     """
@@ -187,7 +186,6 @@ def head_norm(w: Writer, o: Value, read: Value | None) -> Value:
     That spares two passes over the heads and leaves weights and state as they are.
 
     Args:
-        w: the writer, in the layer's retention scope.
         o: the heads' outputs before scaling.
         read: tokens read so far, including this one, float32 (lead…, 1, 1); needed only with `score_norm`.
     """

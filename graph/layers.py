@@ -48,7 +48,6 @@ class LayerCutter:
     """Opens parts of a graph.
 
     Args:
-        model: the graph.
         folder: where its weights file is.
         purpose: what the parts are run for, for messages.
     """

@@ -122,8 +122,6 @@ def _decay(b: GraphBuilder, config: ModelConfig, index: Value, length: Value, re
     """Powers as exp(n·ln γ): n is exact, and ln γ in float32 keeps what γ itself would lose near 1.
 
     Args:
-        b: the graph.
-        config: the architecture.
         index: int64 (C,).
         length: int64 (B, 1).
         real: bool (B, C).

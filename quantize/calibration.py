@@ -77,8 +77,6 @@ class LayerRunner:
     """Runs the layers of a decode graph one after another over the same text.
 
     Args:
-        source: the bundle.
-        model: its decode graph.
         tokens: (B, T); a graph for a fixed batch takes as many of the rows, some twice if there are fewer.
     """
 

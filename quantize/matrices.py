@@ -68,11 +68,8 @@ class MatrixRun:
     """One run over all planned matrices of a bundle.
 
     Args:
-        source: the bundle.
-        decode: its decode graph, which has every matrix.
         plan: what `planned_matrices` gave.
         file: the new weights file.
-        progress: receives stage and share done.
 
     Attributes:
         store: the quantized matrices.

@@ -38,12 +38,7 @@ def quantize_bundle(
     """Write a quantized copy of a bundle.
 
     Args:
-        source: a bundle with float weights.
-        target: the folder to make.
-        options: formats and methods.
-        force: replace an existing bundle.
         judge: measures the new bundle before it takes its place; what it says is recorded as "evaluation".
-        progress: receives stage and share done.
 
     Raises:
         UserError: the source is quantized already, options do not fit it, the calibration text is unfit, `judge` refuses the

@@ -70,7 +70,6 @@ def trade_offs(
         prompt: what is continued, for the speed.
         rounds: turns of each.
         tokens: generated in a turn.
-        progress: receives stage and share done.
 
     Raises:
         UserError: a bundle does not load, the text is unfit, or the bundles are of different models.

@@ -80,8 +80,6 @@ def make_checkpoint(
     """Check that the files hold exactly what the configuration asks for, and give a reader of it.
 
     Args:
-        found: the files.
-        family: its name.
         config: the architecture; where it ties the head to the embedding and the files have another head, theirs is taken.
         stored: where a canonical weight is.
         ignored: tensors that need not be read (saved buffers).

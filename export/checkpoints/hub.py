@@ -52,8 +52,6 @@ def _weights(found: Repository, names: Iterable[str], folder: Path) -> list[str]
     """The weights that `weight_files` would take of these names.
 
     Args:
-        found: the repository.
-        names: its files.
         folder: where its index is, if it has one.
 
     Raises:

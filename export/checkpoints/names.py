@@ -24,7 +24,6 @@ class RenamedSource:
     """A source whose tensors have other names.
 
     Args:
-        source: the files.
         names: the name in the files, by the new name.
     """
 

@@ -85,8 +85,6 @@ def model_config(found: Found, fields: Fields, prefix: str, tied: bool) -> Model
     """RetNetConfig and tensors as our configuration; defaults are RetNetConfig's.
 
     Args:
-        found: the checkpoint.
-        fields: its settings.
         prefix: of the decoder's tensors.
         tied: whether the output matrix is the embedding.
 

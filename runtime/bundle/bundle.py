@@ -57,7 +57,6 @@ def open_bundle(path: str | Path, *, check_hashes: bool = True, progress: Callab
     """Read a bundle and check it.
 
     Args:
-        path: the folder.
         check_hashes: compare the SHA-256 of every file (about a second per gigabyte); sizes are always compared.
         progress: called with the number of bytes hashed since the last call.
 

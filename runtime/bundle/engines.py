@@ -151,7 +151,6 @@ def write_engines(bundle: Bundle, record: EngineRecord, engines: Mapping[str, me
     """Write engines and then their record into the bundle; nothing is left if that fails.
 
     Args:
-        bundle: the bundle.
         record: its `files` are those of `engines`.
         engines: content by file name.
 

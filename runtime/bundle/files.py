@@ -75,7 +75,6 @@ def new_folder(target: str | Path, *, marker: str, force: bool = False) -> Itera
     """Yield an empty folder that becomes `target` when the block ends, and vanishes if the block fails.
 
     Args:
-        target: the folder to make.
         marker: a file that every such folder has; `force` replaces only a folder that has it, or an empty one.
         force: replace an existing folder.
 

@@ -69,7 +69,6 @@ def state_specs(config: ModelConfig, dtype: DType, batch: int | None = None) -> 
     """What every graph of a model carries from step to step: the position, and (B, H, Dk, Dv) for each layer.
 
     Args:
-        config: the model.
         dtype: of the layers' states.
         batch: a fixed batch, or None for any.
     """
