@@ -1,6 +1,6 @@
 """What compute-sanitizer watches: every kernel of the backend `cuda` once, on a model so small that racecheck ends within a minute.
 
-PYTHONPATH=tests:… compute-sanitizer --tool racecheck python tests/gpu/sanitized.py [step|batch|few|prompt]
+PYTHONPATH=tests:benchmarks:… compute-sanitizer --tool racecheck python tests/gpu/sanitized.py [step|batch|few|prompt]
 """
 
 from __future__ import annotations
