@@ -36,7 +36,8 @@ def compare(
         float | None, typer.Option(help="Gigabytes that each model may use; default: the free memory.")
     ] = None,
     peer: Annotated[
-        list[str] | None, typer.Option(help="Also run another engine: onnxruntime-genai or llama.cpp; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Also run another engine: onnxruntime-genai or llama.cpp; may be repeated."),
     ] = None,
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Report the bundle's perplexity on this text, which it was not trained on.")

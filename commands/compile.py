@@ -23,7 +23,7 @@ def compile_(
     ] = "tensorrt",
     compute_capability: Annotated[
         list[str] | None,
-        typer.Option(help="Compute capability of a GPU to build for, for example 8.6 (tensorrt-rtx only); may be repeated."),
+        typer.Option(metavar="X.Y", help="Compute capability of a GPU to build for (tensorrt-rtx only); may be repeated."),
     ] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="The most sequences that step together.")] = 1,
     candidates: Annotated[int, typer.Option(min=0, help="How many of the largest logits a step picks on the GPU.")] = 64,

@@ -27,7 +27,9 @@ def plan(
     bundle: Annotated[
         Path | None, typer.Argument(metavar="[BUNDLE]", help="A bundle. Without one, give the model's sizes.", parser=bundle_path)
     ] = None,
-    device: Annotated[list[str] | None, typer.Option(help="A device, for example orin-nano-8gb; may be repeated.")] = None,
+    device: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A device, for example orin-nano-8gb; may be repeated.")
+    ] = None,
     devices: Annotated[bool, typer.Option("--devices", help="All known devices.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Sequences that step together.")] = 1,
     layers: Annotated[int | None, typer.Option(min=1, help="Without a bundle: number of layers.")] = None,

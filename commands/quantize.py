@@ -37,7 +37,7 @@ def quantize(
         Literal["int8", "int4", "keep", "fp8"], typer.Option(help="Format of the output head; fp8 needs --activations fp8.")
     ] = "int8",
     calibration: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A text of every kind that the model will continue, 30 kB or more.")
+        Path | None, typer.Option(metavar="FILE", help="A text of the kinds that the model will continue, 30 kB or more.")
     ] = None,
     state: Annotated[Literal["fp16"] | None, typer.Option(help="Number format of the stored state; default: unchanged.")] = None,
     activations: Annotated[

@@ -54,8 +54,8 @@ FLAGS: dict[str, tuple[Any, Any]] = {
         ),
         "auto",
     ),
-    "stop": (_many(list[str], r"End before this text, in which \n is a new line"), None),
-    "min_new_tokens": (_flag(int, "Least tokens to generate.", min=0), 0),
+    "stop": (_many(list[str], r"End before this text, in which \n is a new line", metavar="TEXT"), None),
+    "min_new_tokens": (_flag(int, "Fewest tokens to generate.", min=0), 0),
     "ignore_ends": (_flag(bool, "Continue when the model would end the text.", "--ignore-ends"), False),
     "stop_tokens": (_many(list[int], "End before this token", "--stop-token", metavar="ID"), None),
 }

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from retnet_export.commands.options import BundlePath, Force
+from retnet_export.commands.options import BundlePath
 
 
 def triton(
@@ -18,7 +18,7 @@ def triton(
     max_batch: Annotated[int, typer.Option(min=1, help="Sequences that generate together in an instance.")] = 8,
     gpu: Annotated[list[int] | None, typer.Option(min=0, help="A GPU to run on; may be repeated; default: the CPU.")] = None,
     step: Annotated[Literal["onnxruntime", "tensorrt"], typer.Option(help="What runs the single step.")] = "onnxruntime",
-    force: Force = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing repository.")] = False,
 ) -> None:
     """Write a model repository for Triton Inference Server: a model that streams text, and single steps."""
     from retnet_export.runtime.bundle.bundle import open_bundle

@@ -26,7 +26,7 @@ def verify(
         bool | None,
         typer.Option(
             "--by-layer/--whole",
-            help="A layer at a time, on ONNX Runtime, for models larger than memory; if not given, where memory is short.",
+            help="A layer at a time, on ONNX Runtime, for models larger than memory; default: only if memory is short.",
         ),
     ] = None,
     as_json: Json = False,
