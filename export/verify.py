@@ -7,7 +7,8 @@ positions are ties and are counted apart. Prefill then reads the same text, and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,11 +111,13 @@ def verify(
         progress("stepping the graph", (position + 1) / len(ids))
     prefilled = model.session()
     after_chunk = []
-    for chunk in np.split(ids, _chunk_ends(bundle, len(ids))[:-1]):
+    ends = _chunk_ends(bundle, len(ids))
+    for chunk in np.split(ids, ends[:-1]):
         prefilled.feed(chunk.tolist())
         assert prefilled.logits is not None
         after_chunk.append(prefilled.logits[0].copy())
-    return _judge(bundle, model.backend.name, references, stepped, np.stack(after_chunk), source)
+    allowed = tolerance(bundle.manifest.precision.compute, model.backend.name)
+    return judged(stepped, np.stack(after_chunk), ends, references, source, allowed)
 
 
 def verify_by_layer(
@@ -130,7 +133,8 @@ def verify_by_layer(
     references = _references(bundle, checkpoint, ids, progress)
     stepped = logits_by_layer(bundle, "decode", ids, progress=lambda share: progress("decode, layer by layer", share))
     after_chunk = logits_by_layer(bundle, "prefill", ids, progress=lambda share: progress("prefill, layer by layer", share))
-    return replace(_judge(bundle, "onnxruntime", references, stepped, after_chunk, source), by_layer=True)
+    allowed = tolerance(bundle.manifest.precision.compute, "onnxruntime")
+    return judged(stepped, after_chunk, _chunk_ends(bundle, len(ids)), references, source, allowed, by_layer=True)
 
 
 def memory_needed(bundle: Bundle) -> int:
@@ -170,31 +174,21 @@ def _chunk_ends(bundle: Bundle, length: int) -> list[int]:
     return [*range(size, length, size), length]
 
 
-def _judge(
-    bundle: Bundle,
-    backend: str,
-    references: tuple[NDArray[np.float32], NDArray[np.float32] | None],
+def judged(
     stepped: NDArray[np.float32],
     after_chunk: NDArray[np.float32],
-    source: str,
-) -> Verification:
-    reference, clamped = references
-    prefill_error = measure(after_chunk, reference[np.array(_chunk_ends(bundle, len(reference))) - 1])
-    return compare(stepped, reference, prefill_error, source, tolerance(bundle.manifest.precision.compute, backend), clamped)
-
-
-def compare(
-    actual: NDArray[np.float32],
-    reference: NDArray[np.float32],
-    prefill_error: Error,
+    chunk_ends: Sequence[int],
+    references: tuple[NDArray[np.float32], NDArray[np.float32] | None],
     source: str,
     allowed: Tolerance,
-    clamped: NDArray[np.float32] | None = None,
+    by_layer: bool = False,
 ) -> Verification:
-    """Judge logits (T, V) against the reference's."""
-    error = measure(actual, reference)
-    per_position = np.abs(actual - reference).max(-1)
-    mine, theirs = actual.argmax(-1), reference.argmax(-1)
+    """Judge logits (T, V), and those after each chunk, against the references (T, V) without and with the row clamp."""
+    reference, clamped = references
+    error = measure(stepped, reference)
+    prefill_error = measure(after_chunk, reference[np.array(chunk_ends) - 1])
+    per_position = np.abs(stepped - reference).max(-1)
+    mine, theirs = stepped.argmax(-1), reference.argmax(-1)
     rows = np.arange(len(reference))
     margin = reference[rows, theirs] - reference[rows, mine]
     differs = mine != theirs
@@ -213,8 +207,9 @@ def compare(
         tolerance=allowed.relative,
         reason=allowed.reason,
         prefill_error=prefill_error,
-        clamp_error=None if clamped is None else measure(actual, clamped),
+        clamp_error=None if clamped is None else measure(stepped, clamped),
         passed=max(error.relative, prefill_error.relative) <= allowed.relative and not wrong,
+        by_layer=by_layer,
     )
 
 

@@ -49,7 +49,7 @@ class GraphBuilder:
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> Value:
         """Declare a graph input."""
-        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+        value = ir.val(name, dtype, shape)
         self._inputs.append(value)
         self._taken.add(name)
         return value
@@ -96,8 +96,7 @@ class GraphBuilder:
         name = tensor.name
         assert name is not None
         if name not in self._initializers:
-            value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)  # type: ignore[arg-type]
-            self._initializers[name] = value
+            self._initializers[name] = ir.val(name, const_value=tensor)
             self._taken.add(name)
         return self._initializers[name]
 

@@ -76,6 +76,5 @@ class Inserter:
         """The same for a tensor that has a name, and may lie in a file."""
         assert tensor.name is not None
         if tensor.name not in self.graph.initializers:
-            value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)  # type: ignore[arg-type]
-            self.graph.register_initializer(value)
+            self.graph.register_initializer(ir.val(tensor.name, const_value=tensor))
         return self.graph.initializers[tensor.name]

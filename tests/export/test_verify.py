@@ -9,10 +9,10 @@ import pytest
 from conftest import EXAMPLE
 
 from retnet_export.export.checkpoints import open_checkpoint
-from retnet_export.export.verify import compare, verify
+from retnet_export.export.verify import judged, verify
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.model import load
-from retnet_export.runtime.numerics import measure, tolerance
+from retnet_export.runtime.numerics import tolerance
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,6 @@ def logits(*rows: list[float]) -> np.ndarray:
 def test_a_tie_is_told_from_a_disagreement():
     reference = logits([1.0, 0.0, -1.0], [1.0, 0.999999, -1.0], [1.0, 0.5, -1.0])
     actual = logits([1.0, 0.0, -1.0], [0.999999, 1.0, -1.0], [0.5, 1.0, -1.0])
-    result = compare(actual, reference, measure(actual, actual), "three rows", tolerance("float32"))
+    result = judged(actual, reference, [1, 2, 3], (reference, None), "three rows", tolerance("float32"))
     assert (result.agreements, result.ties, result.disagreements) == (1, 1, (2,))
     assert not result.passed
