@@ -115,8 +115,7 @@ def progress(title: str, *, quiet: bool = False) -> Iterator[Progress]:
 
 def size(count: float) -> str:
     """Bytes as text: 11.3 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
+    for unit, number in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= number:
+            return f"{count / number:.1f} {unit}"
+    return f"{count:.0f} B"

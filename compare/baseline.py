@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -158,24 +157,22 @@ def _build(baseline: Baseline, weights: WeightsFile) -> dict[Path, ir.Model]:
 
 def _quantize(graphs: Sequence[ir.Model], quantization: Mapping[str, object], weights: WeightsFile) -> None:
     """Give the baseline's matrices the formats that the bundle's have, by the rewrite that made the bundle."""
-    import onnx_ir as ir
 
-    from retnet_export.quantize.pipeline import QuantizeOptions
+    from retnet_export.graph.loading import tensor_of
+    from retnet_export.quantize.options import QuantizeOptions
     from retnet_export.quantize.rewrite import matrices, quantize_graph
     from retnet_export.quantize.store import MatrixStore
 
     options = QuantizeOptions(**quantization)  # type: ignore[arg-type]
     store = MatrixStore(weights)
     for name, role in matrices(graphs[0]).items():
-        matrix = _float_tensor(graphs[0], name)
+        matrix = tensor_of(graphs[0], name).numpy()
         form = options.format_of(role, str(matrix.dtype))
         if form is not None:
             store.put(name, role, rounded(matrix.T if role in ("embedding", "tied") else matrix, form))
     for graph in graphs:
         quantize_graph(graph, store.stored)
-        for name, value in graph.graph.initializers.items():
-            if isinstance(value.const_value, ir.ExternalTensor) and not weights.holds(value.const_value):
-                value.const_value = weights.tensor(name, partial(_float_tensor, graph, name))
+        weights.take_over(graph)
 
 
 def rounded(weight: NDArray[np.generic], form: Format) -> Quantized:
@@ -187,10 +184,3 @@ def rounded(weight: NDArray[np.generic], form: Format) -> Quantized:
     scales = (np.abs(groups).max(axis=1) / form.largest).astype(form.scale_dtype).astype(np.float32)
     values = np.rint(groups / scales[:, None]).clip(-form.largest, form.largest).astype(np.int8)
     return Quantized(form, values.reshape(inputs, outputs), scales)
-
-
-def _float_tensor(graph: ir.Model, name: str) -> NDArray[np.generic]:
-    tensor = graph.graph.initializers[name].const_value
-    assert tensor is not None
-    array: NDArray[np.generic] = np.array(tensor.numpy())
-    return array

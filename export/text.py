@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,14 +76,13 @@ def read_text_settings(folder: Path | None, settings: Mapping[str, Any], vocab_s
     # BPE codes have pieces that only lead to others: fairseq's dictionary and the model lack them.
     if tokenizer is not None and not (folder / "dict.txt").is_file():
         _check_vocabulary(tokenizer, folder / TOKENIZER, vocab_size)
-    named = [("config.json", _ids("config.json", settings)), (GENERATION_CONFIG, _ids(GENERATION_CONFIG, generation))]
-    ids = [pair for _, pairs in named for pair in pairs]
+    ids = [*_ids("config.json", settings), *_ids(GENERATION_CONFIG, generation)]
     if tokenizer is not None and "eos_token" in special:
         ids.append((TOKENIZER_CONFIG, tokenizer.token_to_id(special["eos_token"])))
     return TextSettings(
         tokenizer=content,
         prefix_ids=() if tokenizer is None else _prefix(tokenizer, bos, vocab_size),
-        eos_ids=_ends(vocab_size, iter(ids)),
+        eos_ids=_ends(vocab_size, ids),
         chat_template=_template(folder, config),
         special_tokens=special,
     )
@@ -144,7 +143,7 @@ def _ids(where: str, document: Mapping[str, Any]) -> Iterator[tuple[str, object]
     yield from ((where, entry) for entry in (value if isinstance(value, list) else [value]))
 
 
-def _ends(vocab_size: int, ids: Iterator[tuple[str, object]]) -> tuple[int, ...]:
+def _ends(vocab_size: int, ids: Iterable[tuple[str, object]]) -> tuple[int, ...]:
     """Tokens that end a text, each once; what is no token of the model is left out with a warning."""
     ends: dict[int, None] = {}
     for where, token in ids:

@@ -30,3 +30,10 @@ def load_graph(bundle: Bundle, file: str) -> ir.Model:
                 base_dir=str(place.parent),
             )
     return model
+
+
+def tensor_of(model: ir.Model, name: str) -> ir.TensorProtocol:
+    """The tensor of one of a graph's initializers."""
+    tensor = model.graph.initializers[name].const_value
+    assert tensor is not None
+    return tensor

@@ -32,7 +32,7 @@ class WeightsFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path, self._place = path, (path.parent, path.name)
         self._file = path.open("xb", buffering=0)
         self._size = 0
         self._tensors: dict[str, ir.ExternalTensor] = {}
@@ -62,9 +62,12 @@ class WeightsFile:
             self._tensors[name] = self._append(name, np.ascontiguousarray(make()))
         return self._tensors[name]
 
-    def holds(self, tensor: ir.ExternalTensor) -> bool:
-        """Whether a tensor refers to this file."""
-        return Path(tensor.base_dir) == self._path.parent and tensor.location == self._path.name
+    def take_over(self, model: ir.Model) -> None:
+        """Bring the external tensors of a graph that lie in other files into this one."""
+        for name, value in model.graph.initializers.items():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor) and (Path(tensor.base_dir), tensor.location) != self._place:
+                value.const_value = self.tensor(name, tensor.numpy)
 
     def view(self, name: str, of: ir.ExternalTensor, dtype: ir.DataType, shape: Sequence[int]) -> ir.ExternalTensor:
         """The bytes of a tensor of this file under another name, element type and shape."""

@@ -17,6 +17,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from retnet_export.graph.layers import LayerCutter, layer_of, residual_streams
+from retnet_export.graph.loading import tensor_of
+from retnet_export.graph.variants.pattern import name_of
 from retnet_export.quantize.gptq import Gram
 from retnet_export.quantize.texts import CHUNK, encode
 from retnet_export.runtime.backends.base import NUMPY_DTYPES
@@ -128,7 +130,7 @@ class LayerRunner:
         """The largest magnitude that flows into a product behind the last layer, to which the stream was carried before."""
         x = self._layers[-1].x_out
         product = next(node for node in self._cutter.model.graph if node.name == name)
-        tap = _name(product.inputs[0])
+        tap = name_of(product.inputs[0])
         if tap == x:
             return max(float(np.abs(values).max()) for values in self._x)
         session = self._cutter.open([x], [tap])
@@ -170,7 +172,7 @@ def activation_ranges(source: Bundle, decode: ir.Model, tokens: NDArray[np.int64
     runner = LayerRunner(source, decode, tokens)
     largest: dict[str, float] = {}
     for index in range(runner.count):
-        weights = {name: decode.graph.initializers[name].const_value.numpy() for name in runner.weight_names(index)}  # type: ignore[union-attr]
+        weights = {name: tensor_of(decode, name).numpy() for name in runner.weight_names(index)}
         largest |= runner.advance(index, weights, [name for name in weights if name in products.values()])
     return {node: largest[name] if name in largest else runner.largest_input(node) for node, name in products.items()}
 
@@ -187,20 +189,20 @@ def _layers(graph: ir.Graph) -> list[_Layer]:
         inside = set(nodes[index])
         read = dict.fromkeys(value for node in nodes[index] for value in node.inputs if value is not None)
         outside = [value for value in read if value.producer() not in inside]
-        flowing = [_name(value) for value in outside if not value.is_initializer()]
+        flowing = [name_of(value) for value in outside if not value.is_initializer()]
         # Before the first layer stands the embedding: the only thing there that is as wide as the stream.
         x_in = found[-1].x_out if found else _stream_input(nodes[0], flowing)
         state_in = state_name(index)
         found.append(
             _Layer(
                 x_in=x_in,
-                x_out=_name(streams[index]),
+                x_out=name_of(streams[index]),
                 state_in=state_in,
                 state_out=f"{state_in}_out",
                 shared=tuple(name for name in flowing if name not in (x_in, state_in)),
-                weights=tuple(_name(value) for value in outside if isinstance(value.const_value, ir.ExternalTensor)),
+                weights=tuple(name_of(value) for value in outside if isinstance(value.const_value, ir.ExternalTensor)),
                 inputs_of={
-                    _name(node.inputs[1]): _name(node.inputs[0])
+                    name_of(node.inputs[1]): name_of(node.inputs[0])
                     for node in nodes[index]
                     if node.op_type == "MatMul" and node.inputs[1] in outside
                 },
@@ -211,15 +213,9 @@ def _layers(graph: ir.Graph) -> list[_Layer]:
 
 def _stream_input(nodes: Sequence[ir.Node], flowing: Sequence[str]) -> str:
     """What the first layer adds its first result to, or scales and adds."""
-    addition = next(node for node in nodes if _name(node) == "layers.0.retention.residual")
+    addition = next(node for node in nodes if name_of(node) == "layers.0.retention.residual")
     value = addition.inputs[0]
     while value is not None and value.name not in flowing:
         producer = value.producer()
         value = None if producer is None else producer.inputs[0]
-    return _name(value)
-
-
-def _name(named: ir.Node | ir.Value | None) -> str:
-    assert named is not None
-    assert named.name is not None
-    return named.name
+    return name_of(value)

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from retnet_export.graph.loading import tensor_of
 from retnet_export.graph.weights_file import WeightsFile
 from retnet_export.quantize.calibration import LayerRunner
 from retnet_export.quantize.formats import Format, Quantized, round_to_nearest
@@ -45,7 +46,7 @@ def planned_matrices(source: Bundle, decode: ir.Model, options: QuantizeOptions)
     plan: dict[str, PlannedMatrix] = {}
     grouped: dict[str, int] = {}
     for name, role in matrices(decode).items():
-        tensor = _tensor(decode, name)
+        tensor = tensor_of(decode, name)
         if (form := options.format_of(role, str(tensor.numpy().dtype))) is None:
             continue
         plan[name] = PlannedMatrix(role, form)
@@ -115,10 +116,4 @@ class MatrixRun:
         return quantized
 
     def _weight(self, name: str) -> Array:
-        return np.array(_tensor(self._decode, name).numpy())
-
-
-def _tensor(model: ir.Model, name: str) -> ir.TensorProtocol:
-    tensor = model.graph.initializers[name].const_value
-    assert tensor is not None
-    return tensor
+        return np.array(tensor_of(self._decode, name).numpy())

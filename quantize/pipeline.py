@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from retnet_export.quantize.options import WEIGHTS
 from retnet_export.quantize.options import QuantizeOptions as QuantizeOptions
@@ -15,11 +15,6 @@ from retnet_export.runtime.bundle.bundle import MANIFEST, Bundle, open_bundle, r
 from retnet_export.runtime.bundle.files import new_folder, sha256_of
 from retnet_export.runtime.errors import ArgumentError, MissingExtraError, PrecisionWarning, UserError
 from retnet_export.runtime.progress import Progress, silent
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
-
-    from retnet_export.graph.weights_file import WeightsFile
 
 ENOUGH_TOKENS = 4096
 """Of a calibration text: below, gptq lost to rounding to nearest on the bundled model, in perplexity or in KL."""
@@ -86,7 +81,7 @@ def quantize_bundle(
             run.run(tokens if options.method == "gptq" else None)
             for model in graphs.values():
                 quantize_graph(model, run.store.stored, ranges)
-                _move_weights(model, file)
+                file.take_over(model)
                 if options.state == "fp16":
                     store_states_as_float16(model)
             weights = file.record()
@@ -172,13 +167,3 @@ def _calibration(source: Bundle, path: Path) -> dict[str, Any]:
 
     tokens = calibration_tokens(load(source.path, check_hashes=False), path)
     return {"file": path.name, "sha256": sha256_of(path), "sequences": tokens.shape[0], "length": tokens.shape[1], "tokens": tokens}
-
-
-def _move_weights(model: ir.Model, file: WeightsFile) -> None:
-    """Let every external tensor of a graph refer to the new weights file."""
-    import onnx_ir as ir
-
-    for name, value in model.graph.initializers.items():
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor) and not file.holds(tensor):
-            value.const_value = file.tensor(name, tensor.numpy)

@@ -30,6 +30,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from retnet_export.graph.inserter import Inserter
+from retnet_export.graph.variants.pattern import name_of
 from retnet_export.quantize.formats import Format, stored_scales
 from retnet_export.quantize.options import Role
 
@@ -77,7 +78,7 @@ def _matrix_names(node: ir.Node) -> Sequence[str]:
 
 def products(model: ir.Model) -> dict[str, str]:
     """The nodes that multiply by a matrix of the weights file, and the initializer's name of that matrix."""
-    return {_name(node): name for node in model.graph if node.op_type != "Gather" for name in _matrix_names(node)}
+    return {name_of(node): name for node in model.graph if node.op_type != "Gather" for name in _matrix_names(node)}
 
 
 def quantize_graph(model: ir.Model, stored: Mapping[str, StoredMatrix], activations: Mapping[str, float] | None = None) -> None:
@@ -91,8 +92,8 @@ def quantize_graph(model: ir.Model, stored: Mapping[str, StoredMatrix], activati
     for node in list(model.graph):
         for name in _matrix_names(node):
             if name in stored:
-                if _name(node) in (activations or {}):
-                    rewriter.quantize_input(node, name, (activations or {})[_name(node)])
+                if name_of(node) in (activations or {}):
+                    rewriter.quantize_input(node, name, (activations or {})[name_of(node)])
                 rewriter.replace(node, name)
     for name in stored:
         model.graph.initializers.pop(name, None)
@@ -118,7 +119,7 @@ class _Rewriter:
         """Let what flows into a product pass through the format of its matrix: one scale, since rows come one at a time."""
         form, x = self._stored[name].format, node.inputs[0]
         scale = stored_scales(np.array(largest / form.magnitude), form).astype(form.scale_dtype)
-        w = Inserter(self._graph, node, _name(node))
+        w = Inserter(self._graph, node, name_of(node))
         # Explicit, because the default is uint8.
         grid = [
             w.initializer(scale, f"{node.name}.input_scale"),
@@ -176,7 +177,7 @@ class _Rewriter:
         width = stored.words.shape.numpy()[1] * lanes
         group = stored.format.group(width)
 
-        w = Inserter(self._graph, node, _name(node))
+        w = Inserter(self._graph, node, name_of(node))
 
         def constant(array: NDArray[np.generic], role: str) -> ir.Value:
             return w.initializer(array, f"{node.name}.{role}")
@@ -203,11 +204,6 @@ class _Rewriter:
         self._graph.insert_before(old, node)
         output.replace_all_uses_with(node.outputs[0], replace_graph_outputs=True)
         self._graph.remove(old, safe=True)
-
-
-def _name(node: ir.Node) -> str:
-    assert node.name is not None
-    return node.name
 
 
 def _rank(value: ir.Value) -> int:

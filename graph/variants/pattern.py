@@ -89,6 +89,13 @@ def scope_of(node: ir.Node) -> str:
     return (node.name or "").rpartition(".")[0] or "graph"
 
 
+def name_of(named: ir.Node | ir.Value | None) -> str:
+    """The name of a node or value that is there and has one."""
+    assert named is not None
+    assert named.name is not None
+    return named.name
+
+
 def substitute(old: ir.Value, new: ir.Value) -> None:
     """Let every reader of `old`, a graph output included, read `new`, which takes over name and shape of an output."""
     if old.is_graph_output():

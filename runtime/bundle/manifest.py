@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -203,13 +204,7 @@ class Manifest:
     @property
     def state_bytes(self) -> int:
         """Bytes of the state of one sequence."""
-        total = 0
-        for spec in self.state:
-            count = 1
-            for size in spec.shape[1:]:
-                count *= size
-            total += count * ELEMENT_TYPES[spec.dtype].bits // 8
-        return total
+        return sum(math.prod(spec.shape[1:]) * ELEMENT_TYPES[spec.dtype].bits // 8 for spec in self.state)
 
     @property
     def weights_bytes(self) -> int:
