@@ -1,4 +1,4 @@
-"""The doubles held against the real thing: whatever they have, the real modules have, under the same signatures."""
+"""Whatever the doubles have, the real modules have, with the same signatures."""
 
 from __future__ import annotations
 

@@ -212,7 +212,7 @@ def test_wrong_usage_is_exit_code_2():
     assert CliRunner().invoke(app, ["export", "--no-such-option"]).exit_code == 2
 
 
-def test_bfloat16_is_said_to_be_for_gpus_at_export_and_refused_on_a_cpu_with_what_works(tmp_path):
+def test_export_warns_that_bfloat16_is_for_gpus_and_a_cpu_refuses_it_with_what_works(tmp_path):
     target = tmp_path / "brain.retnet"
     result = CliRunner().invoke(app, ["export", str(EXAMPLE), "-o", str(target), "--precision", "bf16"])
     assert result.exit_code == 0

@@ -1,4 +1,4 @@
-"""`quantize` and `evaluate` refuse what is of no use to them with one message, and leave no half of a bundle."""
+"""`quantize` and `evaluate` refuse unusable texts with one message and leave no half bundle."""
 
 from __future__ import annotations
 

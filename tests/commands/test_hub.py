@@ -115,7 +115,7 @@ def test_what_was_downloaded_once_is_neither_downloaded_again_nor_needs_a_networ
     assert len(weights) == 1
 
 
-def test_without_a_network_what_is_not_in_the_cache_is_said_to_be_out_of_reach(hub, run):
+def test_without_a_network_a_name_that_is_not_in_the_cache_is_refused(hub, run):
     message = run("export", "user/whole", "-o", "my.retnet", HF_HUB_OFFLINE="1", code=1).stderr
     assert "user/whole: is not a local folder, not in the cache, and HF_HUB_OFFLINE is set" in message
     hub.close()
@@ -140,7 +140,7 @@ def test_a_gated_repository_says_where_to_ask_and_is_read_with_a_token(hub, run,
         ("hf://user", "hf://user: expected hf://user/name or hf://user/name@revision"),
     ],
 )
-def test_what_is_not_there_is_named(run, name, message):
+def test_a_missing_name_is_named(run, name, message):
     assert message in run("export", name, "-o", "my.retnet", code=1).stderr
 
 
@@ -148,7 +148,7 @@ FIRST_PIECE = 10_500_000
 """Bytes of model.safetensors (11.3 MB) after which there is a piece on the disk: huggingface_hub writes 10 MiB at once."""
 
 
-def test_a_download_that_broke_off_goes_on_where_it_stopped(hub, run):
+def test_an_interrupted_download_continues(hub, run):
     hub.cut["model.safetensors"] = FIRST_PIECE
     run("export", "user/whole", "-o", "my.retnet")
     starts = [first for name, first in hub.downloads if name == "model.safetensors"]

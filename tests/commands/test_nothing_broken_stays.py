@@ -1,4 +1,4 @@
-"""Weights that are no numbers, and steps that fail late: a message that names the tensor, and folders as they were before."""
+"""Weights that are not finite, and steps that fail late: a message names the tensor, and folders stay as they were."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_a_bundle_that_cannot_be_written_is_verified_all_the_same(bundle, monkey
     assert listing(bundle) == before
 
 
-def test_json_has_null_for_what_is_no_number(capsys):
+def test_json_has_null_for_a_value_that_is_not_a_number(capsys):
     print_json({"logprob": -np.inf, "top": [{"value": np.float64("nan")}, (1.5, None, "x")], "count": 3})
     printed = capsys.readouterr().out
     assert json.loads(printed, parse_constant=pytest.fail) == {

@@ -1,4 +1,4 @@
-"""Names that one must type are whole at any width, and options act or are refused."""
+"""Names that a user must type are printed whole at any width; options have an effect or are refused."""
 
 from __future__ import annotations
 

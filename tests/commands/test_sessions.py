@@ -46,7 +46,7 @@ def test_a_long_prompt_is_read_once_and_gone_on_from(bundle, tmp_path):
     assert after["stats"]["prompt_tokens"] < whole["stats"]["prompt_tokens"]
 
 
-def test_text_without_a_prompt_goes_on_from_the_saved_logits(bundle, tmp_path):
+def test_text_without_a_prompt_continues_from_the_saved_logits(bundle, tmp_path):
     state, options = tmp_path / "prompt.state", ("--temperature", 0, "--max-new-tokens", 10)
     expected = generated(bundle, "--prompt", "In the beginning", *options)["text"]
     run("generate", bundle, "--prompt", "In the beginning", "--max-new-tokens", 0, "--save-state", state)

@@ -1,4 +1,4 @@
-"""What is said of the numbers, on numbers made for the purpose."""
+"""Sentences and crossings that the analysis makes of given numbers."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_the_result_is_three_short_sentences():
     )
 
 
-def test_quality_stands_beside_speed():
+def test_quality_is_printed_beside_speed():
     result = replace(comparison({0: 10}, {0: 10}), perplexity=12.345, text="ruth.txt")
     assert "The RetNet's perplexity on ruth.txt is 12.35." in analysis.caveats(result)
 
@@ -99,7 +99,7 @@ def test_a_comparison_without_times_says_so():
 
 
 @pytest.mark.parametrize(("parameters", "said"), [(1_016_000, "1.6 % more"), (970_000, "3.0 % fewer"), (1_005_000, None)])
-def test_a_transformer_of_other_size_is_said_to_be_one(parameters, said):
+def test_the_report_says_that_a_transformer_has_another_size(parameters, said):
     made = replace(comparison({0: 1.0}, {0: 1.0}), transformer=model(parameters=parameters, bytes_per_token=10_000))
     text = " ".join(analysis.caveats(made))
     assert (f"The Transformer has {said} parameters than the RetNet" in text) if said else "parameters" not in text

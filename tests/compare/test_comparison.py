@@ -40,7 +40,7 @@ def test_a_timing_has_a_median_for_each_round_and_a_95th_percentile_above_the_me
         assert 0 < measurement.timing.median_ms <= measurement.timing.p95_ms
 
 
-def test_each_process_is_seen_with_its_own_memory(comparison):
+def test_each_process_has_its_own_memory_measured(comparison):
     for measurement in comparison.measurements:
         assert 0 < measurement.steady_bytes <= measurement.peak_bytes
 

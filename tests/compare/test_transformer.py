@@ -1,4 +1,4 @@
-"""The baseline is a Llama: against transformers' own, and matched to the RetNet it stands beside."""
+"""The baseline is a Llama, compared with transformers' own, and has the RetNet's size."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def test_the_probe_sees_what_a_fixed_batch_does_to_int8_weights(monkeypatch):
     assert ask(trt, ("8.6",), False).int8_fused is False
 
 
-def test_what_the_log_does_not_say_of_a_chunk_is_said(tmp_path):
+def test_a_chunk_whose_sizes_the_log_leaves_open_is_refused(tmp_path):
     bundle = tiny.bundle(tmp_path, tiny.config(), chunk=8)
     record = compile_bundle(bundle, CompileOptions("tensorrt-rtx", ("8.6",), max_batch=4))
     assert record.anatomy_of("prefill") is None

@@ -1,4 +1,4 @@
-"""The list of layers is read in every form that TensorRT gives it, and what cannot be read is said.
+"""The list of layers is read in every form that TensorRT gives it; anything else is reported.
 
 Recordings in layers/: a build's log of TensorRT-RTX 1.7.1 (some lines of it), lines of full TensorRT 10 in the form that its users
 published, and an inspector's answer in the fields of TensorRT 8 to 10, with names and numbers of our own.
@@ -71,7 +71,7 @@ def test_the_inspectors_answer_with_constants_that_are_no_tensors():
         ),
     ],
 )
-def test_what_is_of_no_known_form_is_said(lines, message):
+def test_an_unknown_form_is_reported(lines, message):
     with pytest.raises(UnreadableLayersError, match=message):
         layers_of_log(lines)
 
@@ -89,6 +89,6 @@ def test_what_is_of_no_known_form_is_said(lines, message):
         ),
     ],
 )
-def test_an_inspectors_answer_of_no_known_form_is_said(document, message):
+def test_an_unknown_form_of_the_inspectors_answer_is_reported(document, message):
     with pytest.raises(UnreadableLayersError, match=message):
         layers_of_inspector(document)

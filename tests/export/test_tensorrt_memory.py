@@ -1,4 +1,4 @@
-"""A build's peak memory is what is predicted before it starts."""
+"""The prediction of a build's peak memory is right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tokenizer that is no tokenizer.json becomes one that reads a page of many scripts as the original does, token by token."""
+"""Other tokenizers become a tokenizer.json that reads a page of many scripts as the original does, token by token."""
 
 from __future__ import annotations
 

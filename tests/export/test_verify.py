@@ -55,7 +55,7 @@ def logits(*rows: list[float]) -> np.ndarray:
     return np.array(rows, np.float32)
 
 
-def test_a_tie_is_told_from_a_disagreement():
+def test_a_tie_is_not_a_disagreement():
     reference = logits([1.0, 0.0, -1.0], [1.0, 0.999999, -1.0], [1.0, 0.5, -1.0])
     actual = logits([1.0, 0.0, -1.0], [0.999999, 1.0, -1.0], [0.5, 1.0, -1.0])
     result = judged(actual, reference, [1, 2, 3], (reference, None), "three rows", tolerance("float32"))

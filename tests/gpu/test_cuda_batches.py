@@ -152,7 +152,7 @@ def test_drafts_are_forgotten_when_another_changes_the_state(case) -> None:
     assert off(scores[0], reference.feed(0, [2, 3, 4])[-1:]) < tolerance
 
 
-def test_a_state_read_after_some_steps_goes_on_in_another_slot_alone(case) -> None:
+def test_a_state_that_was_read_continues_alone_in_another_slot(case) -> None:
     backend, reference, tolerance = case
     runner, other = backend.open_runner(3), backend.open_runner(1)
     for tokens in tokens_for(runner, 7, 3, seed=5):

@@ -75,7 +75,7 @@ def test_one_seed_gives_one_text_on_the_cpu_and_on_the_gpu(models, options):
     assert len(one) == 20
 
 
-def test_a_state_saved_on_one_goes_on_on_the_other(models, tmp_path):
+def test_a_state_saved_on_one_continues_on_the_other(models, tmp_path):
     options = Options(temperature=1.0, seed=8, max_new_tokens=15)
     for source, target in (models, models[::-1]):
         session = fed(source)

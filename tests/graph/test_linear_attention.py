@@ -86,7 +86,7 @@ def test_the_manifest_names_the_state_by_heads(tmp_path):
     assert {spec.shape for spec in bundle.manifest.state if spec.input != "position"} == {(-1, 3, 64, 256)}
 
 
-def test_a_state_saved_with_one_variant_goes_on_with_the_other(tmp_path):
+def test_a_state_saved_with_one_variant_continues_with_the_other(tmp_path):
     bundle = tiny.bundle(tmp_path, CONFIGS["two blocks a head"])
     sessions = [tiny.model(bundle, variant).session() for variant in VARIANTS]
     sessions[0].feed([3, 1, 4, 1, 5])

@@ -1,4 +1,4 @@
-"""Prefill is as many steps: any length, any split, any mix of lengths in a batch, whatever stands in the padding."""
+"""Prefill equals single steps: any length, any split, any mix of lengths in a batch, any padding."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_a_score_that_is_undone_leaves_the_state_bit_by_bit(model):
             np.testing.assert_array_equal(undone.read_state(slot)[name], value)
 
 
-def test_a_step_after_a_score_goes_on_from_the_tokens_taken_in(model, stepped):
+def test_a_step_after_a_score_continues_from_the_accepted_tokens(model, stepped):
     runner = model.backend.open_runner(1)
     runner.score(TOKENS[None, :9], np.array([5]), np.array([[4, 8]]))
     runner.step(TOKENS[5:6])
@@ -178,7 +178,7 @@ def test_a_batch_of_any_lengths_is_its_single_runs(model, stepped, data, batch):
 
 @settings(deadline=None, max_examples=20)
 @given(length=st.integers(0, CHUNK), poison=st.integers(-(2**63), 2**63 - 1))
-def test_padding_leaves_no_trace_whatever_stands_in_it(model, length, poison):
+def test_padding_leaves_no_trace_whatever_it_holds(model, length, poison):
     results = []
     for filler in (0, poison):
         runner = model.backend.open_runner(2)
@@ -201,7 +201,7 @@ def test_a_sequence_of_no_tokens_keeps_its_state_bit_by_bit(model):
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
-def test_prefill_goes_on_past_position_two_to_the_31(model):
+def test_prefill_continues_past_position_two_to_the_31(model):
     start = model.backend.open_runner(1).read_state(0) | {"position": np.array([2**31 - 5])}
     chunked, stepped = (model.backend.open_runner(1) for _ in range(2))
     for runner in (chunked, stepped):

@@ -102,7 +102,7 @@ def test_the_best_variant_is_taken_that_the_version_runs(tmp_path, monkeypatch, 
 
 
 @NEEDS_OPERATORS
-def test_the_variant_in_use_is_said(example_bundle):
+def test_the_variant_in_use_is_printed(example_bundle):
     path = str(example_bundle.path)
     assert "<Model classics on onnxruntime (onnxruntime-cpu)" in repr(load(path, "onnxruntime"))
     inspected = CliRunner().invoke(app, ["inspect", path]).output

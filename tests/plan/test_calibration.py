@@ -1,4 +1,4 @@
-"""A device's constants follow from reports: known constants come back, and a report that is none is refused."""
+"""A device's constants follow from reports; a file that is not a report is refused."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_report_gives_its_decode_speeds(tmp_path):
 
 
 @pytest.mark.parametrize(("content", "said"), [("no json\n", "no line of JSON"), (f'{{"format": "{MARK}"}}\n', "damaged")])
-def test_what_is_no_report_is_refused(tmp_path, content, said):
+def test_a_file_that_is_not_a_report_is_refused(tmp_path, content, said):
     path = tmp_path / "report.txt"
     path.write_text(content)
     with pytest.raises(UserError, match=said):

@@ -49,7 +49,7 @@ def test_one_seed_gives_one_text(backends, options):
     assert len(one) == 20
 
 
-def test_a_state_saved_on_one_backend_goes_on_on_the_other(backends, tmp_path):
+def test_a_state_saved_on_one_backend_continues_on_the_other(backends, tmp_path):
     options = Options(temperature=1.0, seed=8, max_new_tokens=15)
     for source, target in (backends, backends[::-1]):
         session = fed(source)

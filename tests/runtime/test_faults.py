@@ -169,7 +169,7 @@ def test_a_name_that_the_system_cannot_open_is_refused(bundle, name):
         open_bundle(bundle)
 
 
-def test_a_link_out_of_the_bundle_is_refused_though_its_content_is_right(bundle, tmp_path):
+def test_a_link_out_of_the_bundle_is_refused_even_with_the_right_content(bundle, tmp_path):
     (bundle / "weights.bin").rename(tmp_path / "elsewhere.bin")
     os.symlink(tmp_path / "elsewhere.bin", bundle / "weights.bin")
     with pytest.raises(UserError, match=r"weights\.bin: a link that leaves the bundle"):
@@ -185,7 +185,7 @@ def test_a_link_within_the_bundle_and_to_the_bundle_are_fine(bundle, tmp_path):
 
 @pytest.mark.parametrize("location", ["../secret.bin", "/etc/passwd", "absent.bin", "real/../../secret.bin"])
 @pytest.mark.parametrize("name", ["decode.onnx", "prefill.onnx"])
-def test_a_graph_whose_weights_lie_elsewhere_is_refused_though_every_hash_is_right(bundle, tmp_path, name, location):
+def test_a_graph_whose_weights_are_elsewhere_is_refused_even_if_every_hash_is_right(bundle, tmp_path, name, location):
     (tmp_path / "secret.bin").write_bytes(bytes(1 << 20))
     model = onnx.load(bundle / name, load_external_data=False)
     tensor = next(tensor for tensor in model.graph.initializer if tensor.external_data)

@@ -1,4 +1,4 @@
-"""Every backend has a tolerance for whatever it computes with; errors are figures, or a message that says why not."""
+"""Every backend has a tolerance for every format that it computes with; an error is a number, or a message says why not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder that is no checkpoint is named as what it is, with what makes one of it; so is a file that cannot be read."""
+"""A folder that is not a checkpoint is named as what it is, with what to do; so is a file that cannot be read."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def folder(tmp_path) -> Path:
         (["model-00001-of-00003.safetensors"], r"model-00002-of-00003\.safetensors is missing, 2 of 3 shards are missing"),
     ],
 )
-def test_what_is_no_checkpoint_is_said_to_be_what_it_is(tmp_path, files, message):
+def test_a_folder_that_is_not_a_checkpoint_is_named_as_what_it_is(tmp_path, files, message):
     for file in files:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).touch()

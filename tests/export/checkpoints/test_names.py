@@ -1,4 +1,4 @@
-"""Whatever wrapped a model when it was saved, and whichever of its head and its embedding the file has: the same weights."""
+"""The same weights are read whatever wrapped the model when it was saved, and under whichever names the file has a tied matrix."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_a_fairseq_checkpoint_with_numpy_values_beside_the_model_is_read(tmp_pat
         {"_attn_implementation_autoset": True, "do_sample": False, "max_length": 20, "temperature": 1.0},
     ],
 )
-def test_settings_that_say_nothing_are_neither_refused_nor_warned_of(tmp_path, settings):
+def test_settings_without_effect_give_no_warning(tmp_path, settings):
     folder = rewritten(GOLDEN / "fla-default", tmp_path / "copy", tensors_of(GOLDEN / "fla-default"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | settings))

@@ -1,4 +1,4 @@
-"""What would change the maths is refused by name; what is not known is warned of; tensors must fit the settings exactly."""
+"""A setting that changes the function is refused by name; an unknown one gives a warning; tensors must fit the settings."""
 
 from __future__ import annotations
 
@@ -140,6 +140,6 @@ def test_what_the_packages_write_by_themselves_is_not_warned_of(folder):
         open_checkpoint(folder)
 
 
-def test_short_convolutions_that_fla_was_asked_for_but_never_made_do_not_matter(change):
+def test_short_convolutions_that_fla_never_made_are_ignored(change):
     opened = open_checkpoint(change(CLASSICS, {"use_short_conv": True}))
     assert opened.config == open_checkpoint(CLASSICS).config

@@ -1,4 +1,4 @@
-"""The state of a layer is (H, Dk, Dv) everywhere, whatever a graph makes of it; with Dk = Dv no shape would tell."""
+"""The state of a layer is (H, Dk, Dv) everywhere, in whatever order a graph keeps it; with Dk = Dv its shape does not show that."""
 
 import numpy as np
 import onnx

@@ -271,7 +271,7 @@ def test_an_engine_with_other_inputs_than_the_manifest_is_refused(bundle):
         open_backend("tensorrt", Bundle(bundle.path, other))
 
 
-def test_no_room_on_the_device_is_said_with_numbers(bundle, cuda):
+def test_the_error_for_a_full_device_has_the_numbers(bundle, cuda):
     backend = open_backend("tensorrt", bundle)
     cuda.memory -= cuda.cudaMemGetInfo()[1] - 1000
     with pytest.raises(UserError, match=r"the GPU has no memory for [\d,]+ bytes: [\d,]+ of [\d,]+ are free"):

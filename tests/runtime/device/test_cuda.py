@@ -65,7 +65,7 @@ def allocate_everything() -> list[object]:
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
-def test_everything_is_freed_by_the_library_that_made_it_though_it_is_gone_from_its_place(another_library):
+def test_everything_is_freed_by_the_library_that_made_it_even_after_another_took_its_place(another_library):
     double, remove = another_library
     everything = allocate_everything()
     assert double.device
@@ -87,7 +87,7 @@ def test_closing_a_buffer_frees_it_by_the_library_that_made_it_and_once(another_
     assert double.device == {}
 
 
-def test_the_memory_of_an_array_stays_for_as_long_as_the_array_does(another_library):
+def test_memory_of_an_array_lives_as_long_as_the_array(another_library):
     double, remove = another_library
     view = cuda.pinned((4, 4), np.float32)[2:]
     remove()
