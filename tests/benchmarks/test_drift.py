@@ -21,7 +21,7 @@ from retnet_export.runtime.model import load  # noqa: E402
 from retnet_export.runtime.numerics import TOLERANCES  # noqa: E402
 
 CLASSICS = Path(__file__).parents[2] / "examples" / "classics"
-LENGTH = 6_000
+LENGTH = 4_000
 TOLERANCE = TOLERANCES["state-float32"].relative
 
 
