@@ -1,6 +1,6 @@
 """Continuous batching: sequences join and leave a batch between its steps, and prompts are read in between.
 
-Rule: a turn of the engine takes one token for every sequence that generates (or several, where a draft foresaw them), and reads
+Rule: a turn of the engine takes one token for every sequence that generates (or several, where a draft predicted them), and reads
 `read_tokens` tokens of the prompts that wait, shared evenly among them; more only while that took less time than the step did.
 So no prompt, however long, keeps the others waiting for more than that, a short one that comes later overtakes it, and reading
 gets half of a busy machine. A sequence's text does not depend on its neighbours: slots share nothing but the step.

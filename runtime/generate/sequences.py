@@ -248,10 +248,9 @@ class Sequences:
             return
         self._failed = True
         lengths = np.array([len(slot.ahead) for slot in slots])
-        tokens = np.zeros((len(slots), lengths.max()), np.int64)
-        for row, slot in zip(tokens, slots, strict=True):
-            row[: len(slot.ahead)], slot.ahead = slot.ahead, []
-        self._read(tokens, lengths)
+        self._read(_rows([slot.ahead for slot in slots]), lengths)
+        for slot in slots:
+            slot.ahead = []
         self._failed = False
 
     def _end_trial(self, count: int) -> None:
@@ -273,14 +272,11 @@ class Sequences:
     ) -> list[Logits]:
         """Let the state take in tokens and guesses, with which drafts begin; logits after the tokens and after each one drafted."""
         wanted = 1 + max(map(len, drafts))
-        tokens = np.zeros((len(drafts), max(len(own) + len(draft) for own, draft in zip(certain, drafts, strict=True))), np.int64)
-        rows = np.zeros((len(drafts), wanted), np.int64)
-        for place, (own, draft) in enumerate(zip(certain, drafts, strict=True)):
-            tokens[place, : len(own) + len(draft)] = [*own, *draft]
-            rows[place] = len(own) - 1 + np.minimum(np.arange(wanted), len(draft))
+        wide = self._widened(_rows([[*own, *draft] for own, draft in zip(certain, drafts, strict=True)]))
+        lasts = np.array([[len(own) - 1, len(draft)] for own, draft in zip(certain, drafts, strict=True)])
+        rows = lasts[:, :1] + np.minimum(np.arange(wanted), lasts[:, 1:])  # beyond its end a draft's last one
         lengths = np.array([len(own) + len(guess) for own, guess in zip(certain, guessed, strict=True)])
-        wide = self._widened(tokens)
-        more = len(wide) - len(tokens)
+        more = len(wide) - len(drafts)
         score = self._runner.score if self._undoing is None or not any(guessed) else self._undoing.score_on_trial
         logits = score(wide, np.pad(lengths, (0, more)), np.pad(rows, ((0, more), (0, 0))))
         return [logits[place, : 1 + len(draft)] for place, draft in enumerate(drafts)]
@@ -341,3 +337,11 @@ class Sequences:
         self._end_trial(self._in_use)
         self._runner.write_state(target, self._runner.read_state(source))
         self.slots[target], self.slots[source] = self.slots[source], Slot.empty(self._vocab_size)
+
+
+def _rows(tokens: Sequence[Sequence[int]]) -> Tokens:
+    """Tokens of several sequences as one array, (n, C); what one has less is padding."""
+    rows = np.zeros((len(tokens), max(map(len, tokens))), np.int64)
+    for row, own in zip(rows, tokens, strict=True):
+        row[: len(own)] = own
+    return rows

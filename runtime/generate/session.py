@@ -19,7 +19,6 @@ from retnet_export.runtime.generate.generation import Continuation, Generation, 
 from retnet_export.runtime.generate.loop import Loop
 from retnet_export.runtime.generate.sampling import Logits, Tokens
 from retnet_export.runtime.generate.sequences import Sequences
-from retnet_export.runtime.generate.slot import Slot
 from retnet_export.runtime.generate.state import Snapshot
 from retnet_export.runtime.generate.stats import Stats
 from retnet_export.runtime.generate.tokenizer import Tokenizer, required
@@ -179,15 +178,16 @@ class Session:
             raise ArgumentError("text", "is bytes, expected a str or token ids; decode it first, as in text.decode()")
         if self.batch != 1:
             raise UserError(f"feed needs a session of one sequence, this one has {self.batch}; use step")
+        slot = self._sequences.slots[0]
         tokens = self._sequences.checked(self.encode(text, prefix=prefix) if isinstance(text, str) else text)
-        unread = self.tokenizer.dropped_end(self._slot.unread + text) if isinstance(text, str) else ""
+        unread = self.tokenizer.dropped_end(slot.unread + text) if isinstance(text, str) else ""
         if not len(tokens) and not (text and unread and self.position):
             raise UserError("the prompt is empty: give at least one character")
         began = time.perf_counter()
         if self._kept.maxlen:
             self.mark()
         self._read_all(tokens, progress)
-        self._slot.unread = unread
+        slot.unread = unread
         if stats is not None:
             stats.add_prompt(len(tokens), time.perf_counter() - began)
         return len(tokens)
@@ -203,10 +203,10 @@ class Session:
 
     def encode(self, text: str, *, prefix: bool = True) -> list[int]:
         """The tokens that `feed` would read: the text goes on where the last one ended, so that several are one text."""
-        tokenizer, tail = self.tokenizer, self.tail
-        if self.position == 0:
+        tokenizer, slot = self.tokenizer, self._sequences.slots[0]
+        if slot.position == 0:
             return tokenizer.encode(text, prefix=prefix)
-        return tokenizer.encode_after(tail, self._slot.unread + text, whole=len(tail) == self.position)
+        return tokenizer.encode_after(tuple(slot.tail), slot.unread + text, whole=len(slot.tail) == slot.position)
 
     def generate(
         self, options: Options | None = None, *, stats: Stats | None = None, **changes: Unpack[OptionChanges]
@@ -258,31 +258,26 @@ class Session:
         start = self.snapshot() if continuation.options.stops else None
         loop = self.loop(stats)
         running = loop.begin(continuation, 0)
-        while True:
+        ended = taken_back = False
+        while not ended:
             with self._alone:
                 piece = loop.choose(running, 0)
-                if piece is None:
-                    break
                 if running.waits and not continuation.stopped_in_text:
                     loop.advance([running])
-            if start is not None and continuation.stopped_in_text:
+            if piece is None:
+                piece, ended = Piece(None, continuation.flush()), True
+            if start is not None and continuation.stopped_in_text and not taken_back:
                 self._go_back(start, len(running.read), *continuation.before_stop())
-            yield piece
-        known = continuation.stopped_in_text
-        text = continuation.flush()
-        if start is not None and continuation.stopped_in_text and not known:
-            self._go_back(start, len(running.read), *continuation.before_stop())
-        if text:
-            yield Piece(None, text)
+                taken_back = True
+            if not ended or piece.text:
+                yield piece
 
     def _go_back(self, start: Snapshot, made: int, tokens: list[int], text: str) -> None:
         """Stand after `tokens` and `text`, behind `start`; `made` tokens have been read since."""
-        if made == len(tokens) and not text:
-            return
-        self.restore(start)
-        self._read_all(self._sequences.checked(tokens))
-        if text:
-            self._read_all(self._sequences.checked(self.encode(text)))
+        if made != len(tokens) or text:
+            self.restore(start)
+            self._read_all(np.array(tokens, np.int64))
+            self._read_all(np.array(self.encode(text) if text else [], np.int64))
 
     def snapshot(self, slot: int = 0) -> Snapshot:
         """A copy of one sequence: state, position and logits, independent of the backend."""
@@ -349,7 +344,3 @@ class Session:
         """
         with self._alone:
             return continuation.choose(self._sequences.view(slot))
-
-    @property
-    def _slot(self) -> Slot:
-        return self._sequences.slots[0]
