@@ -54,6 +54,7 @@ def check_build(
             raise UserError(f"{bundle.path / graph.file}: ONNX opset {graph.opset}; {target} {shown} reads up to {newest}")
     for capability in capabilities:
         check_format(str(bundle.path), manifest, capability)
+    check_groups(bundle.path, manifest, target)
     check_host_memory(bundle.path, manifest)
     if on_this_gpu:
         from retnet_export.runtime.device import cuda
@@ -70,6 +71,20 @@ def check_format(where: str, manifest: Manifest, capability: str) -> None:
                 f"{where}: {what} in {name} need compute capability {floor[0]}.{floor[1]} or later, this is for {capability}, "
                 f"which has {', '.join(formats_of(capability))}; quantize to int8 or int4, or export with --precision fp16"
             )
+
+
+def check_groups(path: Path, manifest: Manifest, target: str) -> None:
+    """Refuse INT8 weights whose scales are of groups of inputs.
+
+    Source: NvInfer.h, IDequantizeLayer: block quantization is "supported for DataType::kINT4 only" in 10.3 to 10.11, and for FP4,
+    FP8 and INT4 in 10.13.
+    """
+    group = (manifest.quantization or {}).get("group_size")
+    if target == "tensorrt" and manifest.precision.weights == "int8" and group is not None:
+        raise UserError(
+            f"{path}: INT8 weights with a scale for every {group} inputs; {target} takes such groups of INT4 weights only: "
+            "quantize with --weights int8 and no --group-size, or with --weights int4"
+        )
 
 
 def needed_bytes(sizes: Sizes, batch: int, chunk: int) -> float:

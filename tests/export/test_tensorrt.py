@@ -46,6 +46,17 @@ def test_one_engine_for_decode_and_prefill_holds_the_weights_once(tmp_path, prec
     assert record.weights_bytes == pytest.approx(bundle.manifest.weights_bytes, rel=0.02)
 
 
+def test_weights_that_were_cut_stay_cut_in_the_engine_and_are_there_once(tmp_path):
+    bundle = tiny.bundle(tmp_path, tiny.config(hidden_size=512, vocab_size=4096), precision="fp16")
+    whole, cut = (
+        compile_bundle(bundle, rtx(compute_capabilities=("8.6",), largest_weight_mb=largest, candidates=0)) for largest in (None, 1)
+    )
+    steps = [record.anatomy_of("decode") for record in (whole, cut)]
+    assert steps[0].kernels + 3 <= steps[1].kernels <= steps[0].kernels + 4  # the head, 4 MB, is four products
+    assert steps[1].bytes < 1.1 * steps[0].bytes
+    assert cut.weights_bytes < 1.1 * whole.weights_bytes
+
+
 def test_separate_engines_hold_the_weights_twice(tmp_path):
     bundle = tiny.bundle(tmp_path, tiny.config(vocab_size=4096, hidden_size=256, ffn_size=512))
     record = compile_bundle(bundle, rtx(compute_capabilities=("8.6",), form="separate"))
