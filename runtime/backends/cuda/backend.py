@@ -38,7 +38,7 @@ SPARE_BYTES = 64 << 20
 """Left free when weights are loaded: code, streams, and what CUDA takes for itself."""
 
 
-PASS_COST = PassCost(fixed=0.65, token=0.075, again=False)
+PASS_COST = PassCost(fixed=0.65, token=0.065, again=False)
 """1.5B in INT4 on an H100, where a pass costs most: two rows take 1.7 steps, eight 2.1, sixteen 2.8 (docs/lab/speculation.md).
 `fixed` is 0.35 for 1.5B in fp16 and for 7.8B in INT4."""
 

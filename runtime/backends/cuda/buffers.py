@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,8 @@ KEPT = 64
 """Largest logits that the device chooses."""
 MOST_DRAFTING = 8
 """Slots of a batch up to which keys and values of drafts are kept: 38 MB a slot for 1.5 billion weights."""
+MOST_LENT = 32
+"""Rows of logits that are given out in memory that is used again; more are seldom asked for, and may be kept for long."""
 LEAST_ROWS = 64
 """Rows that buffers are made for at least, so that short prompts and drafts never make new ones."""
 FIELDS = (
@@ -140,7 +143,7 @@ class RunBuffers:
             phase=tables.phase.address,
         )
         self.operands = {key: (self._buffer(count).address, padded(key[0])) for key, count in size.operands(source).items()}
-        self._host_logits: NDArray[np.float32] | None = None
+        self._lent = Lent()
         stream.synchronize()
 
     def _buffer(self, size: int) -> cuda.DeviceBuffer:
@@ -159,14 +162,30 @@ class RunBuffers:
         self._stream.record(self._copied)
 
     def logits(self, count: int) -> NDArray[np.float32]:
-        """The first rows of logits (count, V), once the stream has got there; valid until the next call."""
-        vocabulary = self._source.config.vocab_size
-        if self._host_logits is None or len(self._host_logits) < count:
-            self._host_logits = cuda.pinned((padded_count(count), vocabulary), np.float32)
-        rows = self._host_logits[:count]
+        """The first rows of logits (count, V), for the caller to keep."""
+        shape = count, self._source.config.vocab_size
+        rows = self._lent.array(shape) if count <= MOST_LENT else np.empty(shape, np.float32)
         self._stream.copy_to_host(rows, self._numbers["logits"])
         self._stream.synchronize()
         return rows
+
+
+class Lent:
+    """Float32 arrays that the GPU writes without a detour, and that are used again when nobody holds them any more.
+
+    A new array of a megabyte costs more than the copy into it.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[NDArray[np.uint8]] = []
+
+    def array(self, shape: tuple[int, int]) -> NDArray[np.float32]:
+        size = 4 * math.prod(shape)
+        fitting = next((index for index, each in enumerate(self._free) if each.nbytes >= size), None)
+        memory = cuda.pinned((size,), np.uint8) if fitting is None else self._free.pop(fitting)
+        holder = (ctypes.c_byte * size).from_address(memory.ctypes.data)  # lives as long as any view of the array
+        weakref.finalize(holder, self._free.append, memory).atexit = False
+        return np.frombuffer(memoryview(holder), np.float32, math.prod(shape)).reshape(shape)
 
 
 class ManyBatch:

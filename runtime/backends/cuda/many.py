@@ -81,8 +81,12 @@ class Many:
         self, batch: ManyBatch, tokens: NDArray[np.int64], lengths: NDArray[np.int64], rows: NDArray[np.int64]
     ) -> NDArray[np.float32]:
         """As `prefill`; logits (S, R, V) at `rows` (S, R) of each slot's tokens, which the state need not take."""
+        pieces = self._pieces(batch, tokens, lengths, rows)
+        if len(pieces) == len(rows) == 1 and len(pieces[0].picked) == rows.shape[1]:  # in the order in which they are asked for
+            wanted = len(pieces[0].picked)
+            return self._read(batch, pieces[0], padded_count(wanted), choose=False).logits(wanted)[None]
         scores = np.zeros((*rows.shape, self._config.vocab_size), np.float32)
-        for piece in self._pieces(batch, tokens, lengths, rows):
+        for piece in pieces:
             wanted = len(piece.picked)
             buffers = self._read(batch, piece, padded_count(wanted) if wanted else 0, choose=False)
             if wanted:

@@ -100,6 +100,8 @@ def tiling(layout: MatrixLayout, width: int, limits: Limits) -> Tiling:
 
 def _shape(layout: MatrixLayout, width: int, limits: Limits) -> tuple[tuple[int, int, int], tuple[int, int], int]:
     """Warps over outputs, rows and inputs; tiles of a warp; blocks a multiprocessor."""
+    if width == 16 and layout.integer:
+        return (2, 1, 4), (1, 2), 2  # an H100's 16 rows of 1.5B in INT4: 1.48 ms instead of 1.64 (fp16: no difference)
     if width <= 16:
         return (1, 1, 4), (2, width // 8), 2
     if width == 32:
