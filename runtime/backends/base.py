@@ -89,6 +89,14 @@ class Narrowing(Protocol):
 
 
 @runtime_checkable
+class Copying(Protocol):
+    """A runner that copies a slot's state without bringing it to the host and into the common layout."""
+
+    def copy_state(self, source: int, target: int) -> None:
+        """Replace one slot's state by another's."""
+
+
+@runtime_checkable
 class Undoing(Protocol):
     """A runner that can keep the state before a pass, so that drafts may enter the state on trial."""
 
@@ -174,9 +182,12 @@ def state_to_graph(specs: Sequence[StateSpec], layout: StateLayout, state: State
 
 def state_from_graph(specs: Sequence[StateSpec], layout: StateLayout, arrays: State) -> State:
     """A copy of a graph's state in the canonical layout, (1, H, Dk, Dv)."""
-    return {
-        spec.input: (arrays[spec.input] if spec.layer is None else layout.from_graph(arrays[spec.input])).copy() for spec in specs
-    }
+    copies = {}
+    for spec in specs:
+        given = arrays[spec.input]
+        own = given if spec.layer is None else layout.from_graph(given)
+        copies[spec.input] = own.copy() if np.may_share_memory(own, given) else own
+    return copies
 
 
 def initial_state(specs: Sequence[StateSpec]) -> State:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet_export.runtime.backends.base import NUMPY_DTYPES, PassCost, State, last_rows, state_from_graph, state_to_graph, top_of
+from retnet_export.runtime.backends.base import NUMPY_DTYPES, PassCost, State, last_rows, state_from_graph, top_of
 from retnet_export.runtime.backends.onnxruntime_api import (
     ACTIVATION_BLOCK,
     best_variant,
@@ -232,8 +232,16 @@ class OnnxRuntimeRunner:
         return state_from_graph(self._specs, self._layout, slots)
 
     def write_state(self, slot: int, state: State) -> None:
-        for name, array in state_to_graph(self._specs, self._layout, state).items():
-            self._buffers[self._side][name][slot] = array[0]
+        for spec in self._specs:
+            target = self._buffers[self._side][spec.input][slot : slot + 1]
+            if spec.layer is None:
+                target[...] = state[spec.input]
+            else:
+                self._layout.write(state[spec.input], target)
+
+    def copy_state(self, source: int, target: int) -> None:
+        for buffer in self._buffers[self._side].values():
+            buffer[target] = buffer[source]
 
     def _bind_state(self, session: onnxruntime.InferenceSession, before: State, after: State) -> onnxruntime.IOBinding:
         binding = session.io_binding()

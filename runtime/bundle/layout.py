@@ -53,6 +53,15 @@ class StateLayout:
         result: Array = blocks.swapaxes(2, 3).reshape(self.shape(state.shape))
         return result
 
+    def write(self, state: Array, target: Array) -> None:
+        """Write (B, H, Dk, Dv) where a graph reads it: a contiguous array of its shape."""
+        if self.axes != AXES:
+            target[...] = self.to_graph(state)
+            return
+        batch, heads, key_dim, value_dim = state.shape
+        blocks = state.reshape(batch, heads, key_dim, self.pieces, value_dim // self.pieces)
+        target.reshape(batch, heads, self.pieces, key_dim, value_dim // self.pieces)[...] = blocks.swapaxes(2, 3)
+
     def from_graph(self, state: Array) -> Array:
         """What the graph gave as (B, H, Dk, Dv); a view where it can be one."""
         if self.axes != AXES:

@@ -175,7 +175,11 @@ class Engine:
 
     def _admit(self, events: list[Event]) -> None:
         """Begin prompts, as many as can be read and have a slot to look forward to."""
-        while self._waiting and not self._reader.full and self.reading + len(self._ready) + len(self._sequences) < self.slots:
+        while (
+            self._waiting
+            and self.reading + len(self._ready) + len(self._sequences) < self.slots
+            and self._reader.has_room_for(self._waiting[0], self._budget)
+        ):
             known = self._reader.begin(self._waiting.popleft())
             self._take([] if known is None else [known], events)
 

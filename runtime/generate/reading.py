@@ -1,7 +1,7 @@
 """Prompts on their way into the state: several side by side, with snapshots where the cache wants them; those with scores alone.
 
 Rule: prompts lie in the first slots of a session of their own. When one is done, the last one takes its place, and a pass costs
-what the prompts in it cost.
+what the prompts in it cost. A piece costs a pass over the prompt's state, so that short prompts are read whole.
 """
 
 from __future__ import annotations
@@ -76,10 +76,19 @@ class Reader:
         """Those whose prompts are being read."""
         return [reading.job for reading in (*self._readings, *self._scoring)]
 
-    @property
-    def full(self) -> bool:
-        """Whether no other prompt may begin."""
-        return len(self._readings) == self.session.batch
+    def has_room_for(self, job: Job, budget: int) -> bool:
+        """Whether a prompt may begin: the others leave room for it, or none of them is near its end, so that it overtakes them.
+
+        Each piece of a prompt goes over its state anew, so that those of which one piece is all are read whole, one after another.
+        """
+        if not self._readings or job.scores is not None:
+            return True
+        left = [len(reading.job.tokens) - reading.done for reading in self._readings]
+        if len(left) == self.session.batch or min(left) > budget:
+            return len(left) < self.session.batch
+        cache = self.cache_of(job)
+        known = 0 if cache is None else cache.find(job.tokens)[0]
+        return sum(min(each, budget) for each in left) + len(job.tokens) - known <= budget
 
     def cache_of(self, job: Job) -> Cache | None:
         """The cache, if a job uses it."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from retnet_export.runtime.backends.base import Backend, Narrowing, Undoing, chunk_tokens, initial_state
+from retnet_export.runtime.backends.base import Backend, Copying, Narrowing, Undoing, chunk_tokens, initial_state
 from retnet_export.runtime.bundle.manifest import Manifest
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.generate.sampling import Logits, Row, Tokens
@@ -79,6 +79,7 @@ class Sequences:
         self._vocab_size = manifest.model.vocab_size
         self._narrowing = self._runner if isinstance(self._runner, Narrowing) else None
         self._undoing = self._runner if isinstance(self._runner, Undoing) else None
+        self._copying = self._runner if isinstance(self._runner, Copying) else None
         self._views = [_View(self, place) for place in range(batch)]
         self._forget()
 
@@ -335,7 +336,10 @@ class Sequences:
         """Let one sequence go on in another place. Logits that the runner holds stay behind."""
         self.check_whole()
         self._end_trial(self._in_use)
-        self._runner.write_state(target, self._runner.read_state(source))
+        if self._copying is not None:
+            self._copying.copy_state(source, target)
+        else:
+            self._runner.write_state(target, self._runner.read_state(source))
         self.slots[target], self.slots[source] = self.slots[source], Slot.empty(self._vocab_size)
 
 
