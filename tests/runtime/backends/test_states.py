@@ -95,6 +95,9 @@ def test_a_state_comes_back_from_a_graphs_layout_as_it_went(layout):
     kept = state_to_graph(specs, layout, state)
     assert kept[state_name(0)].shape == layout.shape((1, 2, 128, 128))
     assert all(array.flags.c_contiguous for array in kept.values())
+    written = np.empty_like(kept[state_name(0)])
+    layout.write(state[state_name(0)].astype(np.float32), written)
+    np.testing.assert_array_equal(written, kept[state_name(0)])
     for name, array in state_from_graph(specs, layout, kept).items():
         np.testing.assert_array_equal(array, state[name].astype(array.dtype))
 

@@ -71,6 +71,25 @@ def test_while_a_long_prompt_is_read_the_others_tokens_keep_coming(model):
     assert next(event for event in order if isinstance(event, Read)).job is short
 
 
+def test_prompts_that_fit_one_piece_are_read_whole(model):
+    engine = Engine(model.session, 4, read_tokens=8)
+    options = Options(temperature=0.0, max_new_tokens=40, speculate=0)
+    first, *short = jobs = [job([count] * count, options) for count in (2, 7, 6, 5)]
+    for each in jobs:
+        engine.add(each)
+        if each is first:
+            engine.turn()
+    events = []
+    while engine.waiting or engine.reading:
+        events += engine.turn()
+        # Never a piece of one and a piece of another, which would leave both for the next pass.
+        assert engine.reading == 0
+    assert engine.stats.prompt_tokens == 20
+    events += run(engine)
+    for each in short:
+        assert tokens(events, each) == alone(model, each.tokens, options)
+
+
 def test_several_continuations_read_their_prompt_once(model):
     engine = Engine(model.session, 2)
     options = [Options(temperature=1.5, seed=seed, max_new_tokens=6) for seed in range(5)]
