@@ -153,11 +153,11 @@ class Loop:
     def _plan(self, running: Sequence[Running]) -> _Pass:
         """What to look at in the next pass: guesses where they pay, or where they were asked for."""
         waiting = self._sequences.waiting(len(running))
+        if not any(each.most and each.slot.history.guesses for each in running):
+            return self._pass([[]] * len(running), waiting, running)
         room = self._sequences.chunk - max(waiting) - 1  # a trial that fails leaves all of it waiting, with the token after it
         most = [max(min(each.most, room, each.continuation.left - 1), 0) for each in running]
         chances = [each.slot.history.chances(count) for each, count in zip(running, most, strict=True)]
-        if not any(chances):
-            return self._pass([[]] * len(running), waiting, running)
         asked = any(each.asked and row for each, row in zip(running, chances, strict=True))
         cost, credit = (FREE, math.inf) if asked else (self._cost, self._budget.credit(len(running)))
         plan = plan_drafts(cost, chances, waiting, undoes=self._sequences.undoes, credit=credit)

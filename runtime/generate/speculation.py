@@ -110,6 +110,11 @@ class History:
         else:
             self._look_up()
 
+    @property
+    def guesses(self) -> bool:
+        """Whether there may be a guess at the next token."""
+        return self._next is not None or not self._indexed
+
     def chances(self, most: int) -> list[float]:
         """How probable it is that the next token is the expected one, that the next two are, …; `most` at most."""
         if self._next is None and not self._indexed:
