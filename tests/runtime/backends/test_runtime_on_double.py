@@ -17,21 +17,14 @@ SUITE = (
     "runtime/generate/test_batching.py",
     "runtime/generate/test_conversation.py",
     "runtime/generate/test_text.py",
-    "runtime/test_faults.py",
     "commands/test_sessions.py",
 )
 OF_ONNX_RUNTIME_ALONE = (
     # an engine has a largest batch of its own
     "runtime/generate/test_session.py::test_a_batch_too_large_for_memory_is_refused_with_its_size",
-    # the engine is built from the graph, not from what the manifest says of it
-    "runtime/test_faults.py::test_a_manifest_that_contradicts_the_graph_is_refused_before_a_buffer_is_made",
-    # it would build an engine of each of the damaged bundles
-    "runtime/test_faults.py::test_whatever_is_done_to_a_manifest_it_is_refused_by_a_message_or_it_runs",
     # a process of its own, where there is no double
     "commands/test_sessions.py::test_interrupting_a_reply_keeps_the_conversation",
     "commands/test_sessions.py::test_sigterm_leaves_nothing_half_written",
-    # it opens the bundle 200 times and runs nothing
-    "runtime/test_faults.py::test_of_200_bits_flipped_anywhere_in_a_bundle_all_are_noticed",
 )
 
 
