@@ -10,8 +10,9 @@ import cuda_double
 import pytest
 import tensorrt_double
 from tensorrt_api import make as api
+from tensorrt_api.differences import DIFFERENCES
 
-from retnet_export.runtime.backends.tensorrt_api import DIFFERENCES, load_module, version_of
+from retnet_export.runtime.backends.tensorrt_api import load_module, version_of
 
 RELEASES = tensorrt_double.RELEASES
 
