@@ -14,7 +14,6 @@ checked; no name in a manifest may leave the folder.
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -23,16 +22,14 @@ from pathlib import Path
 from retnet_export.runtime.bundle.external_data import external_locations
 from retnet_export.runtime.bundle.files import restore_old, sha256_of, write_atomically
 from retnet_export.runtime.bundle.manifest import FORMAT, FORMAT_VERSION, FileRecord, Manifest
-from retnet_export.runtime.bundle.schema import decode, encode, not_finite
-from retnet_export.runtime.bundle.seal import check_seal, sealed
+from retnet_export.runtime.bundle.schema import encode, not_finite
+from retnet_export.runtime.bundle.seal import read_sealed, sealed
 from retnet_export.runtime.bundle.validation import check_manifest
 from retnet_export.runtime.errors import UserError
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
 """For readers; not in the manifest, so that it can be edited."""
-LARGEST_MANIFEST = 16 << 20
-"""Bytes; a real one has some ten thousand."""
 
 
 @dataclass(frozen=True)
@@ -85,48 +82,19 @@ def open_bundle(path: str | Path, *, check_hashes: bool = True, progress: Callab
 
 
 def _read_manifest(path: Path) -> Manifest:
-    try:
-        size = path.stat().st_size
-        if size > LARGEST_MANIFEST:
-            raise UserError(f"{path}: {size:,} bytes, a manifest has at most {LARGEST_MANIFEST:,}")
-        content = path.read_bytes()
-        document = json.loads(content, object_pairs_hook=_object, parse_constant=_refuse_constant)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); the bundle is damaged, export it again") from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise UserError(f"{path}: not a retnet-export manifest: the field 'format' is not {FORMAT!r}")
-    if (found := document.get("format_version")) != FORMAT_VERSION:
-        again = f"make it again: retnet-export export CHECKPOINT -o {shlex.quote(str(path.parent))} --force"
-        if document.get("quantization") is not None:
-            again += ", into another folder, and `retnet-export quantize` from there"
-        newer = isinstance(found, int) and found > FORMAT_VERSION
-        advice = "it comes from a newer version: pip install --upgrade retnet-export" if newer else again
-        raise UserError(f"{path}: bundle format {found!r}, this version of retnet-export reads {FORMAT_VERSION}; {advice}")
-    try:
-        check_seal(document, content)
-    except UserError as error:
-        raise UserError(f"{path}: {error}; copy the bundle or export it again") from error
-    manifest = decode(Manifest, document, str(path))
+    def again(document: Mapping[str, object]) -> str:
+        found = document.get("format_version")
+        if isinstance(found, int) and found > FORMAT_VERSION:
+            return "it comes from a newer version: pip install --upgrade retnet-export"
+        quantized = ", into another folder, and `retnet-export quantize` from there" if document.get("quantization") else ""
+        return f"make it again: retnet-export export CHECKPOINT -o {shlex.quote(str(path.parent))} --force{quantized}"
+
+    manifest = read_sealed(Manifest, path, FORMAT, FORMAT_VERSION, "copy the bundle or export it again", again)
     try:
         check_manifest(manifest, MANIFEST)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return manifest
-
-
-def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object without equal keys; of two, Python would take the last, other readers the first."""
-    document = dict(pairs)
-    if len(document) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} twice in one object")
-    return document
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def _check_file(root: Path, name: str, record: FileRecord, check_hash: bool, progress: Callable[[int], None] | None) -> None:

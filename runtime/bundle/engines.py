@@ -12,7 +12,6 @@ built from other graphs or weights is refused.
 from __future__ import annotations
 
 import contextlib
-import json
 import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,11 +22,12 @@ from retnet_export.runtime.bundle.anatomy import Anatomy
 from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.bundle.files import sha256_of, write_atomically
 from retnet_export.runtime.bundle.manifest import FileRecord, TensorSpec
-from retnet_export.runtime.bundle.schema import decode, encode
-from retnet_export.runtime.bundle.seal import check_seal, sealed
+from retnet_export.runtime.bundle.schema import encode
+from retnet_export.runtime.bundle.seal import read_sealed, sealed
 from retnet_export.runtime.errors import UserError
 
 FOLDER = "engines"
+FORMAT: Literal["retnet-export engine"] = "retnet-export engine"
 FORMAT_VERSION = 3
 """3: the record has a hash of itself."""
 GraphRole = Literal["decode", "prefill"]
@@ -182,19 +182,8 @@ def read_engines(bundle: Bundle) -> list[EngineRecord]:
     """The records of all engines of a bundle, whether or not they run here."""
     records = []
     for path in sorted((bundle.path / FOLDER).glob("*.json")):
-        content = path.read_bytes()
-        try:
-            document = json.loads(content)
-        except ValueError as error:
-            raise UserError(f"{path}: not valid JSON ({error}); delete it and compile again") from error
-        found = document.get("format_version") if isinstance(document, dict) else None
-        if found != FORMAT_VERSION:
-            raise UserError(f"{path}: engine format {found}, this version reads {FORMAT_VERSION}; compile again")
-        try:
-            check_seal(document, content)
-        except UserError as error:
-            raise UserError(f"{path}: {error}; delete it and compile again") from error
-        record = decode(EngineRecord, document, str(path))
+        damaged = "delete it and compile again"
+        record = read_sealed(EngineRecord, path, FORMAT, FORMAT_VERSION, damaged, lambda document: "compile again")
         if {part.file for part in record.parts} != set(record.files) or any(Path(name).name != name for name in record.files):
             raise UserError(f"{path}: its engines and their files do not match; compile again")
         records.append(record)

@@ -345,12 +345,12 @@ def test_a_manifest_that_contradicts_the_graph_is_refused_before_a_buffer_is_mad
     [
         (b"", "not valid JSON"),
         (b"\xff\xfe", "not valid JSON"),
-        (b"[]", "not a retnet-export manifest"),
+        (b"[]", "not a description of a bundle"),
         (b"[" * 100_000, "not valid JSON"),
-        (b'{"format": 1e999}', "not a retnet-export manifest"),
+        (b'{"format": 1e999}', "not a description of a bundle"),
         (b'{"format": NaN}', "NaN is not a JSON number"),
         (b'{"format": 1, "format": 2}', "the key 'format' twice"),
-        (b" " * (17 << 20), "a manifest has at most"),
+        (b" " * (17 << 20), "the description of a bundle has at most"),
     ],
     ids=["empty", "not UTF-8", "a list", "deep", "infinity", "NaN", "a key twice", "huge"],
 )
