@@ -43,8 +43,12 @@ class Budget:
         """A pass over drafts, or over what was accepted before, took so long, and not a step and `expected` steps more."""
         step = self._step_seconds.get(sequences)
         ratio = (seconds / step - 1) / expected if step else 1.0
-        self._add(-expected * min(ratio, max(WORST, self._last_ratio)))
+        self.spend(expected * min(ratio, max(WORST, self._last_ratio)))
         self._last_ratio = ratio
+
+    def spend(self, steps: float) -> None:
+        """A pass over drafts took so many steps beyond one, as far as is known."""
+        self._add(-steps)
 
     def note_accepted(self, sequences: int) -> None:
         """A guess came true in one of so many sequences."""

@@ -135,6 +135,8 @@ class Engine:
         began = time.perf_counter()
         self._advance(events)
         reading_began = time.perf_counter()
+        if self.reading or self._waiting:
+            self._loop.interrupted()
         while True:
             self._admit(events)
             self._take(self._reader.read(self._budget), events)

@@ -146,6 +146,12 @@ class Loop:
         self._stats.add_step(1e3 * seconds, self._sampling_ms, 1e3 * seconds + self._choosing_ms)
         self._sampling_ms = self._choosing_ms = 0.0
 
+    def interrupted(self) -> None:
+        """Something else ran after the last pass: how long that took on a GPU is not known, and taken to be what was expected."""
+        if self._last.expected:
+            self._budget.spend(self._last.expected)
+        self._last.expected = None
+
     def _take(self, running: Running, token: int, logits: Logits | None) -> None:
         running.slot.choose(token, logits)
         running.position += 1

@@ -7,10 +7,12 @@ import pytest
 from altered import with_runners
 
 from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.generate.budget import Budget
 from retnet_export.runtime.generate.engine import Engine
 from retnet_export.runtime.generate.generation import Options
 from retnet_export.runtime.generate.jobs import Ended, Failed, Job, Made, Read
 from retnet_export.runtime.generate.sampling import log_softmax
+from retnet_export.runtime.generate.speculation import History
 
 
 def alone(model, prompt, options) -> list[int]:
@@ -197,3 +199,22 @@ def test_an_end_is_not_chosen_before_its_time(model, monkeypatch, changes, how):
     early = 4 if "min_new_tokens" in changes else 12
     assert len(held) >= early
     assert free[1] not in held[:early]
+
+
+def test_steps_during_which_prompts_are_read_do_not_say_how_long_a_step_takes(model, monkeypatch):
+    """On a GPU, whose steps go on while the next prompt is given to it, they would seem to take no time at all."""
+    noted = []
+    monkeypatch.setattr(Budget, "note_step", lambda self, sequences, seconds: noted.append(sequences))
+    engine, options = Engine(model.session, 2, read_tokens=1), Options(temperature=0.0, max_new_tokens=30)
+    engine.add(job([3, 1, 4], options))
+    while not engine.generating:
+        engine.turn()
+    monkeypatch.setattr(History, "guesses", False)  # so that there are steps only
+    engine.add(long := job([1] * 10_000, options))
+    for _ in range(3):
+        engine.turn()
+    assert noted == []
+    long.cancelled = True
+    for _ in range(3):
+        engine.turn()
+    assert noted == [1, 1, 1]
