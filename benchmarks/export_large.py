@@ -5,7 +5,7 @@
 
 The measure of time is a plain copy of the same files on the same disk, timed in the same run; both are read from a cold
 cache and end with a sync. Memory is sampled from /proc while the command `retnet-export export` runs in a process of its
-own: anonymous memory is what the export needs, mapped files are page cache that the system takes back at will.
+own: anonymous memory is what the export needs, mapped files are page cache, which the system can drop.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class RandomWeightsFile(WeightsFile):
 
     Args:
         path: as for `WeightsFile`.
-        matrices: shapes of the matrices that will be asked for; everything else is made by whoever asks.
+        matrices: shapes of the matrices; the caller makes everything else.
         fmt: "fp16", or "int4": then matrices are declared but not written; `QuantizeAtRandom` writes what replaces them.
     """
 

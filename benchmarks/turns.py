@@ -1,4 +1,4 @@
-"""Servers that take turns under the same load, and the tables of what came of it.
+"""Servers that take turns under the same load, and tables of the results.
 
 Rule: in a round every candidate has its turn, and every other round goes backwards; a figure is the median over the rounds.
 """

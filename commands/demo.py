@@ -53,7 +53,7 @@ def demo(
     _run("export", source, "-o", output, *again)
     model = load(output, check_hashes=False)
     for path, content in texts.items():
-        encode(model, content, path)  # a text that is of no use should be known before the work, not after
+        encode(model, content, path)  # refuse an unusable text before the work, not after
     _run("verify", output, "--checkpoint", source)
     _run("generate", output, "--prompt", PROMPT, "--max-new-tokens", 160, "--seed", 1, "--stats")
     bundles = {"fp32": output, **_quantize(output, calibration, again)}

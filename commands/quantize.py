@@ -62,7 +62,7 @@ def quantize(
     options = QuantizeOptions(weights, group_size, method, embedding, head, calibration, state, activations)
     source = open_bundle(bundle)
     if evaluate is not None:
-        # A text that is of no use should be known before the work, not after.
+        # Refuse an unusable text before the work, not after.
         encode(load(source.path, check_hashes=False), read_text(evaluate), evaluate)
     evaluation: Evaluation | None = None
     with progress("quantize", quiet=as_json) as update:

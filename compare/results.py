@@ -87,7 +87,7 @@ class Side:
     """One side of the comparison.
 
     Attributes:
-        name: for people.
+        name: shown in tables.
         parameters: numbers in all weights.
         weights: their format.
         weights_bytes: of the weights file.

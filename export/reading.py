@@ -56,7 +56,7 @@ class WeightsAhead:
         return future.result()
 
     def sha256(self) -> str:
-        """A hash over name, dtype, shape and bytes of every weight read; neither their order nor the checkpoint's files matter."""
+        """A hash over name, dtype, shape and bytes of every weight read, whatever their order and the checkpoint's files."""
         whole = hashlib.sha256()
         for name in sorted(self._digests):
             whole.update(self._digests[name])

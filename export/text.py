@@ -144,7 +144,7 @@ def _ids(where: str, document: Mapping[str, Any]) -> Iterator[tuple[str, object]
 
 
 def _ends(vocab_size: int, ids: Iterable[tuple[str, object]]) -> tuple[int, ...]:
-    """Tokens that end a text, each once; what is no token of the model is left out with a warning."""
+    """Tokens that end a text, each once; unknown tokens are left out with a warning."""
     ends: dict[int, None] = {}
     for where, token in ids:
         if type(token) is int and 0 <= token < vocab_size:

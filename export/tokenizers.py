@@ -44,7 +44,7 @@ def f(x: int) -> str:\n    return f"{x!r:>10}" + 'a\\n' if x != 0 else None  # 1
 
 
 def converted(folder: Path) -> str | None:
-    """The content of a tokenizer.json for the tokenizer that lies in a folder; None if none does.
+    """The content of a tokenizer.json for the tokenizer in a folder; None if there is none.
 
     Raises:
         UserError: the files contradict one another, are of no kind that is known, or cannot be converted exactly.

@@ -117,7 +117,7 @@ def rotated_projection_order(config: ModelConfig) -> NDArray[np.int64]:
 
     First channels of all rotary pairs of q, then of k; second channels of q, then of k; then v and gate as they are. One
     Split then gives the two halves to rotate for queries and keys at once, whatever the family's pair layout: permuting
-    Dk alike in q and k changes neither q·k nor the output.
+    Dk in the same way in q and k leaves q·k and the output as they are.
     """
     half = config.head_key_dim // 2
 

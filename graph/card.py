@@ -66,7 +66,7 @@ def _introduction(manifest: Manifest) -> str:
 
 
 def facts(manifest: Manifest) -> list[tuple[str, str]]:
-    """Sizes and number formats, for people."""
+    """Sizes and number formats, as text."""
     config, precision, record = manifest.model, manifest.precision, manifest.quantization
     heads = f"{config.num_heads} heads of {config.head_key_dim} × {config.head_value_dim}"
     rows = [

@@ -34,7 +34,7 @@ class DeviceSpec:
 
     Attributes:
         key: as on the command line.
-        name: for people.
+        name: shown in tables.
         memory_gb: its memory, in units of 10⁹ bytes.
         bandwidth_gbs: what the memory can deliver, in 10⁹ bytes a second.
         compute_capability: of its GPU; None for a CPU.

@@ -29,7 +29,7 @@ def gptq(weight: Matrix, form: Format, gram: Gram) -> Quantized:
     With H = XᵀX + λI and H⁻¹ = UᵀU, U upper triangular, rounding row k leaves the error e = (w_k - ŵ_k) / U[k, k], and every
     later row j takes w_j -= U[k, j] e. Updates reach the rows of the running block at once and the others once a block; a group's
     scale is chosen when its first row is reached, from weights that carry all updates so far. Rows are visited in their order: the
-    file's groups are of neighbours, so the paper's reordering by activation is of no use.
+    file's groups are of neighbours, so the paper's reordering by activation cannot be used.
 
     Args:
         weight: (inputs, outputs).

@@ -116,7 +116,7 @@ def download(found: Repository, wanted: Callable[[Iterable[str]], Iterable[str]]
         raise UserError(f"{found}: {without}: {', '.join(missing[:4])} not found; the repository holds {held}")
     patterns = [re.sub(r"([\[\]*?])", r"[\1]", name) for name in chosen]
     try:
-        # By its name, not by the commit it stands for: only so does the cache note which commit the name stood for.
+        # By its name and not by its commit: only then does the cache record which commit the name meant.
         return Path(_asked(found, lambda: snapshot_download(found.name, revision=found.revision, allow_patterns=patterns)))
     except _UnreachableError as error:
         raise UserError(f"{found}: the download stopped: {error}; run the command again, it continues where it stopped") from error

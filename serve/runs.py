@@ -1,4 +1,4 @@
-"""A request's jobs while they run: their events come from the scheduler's thread to whoever waits in the event loop."""
+"""A request's jobs while they run: their events come from the scheduler's thread to the coroutine that waits in the event loop."""
 
 from __future__ import annotations
 

@@ -206,7 +206,7 @@ class Scheduler:
             self._observer.read(len(event.job.tokens), event.cached)
         elif isinstance(event, Ended):
             ticket.open -= 1
-        # Before the listener hears of it, so that whoever was told may submit the next one.
+        # Before the listener is called, so that it can submit the next job.
         if isinstance(event, Failed) or ticket.open == 0:
             with self._changed:
                 self._finish(ticket, "failed" if isinstance(event, Failed) else "done")

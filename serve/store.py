@@ -106,7 +106,7 @@ class Store:
         self._path(name, "state").touch()
 
     def check_name(self, name: str) -> None:
-        """Refuse what is no name.
+        """Refuse an invalid name.
 
         Raises:
             UserError: it is none.

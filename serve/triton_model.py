@@ -37,7 +37,7 @@ class TritonPythonModel:
     """As the backend wants it: `initialize`, `execute` and `finalize`."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Load the bundle that lies beside the model's file."""
+        """Load the bundle beside the model's file."""
         import triton_python_backend_utils as pb_utils
 
         self._pb: Any = pb_utils
@@ -156,7 +156,7 @@ def _body(pb_utils: Any, request: Any) -> CompletionBody:
     """A request as the body of a completion.
 
     Raises:
-        ApiError: it has neither text nor tokens, or a parameter is wrong.
+        ApiError: it has no text and no tokens, or a parameter is wrong.
     """
     text, tokens = (pb_utils.get_input_tensor_by_name(request, name) for name in ("prompt", "tokens"))
     if (text is None) == (tokens is None):

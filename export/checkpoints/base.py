@@ -187,7 +187,7 @@ class Fields:
             raise UserError(f"{self._where}: {name} is {value!r}: {why}")
 
     def warn_of_others(self, harmless: Collection[str]) -> None:
-        """Warn, once, of fields that were neither looked up nor are `harmless`."""
+        """Warn once about fields that were not read and are not `harmless`."""
         self.refuse("quantization_config", None, "its weights are quantized; export the checkpoint that they were made from")
         unseen = set(self._document) - self._seen - set(harmless)
         if others := sorted(name for name in unseen if not _says_nothing(self._document[name])):

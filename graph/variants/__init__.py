@@ -36,7 +36,7 @@ ONNXRUNTIME_CPU_INTEGERS: Sequence[type[ir.passes.InPlacePass]] = (
     UnitScalePass,
     SkipNormPass,
 )
-"""For versions that neither fuse INT8 weights nor have LinearAttention: what Python 3.10 gets, and so JetPack 6."""
+"""For versions without fused INT8 weights and without LinearAttention: those that Python 3.10, and so JetPack 6, can install."""
 
 FIRST_VERSIONS: Mapping[str, str] = {
     "com.microsoft::LinearAttention": "1.25",

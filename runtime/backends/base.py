@@ -196,7 +196,7 @@ def initial_state(specs: Sequence[StateSpec]) -> State:
 
 
 GROUP = 32
-"""Logits of which one is the maximum that stands for them when the largest are looked for."""
+"""Logits in one block of the search for the largest; the block's maximum represents them."""
 
 
 def top_of(logits: NDArray[np.float32], k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

@@ -43,7 +43,10 @@ LOST = frozenset(
 OUT_OF_MEMORY = ("cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY")
 T = TypeVar("T", bound=np.generic)
 LOCK = threading.RLock()
-"""Held during every call of CUDA, and by those who let a library call it. Reentrant: memory is freed wherever it is forgotten."""
+"""Held during every call of CUDA, and by those who let a library call it.
+
+Reentrant, because the garbage collector may free memory during a call.
+"""
 NO_DEVICE = ("cudaErrorNoDevice", "cudaErrorInsufficientDriver", "cudaErrorStubLibrary")
 """Answers of a machine without a usable NVIDIA GPU or driver."""
 

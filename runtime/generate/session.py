@@ -50,7 +50,7 @@ class Session:
     """A batch of sequences and their state.
 
     Rule: one thread at a time. A call that meets another thread's call in progress is refused, never queued: two interleaved
-    texts in one state are of no use.
+    texts in one state make no sense.
 
     Args:
         backend: what runs the bundle.

@@ -1,7 +1,7 @@
 """A bundle's tokenizer: encoding that refuses characters that it would lose, and several texts read as one.
 
 Rule: the tokens depend on the text alone. What a tokenizer.json asks for beyond that is switched off when it is loaded:
-truncation and padding (a file keeps those of the last call of whoever saved it) and the random choices of training.
+truncation and padding (a file keeps those of the last call before it was saved) and the random choices of training.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ class Tokenizer:
                 raise UnknownCharacterError(text[start:end], start - lead)
 
     def _refuse_dropped(self, text: str) -> None:
-        """BPE that has neither a token for what is unknown nor bytes drops characters silently."""
+        """BPE without an unknown token and without bytes drops characters silently."""
         masked = text
         for content in self._added.values():
             masked = masked.replace(content, MASK * len(content))
