@@ -5,15 +5,16 @@
 //
 //     norm -> q, k, v, gate -> state, read-out -> head norm, gate -> output -> norm -> gate, up -> down -> next layer ... -> head -> top 64
 //
-// There is no grid barrier. What one block computes and others need travels in packets of 8 bytes: a value and a tag that names launch
-// and layer. The reader asks for the packet until the tag is the one it waits for, so a value and its arrival are one memory access.
-// A packet's place is written again two layers later, when every block has read it: a block that has not read layer l has not
-// made its rows of q, k, v, gate of layer l + 1 (every block has some), without which nobody finishes layer l + 1.
+// There is no barrier of all blocks. A block sends what others need in packets of 8 bytes: a value, and a tag for launch and layer.
+// A reader reads the packet again and again until it has the right tag, so the value and its arrival are one memory access. A
+// packet's place is written again two layers later. By then every block has read it: no block finishes layer l + 1 before it has all
+// rows of q, k, v, gate of that layer, every block makes some of them, and makes them after it has read layer l.
 //
-// A product is dealt to blocks by tiles of 16 rows, and in a block a tile's inputs are split over warps (layout.py says how weights lie).
-// 16-bit products use mma.m16n8k16 with all eight columns of B alike; sums are float32. Partial sums meet in shared memory.
+// A product is cut into tiles of 16 rows. Blocks take tiles in turn; inside a block, warps share the inputs of a tile (layout.py
+// says how weights lie). 16-bit products use mma.m16n8k16 with eight equal columns of B; sums are float32. Partial sums are added
+// in shared memory.
 //
-// Everything about the model is a constant (kernels.py writes them); no header is included, so NVRTC needs none.
+// Everything about the model is a constant (plan.py writes them). No header is included, so NVRTC needs none.
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -458,7 +459,7 @@ struct Worker {
   }
   // Pairs of packets: out[i] are those of pair (first + i) * THREADS + t of `size` packets. Waits for all of them.
   template <int N> __device__ __forceinline__ void receive(const u64* mail, u32 tag, int first, int size, u64 (&a)[N], u64 (&b)[N]) const {
-    // Of those that have not come only: who asks for everything all the time takes the memory's time from the weights.
+    // Only those that are missing are read again: reads take time of the memory that the weights need.
     u32 turns = 0, missing = (1u << N) - 1;
     do {
 #pragma unroll
@@ -558,8 +559,8 @@ struct Worker {
       }
     }
   }
-  // Into the second-level cache what will be asked for soon. Loads of the packets, which wait for nothing, would queue behind loads that wait
-  // for memory; so nothing is loaded from memory while packets are awaited, it is prefetched before.
+  // Brings what is needed soon into the second-level cache. Loads return in order, so a packet that has come would be seen only after
+  // older loads from memory; therefore such data is prefetched, and loaded when the packets have come.
   __device__ __forceinline__ void prefetch_state(int layer, int unit) const {
 #pragma unroll
     for (int r = 0; r < PER; ++r) {
@@ -685,7 +686,7 @@ struct Worker {
     for (int first = 0; first < ALL; first += N) {
       u64 a[N], b[N];
       if (first == 0) {
-        // The statistics of the head that this warp looks after are asked for in the same turn.
+        // The statistics of this warp's head are read in the same turn.
         const bool asks = warp < H && lane < SLICES;
         const u64* stats = mail + MAIL_STATS + STATS * (warp * SLICES + lane);
         u64 sa = 0, sb = 0;
@@ -795,7 +796,7 @@ struct Worker {
     for (int w = 0; w < WARPS; ++w) sum += r[w];
     return sum;
   }
-  // By the block that finished last. A logit of the 64 largest is no smaller than the 64th largest of the tiles' largest.
+  // Run by the block that finishes last. A logit of the 64 largest is no smaller than the 64th largest of the tiles' largest.
   __device__ __forceinline__ void choose(u8* room) {
     u32* keys = (u32*)room;
     u64* list = (u64*)(room + up(Head::TILES, 4) * 16);

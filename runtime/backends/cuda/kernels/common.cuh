@@ -39,8 +39,8 @@ __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// Where the sequences of one batch are, and what is kept of their last run. A captured run serves every batch: before it, the host
-// copies the batch's places to the one address that all kernels know.
+// Where the sequences of one batch are, and what is kept of their last run. A captured run serves every batch: the host copies this
+// to one address, which all kernels know, before the run.
 struct Slots {
   float* state;     // (B, layers, H, DK, DV)
   i64* positions;   // (B), tokens read
@@ -58,10 +58,10 @@ struct Slots {
 };
 constexpr i64 LAYER_STATE = (i64)H * DK * DV, SLOT_STATE = LAYERS * LAYER_STATE;
 
-// Programmatic dependent launch, where the GPU has it. Every kernel calls `release_next` first: the next one may start as soon as all
-// blocks of this one have, and fetches what nobody on the way writes (weights, and the state and rings, which earlier steps wrote).
-// `await_previous` returns when the kernel in front is done, and with it, since it waited likewise, all before it. So every kernel
-// must call it, and everything else that a kernel reads or writes comes after.
+// Programmatic dependent launch, on GPUs that have it. Every kernel calls `release_next` first. The next kernel may start when all
+// blocks of this one have started; it then fetches what no running kernel writes: weights, and the state and rings of earlier steps.
+// `await_previous` returns when the kernel in front has finished. That one waited too, so all kernels before it have finished. Every
+// kernel must call it, and reads and writes everything else after it.
 __device__ __forceinline__ void await_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

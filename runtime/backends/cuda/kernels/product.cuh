@@ -32,8 +32,8 @@ struct Stored {
   static constexpr int UNITS = RUN / UK / 4;                                  // 16 bytes of x a thread and run
 };
 
-// A thread's eight weights of an output, the unit-th of its 16 bytes, made operands: two for each of two instructions. An integer n
-// becomes the fp16 number 1024 + n by its bits alone, less the 1024 and the zero point it is exact; then it is scaled.
+// Makes operands of a thread's eight weights of an output, the unit-th part of its 16 bytes: two for each of two instructions. The bits
+// of an integer n are put into those of the fp16 number 1024 + n; minus 1024 and the zero point it is exact; then it is scaled.
 template <int FORMAT>
 __device__ __forceinline__ void operands(const u32* words, int unit, u32 first, u32 second, bool scaled, u32* a) {
   if (FORMAT == I8) {
@@ -68,7 +68,7 @@ struct Tile {
   static constexpr int STAGE = (A_COPIES + X_COPIES) * 16;
   static constexpr int REDUCE = (WK - 1) * WM * WN * MT * NT * 4 * 32 * 4;
   static constexpr int SHARED = STAGES * STAGE > REDUCE ? STAGES * STAGE : REDUCE;
-  // Where 16 bytes of a row of x lie, so that neither the copies in nor the reads of a warp (two rows by four) meet in a bank.
+  // Where 16 bytes of a row of x lie: neither the copies nor the reads of a warp (two rows by four) have bank conflicts.
   static __device__ __forceinline__ int x_place(int row, int c) { return row * X_CHUNKS + (c ^ ((row & 1) << 2)); }
 };
 

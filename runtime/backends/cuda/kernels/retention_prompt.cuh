@@ -8,8 +8,8 @@
 // bits are what fp16 projections have anyway; S itself is never rounded: its old value is the float32 accumulator that the update
 // adds to.
 //
-// A token beyond `length` (a draft, or padding before a row that is asked for) sees all before it, and leaves no trace: the state
-// that is written is that after `length` tokens. Tokens that nobody needs are not looked at.
+// A token beyond `length` (a draft, or padding before a row that is wanted) sees all tokens before it, and leaves no trace: the state
+// after `length` tokens is written. Tokens that are not needed are not read.
 #pragma once
 #include "common.cuh"
 
@@ -148,7 +148,7 @@ __device__ __forceinline__ void retention_prompt_of(const RetentionPrompt& p) {
         if (j < needed && c < DV) p.o[((first_row + j) * H + h) * DV + c] = acc[i][e];
       }
     }
-    // The state after `count` of these tokens. Where `length` ends within them it is written out, and drafts go on from the other one.
+    // The state after `count` of these tokens. If `length` ends within them, that state is written, and drafts continue from the other.
     const bool ends = length > start && length <= start + SPAN, more = start + SPAN < needed;
     for (int pass = ends ? 0 : 1; pass < (more ? 2 : 1); ++pass) {
       const int count = pass == 0 ? length - start : SPAN;
