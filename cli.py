@@ -54,8 +54,8 @@ def _main(
     pass
 
 
-app.command("compile")(compile_)
 COMMANDS = (
+    compile_,
     export,
     verify,
     quantize,
@@ -73,4 +73,6 @@ COMMANDS = (
     demo,
 )
 for command in COMMANDS:
-    app.command()(command)
+    # The first sentence; Typer would cut the lists of commands off at 45 characters.
+    summary = (command.__doc__ or "").partition(". ")[0].rstrip(".") + "."
+    app.command(command.__name__.rstrip("_"), short_help=summary)(command)
