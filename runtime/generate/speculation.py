@@ -33,8 +33,10 @@ RESUMED = 3
 """Tokens right in a row after a wrong one, up to which a match that went on behind it is of a class of its own."""
 MISSES = 3
 """Tokens wrong in a row after which a match is given up."""
-PRIOR = (0.2, 0.3, 0.4, 0.6, 0.8, 0.9, 0.3, 0.5, 0.6, 0.7)
-"""How often a match of each class is taken to predict the next token before anything is known: by length, and resumed ones."""
+PRIOR = (0.2, 0.3, 0.4, 0.6, 0.8, 0.9, 0.3, 0.5, 0.6, 0.7, 0.2)
+"""How often a match of each class is taken to predict the next token before anything is known: by length, resumed ones, and where
+the token that is expected was itself not the expected one: a number that counts changes in the next line, too."""
+SURPRISE = len(PRIOR) - 1
 RATE = 1 / 16
 """Weight of the newest guess in those shares."""
 GAIN = 1.1
@@ -55,6 +57,7 @@ class History:
 
     def __init__(self, tokens: Sequence[int] = ()) -> None:
         self._tokens = list(tokens[-HISTORY:])
+        self._surprised = [False] * len(self._tokens)  # where another token was expected
         self._shares = list(PRIOR)
         self.watched = False
         self._forget()
@@ -74,9 +77,10 @@ class History:
     def extend(self, tokens: Sequence[int]) -> None:
         """Note tokens that were read."""
         self._tokens.extend(tokens)
+        self._surprised.extend([False] * len(tokens))
         self._next, self._resumed, self._missed = None, False, 0
         if len(self._tokens) > 2 * HISTORY:
-            del self._tokens[:-HISTORY]
+            del self._tokens[:-HISTORY], self._surprised[:-HISTORY]
             self._forget()
 
     def note(self, token: int) -> None:
@@ -87,10 +91,11 @@ class History:
         expected, matched = self._next, self._matched
         right = expected is not None and self._tokens[expected] == token
         if expected is not None:
-            kind = self._kind(matched)
+            kind = self._kind(expected, matched)
             self._shares[kind] += RATE * (right - self._shares[kind])
         resumed, missed = self._resumed, 0 if right else self._missed + 1
         self.extend([token])
+        self._surprised[-1] = expected is not None and not right
         if not self._indexed or expected is None:  # the places have moved, or there is none to go on from
             self._look_up()
             return
@@ -122,7 +127,7 @@ class History:
         chances: list[float] = []
         survives = 1.0
         while self._next is not None and len(chances) < most and survives > LEAST:
-            survives *= self._shares[self._kind(self._matched + len(chances))]
+            survives *= self._shares[self._kind(self._source(len(chances)), self._matched + len(chances))]
             chances.append(survives)
         return chances
 
@@ -130,10 +135,12 @@ class History:
         """The next tokens, if what happened before happens again; none if this place is new."""
         if self._next is None:
             return []
-        tokens = self._tokens[self._next : self._next + count]
-        for place in range(count - len(tokens)):  # it runs into its own beginning: what repeats goes on
-            tokens.append(tokens[place])
-        return tokens
+        return [self._tokens[self._source(number)] for number in range(count)]
+
+    def _source(self, number: int) -> int:
+        """Where the guess of that number stands, from 0; one that runs into its own beginning goes on with what repeats."""
+        assert self._next is not None
+        return self._next + number % (len(self._tokens) - self._next)
 
     def _index(self) -> None:
         """Enter the runs that end before the last token."""
@@ -155,8 +162,10 @@ class History:
                 return
         self._next = None
 
-    def _kind(self, matched: int) -> int:
-        """The class of a match of that length."""
+    def _kind(self, place: int, matched: int) -> int:
+        """The class of a match of that length, whose next token stands there."""
+        if self._surprised[place]:
+            return SURPRISE
         if self._resumed and matched <= RESUMED:
             return len(BOUNDS) + 1 + matched
         return next((kind for kind, bound in enumerate(BOUNDS) if matched < bound), len(BOUNDS))

@@ -28,7 +28,7 @@ from retnet_export.runtime.numerics import TOLERANCES, measure
 
 REPEATING = [3, 1, 4, 1, 5, 9, 2, 6, 3, 1, 4, 1, 5, 9, 2, 6, 3, 1, 4]
 PATTERN = "One apple, two apples. One pear, two pears. One plum, two plums. One"
-FREE = PassCost(0.0, 0.0)
+FREE, CHEAP, DEAR = PassCost(0.0, 0.0), PassCost(0.3, 0.12), PassCost(4.0, 2.0)
 
 SAMPLINGS = st.builds(
     Options,
@@ -265,6 +265,18 @@ def test_a_passage_goes_on_behind_a_word_that_was_replaced():
     assert history.expected(3) == []
 
 
+def test_a_draft_ends_where_the_line_before_had_a_surprise():
+    """Lines that count: what follows a number is known, and the number is not."""
+    history = History()
+    history.watched = True
+    for number in range(30):
+        for token in (1, 2, 3, 4, 5, 6, 7, 100 + number):
+            history.note(token)
+    history.note(1)
+    drafted = length(CHEAP, [history.chances(16)])
+    assert history.expected(drafted) == [2, 3, 4, 5, 6, 7]
+
+
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_a_history_is_the_last_tokens_however_they_came(data):
@@ -346,7 +358,6 @@ def dictate(model, monkeypatch):
 
 
 CYCLE = (7, 3, 9, 4, 1, 1, 8)
-CHEAP, DEAR = PassCost(0.3, 0.12), PassCost(4.0, 2.0)
 
 
 @pytest.mark.parametrize("cost", [PassCost(0.0, 0.05), CHEAP, PassCost(1.0, 0.06), DEAR], ids=str)
