@@ -99,7 +99,15 @@ class Passes:
         return np.concatenate(outputs)
 
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+def has_compiler() -> bool:
+    """Whether there is a g++ with C++20's barriers."""
+    if shutil.which("g++") is None:
+        return False
+    command = ["g++", "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
+    return subprocess.run(command, input="#include <barrier>", capture_output=True, text=True).returncode == 0
+
+
+pytestmark = pytest.mark.skipif(not has_compiler(), reason="there is no g++ with C++20's barriers")
 
 
 @pytest.mark.parametrize(
