@@ -101,7 +101,7 @@ def test_whatever_is_guessed_the_text_is_the_same(model, options, draws):
     def guess(self, count):
         """The truth, up to a place where it goes wrong."""
         count = int(random.integers(0, count + 1))
-        start = len(self._tokens) - len(REPEATING)
+        start = len(self.tokens) - len(REPEATING)
         right = tokens[start : start + count]
         place = int(random.integers(0, count + 1))
         return [*right[:place], *random.integers(0, 50, count - len(right[:place])).tolist()]
