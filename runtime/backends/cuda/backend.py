@@ -38,9 +38,9 @@ SPARE_BYTES = 64 << 20
 """Left free when weights are loaded: code, streams, and what CUDA takes for itself."""
 
 
-PASS_COST = PassCost(fixed=0.65, token=0.065, again=False)
-"""1.5B in INT4 on an H100, where a pass costs most: two rows take 1.7 steps, eight 2.1, sixteen 2.8 (docs/lab/speculation.md).
-`fixed` is 0.35 for 1.5B in fp16 and for 7.8B in INT4."""
+PASS_COST = PassCost(fixed=0.85, token=0.035, again=False)
+"""1.5B in INT4 on an H100, where a pass costs most: two rows take 1.9 steps, eight 2.0, sixteen 2.4 (docs/lab/speculation.md).
+`fixed` is 0.3 for 1.5B in fp16 and 0.35 for 7.8B in INT4, `token` 0.02."""
 
 
 def device_limits(index: int = 0) -> DeviceLimits:
