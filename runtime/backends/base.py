@@ -205,7 +205,7 @@ def top_of(logits: NDArray[np.float32], k: int) -> tuple[NDArray[np.int64], NDAr
         tokens = logits.argmax(-1, keepdims=True)
     else:
         tokens = np.stack([_largest(row, k) for row in logits])
-    return tokens.astype(np.int64, copy=False), np.take_along_axis(logits, tokens, -1)
+    return tokens.astype(np.int64, copy=False), logits[np.arange(len(logits))[:, None], tokens]
 
 
 def _largest(row: NDArray[np.float32], k: int) -> NDArray[np.int64]:

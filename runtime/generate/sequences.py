@@ -279,7 +279,9 @@ class Sequences:
         lengths = np.array([len(own) + len(guess) for own, guess in zip(certain, guessed, strict=True)])
         more = len(wide) - len(drafts)
         score = self._runner.score if self._undoing is None or not any(guessed) else self._undoing.score_on_trial
-        logits = score(wide, np.pad(lengths, (0, more)), np.pad(rows, ((0, more), (0, 0))))
+        if more:
+            lengths, rows = np.pad(lengths, (0, more)), np.pad(rows, ((0, more), (0, 0)))
+        logits = score(wide, lengths, rows)
         return [logits[place, : 1 + len(draft)] for place, draft in enumerate(drafts)]
 
     def _check_chunk(self, tokens: Tokens) -> None:

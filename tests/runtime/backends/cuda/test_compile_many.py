@@ -89,3 +89,23 @@ def test_tokens_that_were_kept_have_no_row():
     assert piece.index_of.tolist() == [2, 3, 4, 1, 2]  # in the slot's text, for the rotation
     assert (piece.lengths.tolist(), piece.needed.tolist(), piece.starts.tolist()) == ([3, 2], [3, 2], [0, 3])
     assert piece.picked.tolist() == [0, 1, 2, 3, 4, 4]
+
+
+def test_one_sequence_alone_is_cut_as_it_is_among_others():
+    random = np.random.default_rng(1)
+    for _ in range(100):
+        length, drafts = int(random.integers(0, 9)), int(random.integers(1, 9))
+        tokens = random.integers(0, 99, (1, length + drafts))
+        rows = max(length - 1, 0) + np.minimum(np.arange(drafts + 1), drafts)[None]
+        rows = np.minimum(rows, tokens.shape[1] - 1)
+        kept = np.array([int(random.integers(0, 1 + max(0, min(length, rows.min()))))])
+        (alone,) = pieces.cut(tokens, np.array([length]), rows, kept, 1024)
+        both = [np.concatenate([array, array]) for array in (tokens, np.array([length]), rows, kept)]
+        (among,) = pieces.cut(*both, 1024)
+        count = len(alone.tokens)
+        for name in ("tokens", "slot_of", "index_of"):
+            np.testing.assert_array_equal(getattr(alone, name), getattr(among, name)[:count], err_msg=name)
+        for name in ("lengths", "needed", "starts", "kept"):
+            np.testing.assert_array_equal(getattr(alone, name), getattr(among, name)[:1], err_msg=name)
+        np.testing.assert_array_equal(alone.picked, among.picked[: len(alone.picked)])
+        np.testing.assert_array_equal(alone.places[1], among.places[1][: len(alone.places[1])])
