@@ -37,7 +37,7 @@ from retnet_export.runtime.bundle.bundle import open_bundle
 
 LONG_PROMPT = 2_000
 WRITERS = 4
-MESSAGE_TOKENS, REPLY_TOKENS = 12, 16
+MESSAGE_TOKENS, REPLY_TOKENS = 8, 12
 GONE_AT_ONCE, GONE_WITHIN, GONE_SLOTS = 32, 1.0, 16
 
 

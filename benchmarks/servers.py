@@ -20,6 +20,9 @@ from retnet_export.compare.baseline import baseline_for
 from retnet_export.compare.peers.llama_cpp import write_gguf
 from retnet_export.runtime.bundle.bundle import open_bundle
 
+CAPACITY = 4_096
+"""The longest sequence of the Transformer's file."""
+
 
 def vocabulary_of(bundle: Path) -> int:
     """How many tokens a bundle has."""
@@ -53,7 +56,7 @@ def serving_llama_cpp(program: Path, bundle: Path, *, threads: int, slots: int, 
         slots: sequences that generate together.
         context: tokens of one of them.
     """
-    baseline = baseline_for(open_bundle(bundle, check_hashes=False), CACHE, capacity=context)
+    baseline = baseline_for(open_bundle(bundle, check_hashes=False), CACHE, capacity=CAPACITY)
     path = CACHE / f"transformer-{baseline.config.parameters // 1_000_000}M-{baseline.weights}.gguf"
     if not path.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
