@@ -65,6 +65,9 @@ def main(
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         name = write_model(bundle, scratch / "models", max(counts), threads)
+        (scratch / "package").mkdir()
+        (scratch / "package" / "retnet_export").symlink_to(ROOT)
+        environment["PYTHONPATH"] = str(scratch / "package")  # the other environment need not have this package
         triton = stack.enter_context(triton_server.triton(scratch / "models", scratch, name))
         arguments = ["--max-batch", max(counts), "--cache-mb", 0, "--threads", threads]
         servers = {
