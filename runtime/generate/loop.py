@@ -137,8 +137,9 @@ class Loop:
         for each in running:
             self._take(each, each.made[-1], None)
             each.waits = False
-        this = self._plan(running) if any(each.most for each in running) else _Pass([[]] * len(running))
-        for each, draft, rows in zip(running, this.drafts, self._sequences.take_in(this.drafts, this.on_trial), strict=True):
+        this = self._plan(running)
+        shown = self._sequences.take_in(this.drafts, this.on_trial)
+        for each, draft, rows in zip(running, this.drafts, shown, strict=True):
             each.draft = Draft(draft, rows)
             self._stats.drafted += len(draft)
         seconds = time.perf_counter() - began
@@ -158,6 +159,8 @@ class Loop:
 
     def _plan(self, running: Sequence[Running]) -> _Pass:
         """What to look at in the next pass: guesses where they pay, or where they were asked for."""
+        if not any(each.most for each in running):
+            return _Pass([[]] * len(running))
         waiting = self._sequences.waiting(len(running))
         if not any(each.most and each.slot.history.guesses for each in running):
             return self._pass([[]] * len(running), waiting, running)

@@ -63,7 +63,8 @@ class History:
         self._forget()
 
     def _forget(self) -> None:
-        self._after: dict[tuple[int, ...], int] = {}  # where the token after a run stands, for its last occurrence
+        # Where the token after a run of 2, 3, 4 or 5 stands: after its last occurrence, but for those that shorter runs have.
+        self._after: list[dict[tuple[int, ...], int]] = [{} for _ in ORDERS]
         self._indexed = 0
         self._next: int | None = None  # the place of the token that is expected next
         self._matched = 0
@@ -143,24 +144,37 @@ class History:
         return self._next + number % (len(self._tokens) - self._next)
 
     def _index(self) -> None:
-        """Enter the runs that end before the last token."""
+        """Enter the runs that end before the last token. A run of two that is new is the only one; else a longer one gives way."""
         tokens, last = self._tokens, len(self._tokens) - 1
-        for place in range(max(self._indexed, 1), last):
-            for order in ORDERS:
-                if place + 1 >= order:
-                    self._after[tuple(tokens[place + 1 - order : place + 1])] = place + 1
+        for place in range(max(self._indexed, 1) + 1, last + 1):
+            entered = place
+            for order, after in zip(reversed(ORDERS), self._after, strict=True):
+                if entered < order:
+                    break
+                run = tuple(tokens[entered - order : entered])
+                older = after.get(run)
+                after[run] = entered
+                if older is None:
+                    break
+                entered = older
         self._indexed = max(last, self._indexed)
 
     def _look_up(self, least: int = ORDERS[-1]) -> None:
         self._index()
         self._resumed, self._missed = False, 0
-        for order in ORDERS:
-            if order < least:
+        found = (0, 0)  # the longest, and of several the newest
+        for order, after in zip(reversed(ORDERS), self._after, strict=True):
+            if (place := after.get(tuple(self._tokens[-order:]))) is None:
                 break
-            if len(self._tokens) >= order and (place := self._after.get(tuple(self._tokens[-order:]))) is not None:
-                self._next, self._matched = place, order
-                return
-        self._next = None
+            found = max(found, (self._length(place, order), place))
+        self._matched, self._next = found[0], found[1] if found[0] >= least else None
+
+    def _length(self, place: int, known: int) -> int:
+        """How many tokens before a place are the last ones; so many are known to be."""
+        tokens = self._tokens
+        while known < min(ORDERS[0], place) and tokens[place - 1 - known] == tokens[-1 - known]:
+            known += 1
+        return known
 
     def _kind(self, place: int, matched: int) -> int:
         """The class of a match of that length, whose next token stands there."""
