@@ -63,8 +63,8 @@ class History:
         self._forget()
 
     def _forget(self) -> None:
-        # Where the token after a run of 2, 3, 4 or 5 stands: after its last occurrence, but for those that shorter runs have.
-        self._after: list[dict[tuple[int, ...], int]] = [{} for _ in ORDERS]
+        # Where the token after a run stands, by length, the shortest first: its last occurrence that no shorter run has.
+        self._after: dict[int, dict[tuple[int, ...], int]] = {order: {} for order in reversed(ORDERS)}
         self._indexed = 0
         self._next: int | None = None  # the place of the token that is expected next
         self._matched = 0
@@ -90,14 +90,17 @@ class History:
             self.extend([token])
             return
         expected, matched = self._next, self._matched
-        right = expected is not None and self._tokens[expected] == token
-        if expected is not None:
-            kind = self._kind(expected, matched)
-            self._shares[kind] += RATE * (right - self._shares[kind])
+        if expected is None:
+            self.extend([token])
+            self._look_up()
+            return
+        right = self._tokens[expected] == token
+        kind = self._kind(expected, matched)
+        self._shares[kind] += RATE * (right - self._shares[kind])
         resumed, missed = self._resumed, 0 if right else self._missed + 1
         self.extend([token])
-        self._surprised[-1] = expected is not None and not right
-        if not self._indexed or expected is None:  # the places have moved, or there is none to go on from
+        self._surprised[-1] = not right
+        if not self._indexed:  # the places have moved
             self._look_up()
             return
         self._index()
@@ -144,30 +147,29 @@ class History:
         return self._next + number % (len(self._tokens) - self._next)
 
     def _index(self) -> None:
-        """Enter the runs that end before the last token. A run of two that is new is the only one; else a longer one gives way."""
+        """Enter the runs that end before the last token: those of two; an older place that one of them had gets a longer one."""
         tokens, last = self._tokens, len(self._tokens) - 1
-        for place in range(max(self._indexed, 1) + 1, last + 1):
-            entered = place
-            for order, after in zip(reversed(ORDERS), self._after, strict=True):
-                if entered < order:
+        for place in range(max(self._indexed + 1, ORDERS[-1]), last + 1):
+            entered: int | None = place
+            for order, after in self._after.items():
+                if entered is None or entered < order:
                     break
                 run = tuple(tokens[entered - order : entered])
                 older = after.get(run)
                 after[run] = entered
-                if older is None:
-                    break
                 entered = older
         self._indexed = max(last, self._indexed)
 
     def _look_up(self, least: int = ORDERS[-1]) -> None:
         self._index()
-        self._resumed, self._missed = False, 0
+        self._resumed, self._missed, self._next = False, 0, None
         found = (0, 0)  # the longest, and of several the newest
-        for order, after in zip(reversed(ORDERS), self._after, strict=True):
+        for order, after in self._after.items():
             if (place := after.get(tuple(self._tokens[-order:]))) is None:
                 break
             found = max(found, (self._length(place, order), place))
-        self._matched, self._next = found[0], found[1] if found[0] >= least else None
+        if found[0] >= least:
+            self._matched, self._next = found
 
     def _length(self, place: int, known: int) -> int:
         """How many tokens before a place are the last ones; so many are known to be."""
