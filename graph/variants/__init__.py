@@ -28,7 +28,7 @@ ONNXRUNTIME_CPU: Sequence[type[ir.passes.InPlacePass]] = (
     UnitScalePass,
     SkipNormPass,
 )
-"""What was measured to help (docs/lab/quantization.md): of these operators, those for gates and GatedDeltaNet are slow on a CPU."""
+"""What was measured to help (docs/lab/quantization.md, cpu-step.md). Operators for gates and GatedDeltaNet are slow on a CPU."""
 
 ONNXRUNTIME_CPU_INTEGERS: Sequence[type[ir.passes.InPlacePass]] = (
     IntegerProductsPass,

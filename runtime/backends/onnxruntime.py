@@ -1,6 +1,6 @@
-"""ONNX Runtime on the CPU: the best variant of the graphs that its version runs, the state looped through two sets of buffers.
+"""ONNX Runtime on the CPU: the best variant of the graphs that its version runs, over buffers that are bound once.
 
-Rule: a step copies neither weights nor state. All buffers are bound once, when a runner is opened.
+Rule: a step copies neither weights nor state. Buffers are bound when a runner is opened.
 
 A step may write a layer's state where it read it, if its graph says so (`GraphSpec.steps_in_place`): one operator reads it, a
 later one writes it, and ONNX Runtime runs operators one after another. That spares a third of the memory traffic of the state. Only
