@@ -7,10 +7,8 @@ the state itself. Where the runner can undo a pass, guesses enter the state on t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,28 +16,10 @@ from numpy.typing import NDArray
 from retnet_export.runtime.backends.base import Backend, Copying, Narrowing, Undoing, chunk_tokens, initial_state
 from retnet_export.runtime.bundle.manifest import Manifest
 from retnet_export.runtime.errors import UserError
-from retnet_export.runtime.generate.sampling import Logits, Row, Tokens
+from retnet_export.runtime.generate.logits import LastLogits, View
+from retnet_export.runtime.generate.sampling import Logits, Tokens
 from retnet_export.runtime.generate.slot import Slot
-from retnet_export.runtime.generate.state import Snapshot, first_broken_layer, model_hash
-
-
-@dataclass(frozen=True)
-class _View:
-    """The logits of one sequence, wherever they are; the largest is checked before anything is chosen."""
-
-    sequences: Sequences
-    place: int
-
-    def top(self, k: int) -> tuple[Tokens, Logits]:
-        tokens, logits = self.sequences.top(self.place, k)
-        self.sequences.check_finite(logits[0], self.place)
-        return tokens, logits
-
-    def all(self) -> Logits:
-        logits = self.sequences.row(self.place)
-        # NaN is passed on by max, and so are +inf and a row of nothing but -inf.
-        self.sequences.check_finite(logits.max(), self.place)
-        return logits
+from retnet_export.runtime.generate.state import Snapshot, model_hash
 
 
 @dataclass(frozen=True)
@@ -80,13 +60,13 @@ class Sequences:
         self._narrowing = self._runner if isinstance(self._runner, Narrowing) else None
         self._undoing = self._runner if isinstance(self._runner, Undoing) else None
         self._copying = self._runner if isinstance(self._runner, Copying) else None
-        self._views = [_View(self, place) for place in range(batch)]
+        self.slots = [Slot.empty(self._vocab_size) for _ in range(batch)]
+        self._last = LastLogits(self._runner, self.slots, manifest.state)
         self._forget()
 
     def _forget(self) -> None:
-        self.slots = [Slot.empty(self._vocab_size) for _ in range(self.batch)]
+        self._last.changed()
         self._in_use = self.batch  # the first so many places hold sequences
-        self._tops: dict[int, tuple[Tokens, Logits]] = {}  # what was asked of the runner since its last pass, for all sequences
         self._trial: _Trial | None = None
         self._failed = False
 
@@ -99,55 +79,19 @@ class Sequences:
         if self._failed:
             raise UserError("an earlier step of this session failed, so its state is unknown; call reset() or restore()")
 
-    # What follows the last tokens
-
     @property
     def logits(self) -> Logits | None:
-        """Float32 (B, V), valid until the next pass; None if nothing was read."""
-        if not any(slot.position for slot in self.slots):
-            return None
-        if all(slot.logits is None for slot in self.slots):
-            return self._runner.logits()
-        return np.stack([self.row(place) for place in range(self.batch)])
+        """Float32 (B, V) after the last tokens, valid until the next pass; None if nothing was read."""
+        return self._last.table() if any(slot.position for slot in self.slots) else None
 
     def last(self) -> Logits:
         """Float32 (B, V) after a step or a prefill, valid until the next pass."""
         return self._runner.logits()
 
-    def view(self, place: int) -> _View:
+    def view(self, place: int) -> View:
         """One sequence's logits, for a continuation to choose from."""
         self.check_whole()
-        return self._views[place]
-
-    def row(self, place: int) -> Logits:
-        """All of one sequence's, (V,)."""
-        own = self.slots[place].logits
-        row: Logits = self._runner.logits()[place] if own is None else own
-        return row
-
-    def top(self, place: int, k: int) -> tuple[Tokens, Logits]:
-        """The k largest of one sequence's; what the runner has to look up it looks up for all sequences at once."""
-        own = self.slots[place].logits
-        if own is not None:
-            return Row(own).top(k)
-        if k not in self._tops:
-            self._tops[k] = self._runner.top(k)
-        tokens, logits = self._tops[k]
-        return tokens[place], logits[place]
-
-    def check_finite(self, largest: np.floating[Any], place: int) -> None:
-        """Refuse to choose from logits whose largest is not a number.
-
-        Raises:
-            UserError: it is not; the message names the step and the layer.
-        """
-        if math.isfinite(largest):
-            return
-        where = first_broken_layer(self.manifest.state, self._runner.read_state(place))
-        raise UserError(
-            f"the logits after step {self.slots[place].position} are not finite ({largest}), so nothing was sampled: {where}. "
-            "Reset the session or restore an earlier snapshot; if the bundle is fp16, export it with precision=fp32 or state=fp32"
-        )
+        return self._last.views[place]
 
     # Passes
 
@@ -236,7 +180,7 @@ class Sequences:
             self._trial = _Trial(certain, guessed) if any(guessed) else None
         for slot, rows in zip(slots, shown, strict=True):
             slot.ahead, slot.logits = [], None if rows is None else rows[0]
-        self._tops.clear()
+        self._last.changed()
         self._failed = False
         return shown
 
@@ -296,7 +240,7 @@ class Sequences:
         """A pass over these tokens of the first sequences has succeeded."""
         for slot, own in zip(self.slots, tokens, strict=False):
             slot.note_read(own)
-        self._tops.clear()
+        self._last.changed()
         self._failed = False
 
     def _widened(self, tokens: Tokens) -> Tokens:
@@ -314,13 +258,14 @@ class Sequences:
         start = initial_state(self.manifest.state)
         for place in range(self.batch):
             self._runner.write_state(place, start)
+            self.slots[place] = Slot.empty(self._vocab_size)
         self._forget()
 
     def snapshot(self, place: int) -> Snapshot:
         """A copy of one sequence."""
         self.settle()
         slot = self.slots[place]
-        logits = self.row(place) if slot.position else None
+        logits = self._last.row(place) if slot.position else None
         return slot.snapshot(model_hash(self.manifest), self._runner.read_state(place), logits)
 
     def restore(self, snapshot: Snapshot, place: int) -> None:
