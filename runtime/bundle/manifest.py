@@ -12,7 +12,7 @@ from retnet_export.runtime.bundle.layout import AXES, Axis, StateLayout
 from retnet_export.runtime.element_types import ELEMENT_TYPES
 
 FORMAT = "retnet-export bundle"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """2: states are named `state.007` and say their layer and axes; graphs say how they keep them. 3: a bundle holds variants of its
 graphs, and the manifest its own hash."""
 DType = Literal["float32", "float16", "bfloat16", "int64"]

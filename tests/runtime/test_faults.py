@@ -315,7 +315,7 @@ def changed(document: dict, path: str, value: object) -> dict:
         ("variants/onnxruntime-cpu/graphs/prefill/chunk_size", 7, "reads other chunks than the portable graphs"),
         ("variants/onnxruntime-cpu/graphs/prefill/state_layout/pieces", 2, "in the layout of graph 'onnxruntime-cpu/prefill'"),
         ("files/weights.bin", None, "expected an object, found None"),
-        ("format_version", 99, "bundle format 99, this version of retnet-export reads 3"),
+        ("format_version", 99, "bundle format 99, this version of retnet-export reads 4"),
         ("surprise", 1, "unknown field 'surprise'"),
         ("eos_ids", [50], "token 50, which begins or ends a text, is not in the vocabulary"),
         ("tokenizer", {"file": "weights.bin", "prefix_ids": [50]}, "token 50, which begins or ends a text"),
