@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Runs the whole path on a Jetson and writes one report: scripts/jetson-check.sh BUNDLE [REPORT]
+# RETNET_BENCH holds further options of `bench`, to make it shorter.
 # Attach the report to an issue; it holds no names of users or hosts. Every step runs, even if an earlier one failed.
 set -u
 bundle=${1:?usage: scripts/jetson-check.sh BUNDLE [REPORT]}
@@ -16,7 +17,7 @@ step() { # step TITLE COMMAND...: run it, put its output under the title
     if "$@" 2>&1 </dev/null; then printf '[ok]\n'; else printf '[FAILED: exit %d]\n' "$?"; failed=$((failed + 1)); fi
 }
 bench() { # bench BACKEND: as JSON, kept for the line at the end
-    retnet-export bench "$bundle" --backend "$1" --json >"$scratch/bench-$1.json" && cat "$scratch/bench-$1.json"
+    retnet-export bench "$bundle" --backend "$1" --json ${RETNET_BENCH:-} >"$scratch/bench-$1.json" && cat "$scratch/bench-$1.json"
 }
 as_json() { # everything that a program reads of this report, on one line
     retnet-export doctor --json >"$scratch/doctor.json"
