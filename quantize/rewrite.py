@@ -175,7 +175,7 @@ class _Rewriter:
         values = np.where(digits > stored.format.magnitude, digits - (1 << bits), digits).astype(stored.format.scale_dtype)
         lead = [0] * _rank(tokens)
         width = stored.words.shape.numpy()[1] * lanes
-        group = stored.format.group(width)
+        group = stored.format.group_size
 
         w = Inserter(self._graph, node, name_of(node))
 
@@ -187,10 +187,10 @@ class _Rewriter:
         low = w.op("Mod", wide, constant(1 << (bits * (lane + 1)), "above_lane"), name="low_bits")
         digit = w.op("Div", low, constant(1 << (bits * lane), "lane"), name="digits")
         value = w.op("Gather", constant(values, "value_of_digit"), digit, name="digit_values", axis=0)
-        blocks = [*lead, width // group, group] if group < width else [*lead, width]
+        blocks = [*lead, width] if group is None else [*lead, width // group, group]
         row = w.op("Reshape", value, constant(np.array(blocks), "row_blocks"), name="row")
         scale = w.op("Gather", w.tensor(stored.row_scales), tokens, name="row_scale", axis=0)
-        if group == width:
+        if group is None:
             self._take_over(node, "Mul", [row, scale])
             return
         scaled = w.op("Mul", row, scale, name="row_scaled")

@@ -106,6 +106,18 @@ def test_the_graph_computes_what_the_stored_integers_say(tmp_path, name, weights
     assert measure(stepped(quantized, TOKENS), expected).relative <= TOLERANCES["onnxruntime-quantized"].relative
 
 
+def test_an_embedding_as_wide_as_a_group_has_one_scale_for_each_row(tmp_path):
+    config = tiny.config(hidden_size=32, head_value_dim=16, ffn_size=64)
+    options = QuantizeOptions("int4", group_size=32, embedding="int4", head="int4")
+    quantized = quantize_bundle(tiny.bundle(tmp_path, config), tmp_path / "small.retnet", options)
+    expected = oracle.logits(config, dequantized_weights(quantized, config, random_weights(config)), TOKENS)
+    assert measure(logits_without_fusion(quantized, TOKENS), expected).relative <= TOLERANCES["onnxruntime-float32"].relative
+    assert measure(stepped(quantized, TOKENS), expected).relative <= TOLERANCES["onnxruntime-quantized"].relative
+    session = load(quantized.path).session()
+    logits = session.prefill(TOKENS[None], np.array([len(TOKENS)]))[0]
+    assert measure(logits, expected[-1]).relative <= TOLERANCES["onnxruntime-quantized"].relative
+
+
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_prefill_reads_the_same_weights_as_decode(tmp_path, weights):
     quantized = quantize_bundle(
