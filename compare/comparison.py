@@ -13,6 +13,8 @@ from retnet_export.compare.engines import RetNetEngine, TransformerEngine
 from retnet_export.compare.measure import Contender, measure, most_runs
 from retnet_export.compare.peers import genai, llama_cpp
 from retnet_export.compare.results import GENAI, LLAMA_CPP, REPORT_FORMAT, RETNET, TRANSFORMER, Cell, Comparison, Side
+from retnet_export.runtime.backends import NAMES, registered
+from retnet_export.runtime.backends.onnxruntime_api import best_variant
 from retnet_export.runtime.bundle.bundle import Bundle
 from retnet_export.runtime.bundle.weights import parameters
 from retnet_export.runtime.device.memory import available_memory
@@ -69,6 +71,8 @@ class CompareOptions:
             raise ArgumentError("contexts", "is empty, expected at least one, as in contexts=0,2048")
         if self.cache not in ("compute", "int8"):
             raise ArgumentError("cache", f"is {self.cache!r}, expected compute or int8")
+        if self.backend not in NAMES:
+            raise ArgumentError("backend", f"is {self.backend!r}, expected {one_of(NAMES)}")
         if not 0.05 <= self.seconds <= 600:
             raise ArgumentError("seconds", f"is {self.seconds:g}, expected 0.05 to 600")
         if unknown := [peer for peer in self.peers if peer not in PEERS]:
@@ -110,7 +114,7 @@ def compare(bundle: Bundle, options: CompareOptions | None = None, *, progress: 
         if LLAMA_CPP in options.peers:
             progress(LLAMA_CPP, 0.0)
             found += llama_cpp.measure_llama_cpp(baseline, options.cells, len(pinned))
-        retnet, transformer = retnet_model(bundle), transformer_model(baseline)
+        retnet, transformer = retnet_model(bundle, options.backend), transformer_model(baseline)
     return Comparison(
         format=REPORT_FORMAT,
         format_version=1,
@@ -135,7 +139,7 @@ def _check_budget(bundle: Bundle, budget: int) -> None:
 
 
 def _contenders(bundle: Bundle, baseline: Baseline, options: CompareOptions, threads: int) -> list[Contender]:
-    retnet, transformer = retnet_model(bundle), transformer_model(baseline)
+    retnet, transformer = retnet_model(bundle, options.backend), transformer_model(baseline)
     contenders = [
         Contender(RETNET, partial(RetNetEngine, bundle.path, options.backend, threads), partial(needed_bytes, retnet)),
         Contender(TRANSFORMER, partial(TransformerEngine, baseline, threads), partial(needed_bytes, transformer)),
@@ -159,15 +163,15 @@ def needed_bytes(model: Side, cell: Cell) -> int:
     return 2 * model.weights_bytes + cell.batch * per_sequence
 
 
-def retnet_model(bundle: Bundle) -> Side:
-    """The bundle's side."""
+def retnet_model(bundle: Bundle, backend: str = "auto") -> Side:
+    """The bundle's side, on a backend."""
     manifest, config = bundle.manifest, bundle.manifest.model
     return Side(
         name=manifest.name,
         parameters=parameters(config),
         weights=manifest.precision.weights,
         weights_bytes=manifest.weights_bytes,
-        buffers=2,
+        buffers=_state_sets(bundle, backend),
         bytes_per_sequence=manifest.state_bytes,
         bytes_per_token=0,
         shape={
@@ -180,6 +184,15 @@ def retnet_model(bundle: Bundle) -> Side:
             "vocabulary": config.vocab_size,
         },
     )
+
+
+def _state_sets(bundle: Bundle, backend: str) -> int:
+    """Sets of state buffers of a running sequence. A comparison runs on given threads, for which "auto" is ONNX Runtime."""
+    if (name := "onnxruntime" if backend == "auto" else backend) == "onnxruntime":
+        graphs = bundle.manifest.variants[best_variant(bundle.manifest, "cpu")].graphs
+        if not graphs["prefill"].chunks_in_place:  # an older version, or a state in float16
+            return 2
+    return registered(name).state_sets
 
 
 def transformer_model(baseline: Baseline) -> Side:

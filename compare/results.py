@@ -91,7 +91,7 @@ class Side:
         parameters: numbers in all weights.
         weights: their format.
         weights_bytes: of the weights file.
-        buffers: sets of states or caches that a running sequence holds: the RetNet's state is read from one and written to another.
+        buffers: sets of states or caches that a running sequence holds: two where a state is read from one and written to another.
         bytes_per_sequence: state of one sequence whatever its length; 0 for the Transformer.
         bytes_per_token: cache of one token of one sequence; 0 for the RetNet.
         shape: its sizes.

@@ -39,7 +39,7 @@ class DeviceSpec:
         bandwidth_gbs: what the memory can deliver, in 10⁹ bytes a second.
         compute_capability: of its GPU; None for a CPU.
         system_gb: what the system keeps for itself of a shared memory.
-        runtime: what runs a bundle there: the row of `prediction.RUNTIMES`.
+        runtime: the backend that runs a bundle there; `prediction.MEASUREMENTS` has rows of it.
         note: what else one should know.
     """
 

@@ -56,7 +56,8 @@ def outlook(
         step: what an engine of TensorRT does in a step, if there is one.
         measured: decode speeds on this very device, which the constants are then fitted to.
     """
-    peak = needed_bytes(sizes, batch, chunk)
+    runtime = registered(device.runtime)
+    peak = needed_bytes(sizes, batch, chunk, runtime.state_sets)
     why_not = None
     for name in formats:
         floor = FORMAT_FLOOR.get(name)
@@ -67,13 +68,13 @@ def outlook(
     counted = device.runtime == "tensorrt" and step is not None
     constants = calibrate(measured, device) if measured else None
     rows = sum(row.backend == device.runtime for row in measured) or sum(row.runtime == device.runtime for row in MEASUREMENTS)
-    base = "a roofline fitted to reports from this device" if measured else registered(device.runtime).basis
+    base = "a roofline fitted to reports from this device" if measured else runtime.basis
     return Outlook(
         fits=why_not is None,
         why_not=why_not,
-        at_rest=sizes.memory_at_rest(batch),
+        at_rest=sizes.memory_at_rest(batch, state_sets=runtime.state_sets),
         at_peak=peak,
-        largest_batch=largest_batch(sizes, device.usable_bytes, chunk),
+        largest_batch=largest_batch(sizes, device.usable_bytes, chunk, runtime.state_sets),
         prediction=predict(sizes, device, batch, step if counted else None, constants),
         basis=f"{base} ({rows} figures){', with bytes and kernels counted in the engine' if counted else ''}",
     )

@@ -87,17 +87,17 @@ def check_groups(path: Path, manifest: Manifest, target: str) -> None:
         )
 
 
-def needed_bytes(sizes: Sizes, batch: int, chunk: int) -> float:
-    """Device memory at the peak, the runtime's own included."""
-    return sizes.memory_at_peak(batch, chunk) + RUNTIME_BYTES
+def needed_bytes(sizes: Sizes, batch: int, chunk: int, state_sets: int = 2) -> float:
+    """Device memory at the peak, the runtime's own included; TensorRT has two sets of state buffers."""
+    return sizes.memory_at_peak(batch, chunk, state_sets=state_sets) + RUNTIME_BYTES
 
 
-def largest_batch(sizes: Sizes, available: float, chunk: int, limit: int = 1 << 14) -> int:
+def largest_batch(sizes: Sizes, available: float, chunk: int, state_sets: int = 2, limit: int = 1 << 14) -> int:
     """The largest batch that fits; 0 if not even one sequence does."""
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if needed_bytes(sizes, middle, chunk) <= available else (low, middle - 1)
+        low, high = (middle, high) if needed_bytes(sizes, middle, chunk, state_sets) <= available else (low, middle - 1)
     return low
 
 

@@ -1,7 +1,7 @@
 """How many bytes a model has, reads and needs, from its configuration alone.
 
     a step of B sequences reads    every matrix once  +  B rows of the embedding  +  the state of B sequences, and writes it
-    memory at rest                 weights  +  two sets of state buffers  +  logits
+    memory at rest                 weights  +  state buffers, two sets or one  +  logits
     memory at its peak             that  +  what a chunk of prompt needs while it is read
 
 Sizes of a bundle that exists are taken from its files; the formulas are for models that do not exist yet, and the tests hold
@@ -60,9 +60,9 @@ class Sizes:
         rows = batch * self.embedding_bytes / self.config.vocab_size
         return self.matrix_bytes + self.vector_bytes + rows + batch * self.state_bytes * state_passes
 
-    def memory_at_rest(self, batch: int = 1) -> float:
-        """Weights, two sets of state buffers, and logits."""
-        return self.weights_bytes + batch * (2 * self.state_bytes + 4 * self.config.vocab_size)
+    def memory_at_rest(self, batch: int = 1, *, state_sets: int = 2) -> float:
+        """Weights, sets of state buffers (`Registration.state_sets`), and logits."""
+        return self.weights_bytes + batch * (state_sets * self.state_bytes + 4 * self.config.vocab_size)
 
     def activation_bytes(self, batch: int = 1, chunk: int = 256) -> float:
         """An upper estimate of what a chunk of prompt needs while it is read.
@@ -77,9 +77,9 @@ class Sizes:
         scores = config.num_heads * chunk * 2
         return 41e6 + batch * chunk * 4.4 * (widest * 1.5 + scores) + 3.0 * batch * self.state_bytes
 
-    def memory_at_peak(self, batch: int = 1, chunk: int = 256) -> float:
+    def memory_at_peak(self, batch: int = 1, chunk: int = 256, *, state_sets: int = 2) -> float:
         """At rest, plus a chunk of prompt."""
-        return self.memory_at_rest(batch) + self.activation_bytes(batch, chunk)
+        return self.memory_at_rest(batch, state_sets=state_sets) + self.activation_bytes(batch, chunk)
 
 
 def sizes_of_model(

@@ -24,6 +24,7 @@ class Registration:
         purposes: rows of `doctor`: what the backend and what comes with it is for, and why that does not work here.
         state_passes: how often a sequence's state crosses the memory bus in a step, for `plan`.
         state_passes_of_batches: the same where several sequences step together, if that differs.
+        state_sets: sets of state buffers that a batch has, for `plan` and `compare`: 2 if a run reads one and writes the other.
         basis: what the planner's constants for it rest on.
         tolerances: where logits may be further from the reference's than on the CPU, or for another reason.
         facts: what `doctor` says of the GPU's software, by name.
@@ -38,6 +39,7 @@ class Registration:
     tolerances: Mapping[Computation, Tolerance] = field(default_factory=dict)
     facts: Callable[[], Mapping[str, str]] = dict
     state_passes_of_batches: float | None = None
+    state_sets: int = 1
 
     def passes(self, batch: int) -> float:
         """How often the state of each of so many sequences crosses the memory bus in a step."""

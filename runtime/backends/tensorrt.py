@@ -401,6 +401,7 @@ def _registration(name: str, purposes: Mapping[str, WhyNot]) -> Registration:
         unavailable=here,
         purposes={f"run and compile on this GPU ({name})": here, **purposes},
         state_passes=2.0,  # it fuses decay, update and read-out of a layer's state into one kernel
+        state_sets=2,
         basis="a roofline fitted to NVIDIA's figures for INT4 Transformers on Jetson Orin; no RetNet was measured there",
         tolerances={
             "float32": Tolerance(1e-4, "float32 rounding, TF32 off in the builder; sums in another order than on the CPU"),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import tracemalloc
 
 import pytest
 import tiny
 
-from retnet_export.compare.comparison import CompareOptions, compare
+from retnet_export.compare.comparison import CompareOptions, compare, retnet_model
 from retnet_export.compare.report import write_report
 from retnet_export.compare.results import GENAI, RETNET, TRANSFORMER, Cell, Comparison
+from retnet_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from retnet_export.runtime.bundle.schema import decode
 from retnet_export.runtime.errors import UserError
 
@@ -43,6 +45,19 @@ def test_a_timing_has_a_median_for_each_round_and_a_95th_percentile_above_the_me
 def test_each_process_has_its_own_memory_measured(comparison):
     for measurement in comparison.measurements:
         assert 0 < measurement.steady_bytes <= measurement.peak_bytes
+
+
+@pytest.mark.parametrize("state", ["fp32", "fp16"])
+def test_sets_of_states_are_counted_as_the_backend_holds_them(tmp_path, state):
+    made, batch = tiny.bundle(tmp_path, tiny.CONFIGS["fla"], state=state), 2000
+    backend = OnnxRuntimeBackend(made)
+    tracemalloc.start()
+    runner = backend.open_runner(batch)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert runner.batch == batch
+    held -= 4 * batch * made.manifest.model.vocab_size  # logits
+    assert retnet_model(made).buffers == round(held / (batch * made.manifest.state_bytes))
 
 
 def test_the_report_says_what_it_was_measured_on(comparison):
@@ -111,6 +126,7 @@ def test_onnxruntime_genai_takes_turns_with_the_others(bundle):
         ({"prompts": (0,)}, "prompts holds 0, expected 1 to 1,048,576"),
         ({"cache": "fp8"}, "cache is 'fp8', expected compute or int8"),
         ({"seconds": 0.0}, "seconds is 0, expected 0.05 to 600"),
+        ({"backend": "gpu"}, "backend is 'gpu', expected auto, cuda, onnxruntime"),
         ({"peers": ("vllm",)}, "peers is 'vllm', expected onnxruntime-genai or llama.cpp"),
     ],
 )

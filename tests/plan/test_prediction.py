@@ -48,6 +48,12 @@ def test_a_transformer_slows_with_its_context_and_we_do_not():
     assert rates[0] > result.tokens_per_second > rates[-1]
 
 
+@pytest.mark.parametrize(("device", "sets"), [("orin-nano-8gb", 2), ("h100", 1), ("cpu-2-cores", 1)])
+def test_states_are_in_memory_as_often_as_the_runtime_holds_them(device, sets):
+    one, three = (outlook(SIZES, find_device(device), batch, 256, ("float16",)).at_rest for batch in (1, 3))
+    assert three - one == 2 * (sets * SIZES.state_bytes + 4 * SIZES.config.vocab_size)
+
+
 def test_the_largest_batch_fits_and_the_next_does_not():
     available = find_device("orin-nano-8gb").usable_bytes
     batch = largest_batch(SIZES, available, 256)
