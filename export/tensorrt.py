@@ -86,8 +86,10 @@ class CompileOptions:
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
             raise ArgumentError("target", f"is {self.target!r}, expected {one_of(TARGETS)}")
-        if self.max_batch < 1:
-            raise ArgumentError("max_batch", f"is {self.max_batch}, expected at least 1")
+        for name in ("max_batch", "workspace_mb", "largest_weight_mb"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ArgumentError(name, f"is {value}, expected at least 1")
         if not 0 <= self.candidates <= MAX_CANDIDATES:
             raise ArgumentError("candidates", f"is {self.candidates}, expected 0 to {MAX_CANDIDATES}")
         known = TARGETS[self.target].capabilities

@@ -187,7 +187,9 @@ def with_foreign_node(bundle: Bundle) -> None:
         ({"target": "tensorrt", "compute_capabilities": ("8.6",)}, "builds for the GPU of the machine it runs on"),
         ({"target": "openvino"}, "expected tensorrt or tensorrt-rtx"),
         ({"target": "tensorrt-rtx", "timing_cache": "cache"}, "does not measure kernels when it builds"),
-        ({"max_batch": 0}, "expected at least 1"),
+        ({"max_batch": 0}, "max_batch is 0, expected at least 1"),
+        ({"workspace_mb": 0}, "workspace_mb is 0, expected at least 1"),
+        ({"largest_weight_mb": 0}, "largest_weight_mb is 0, expected at least 1"),
         ({"candidates": 4000}, "expected 0 to 3840"),
     ],
 )
