@@ -62,4 +62,6 @@ def _variant_here(bundle: Bundle) -> str:
         return "nothing on the CPU: onnxruntime is not installed"
     from retnet_export.runtime.backends.onnxruntime_api import best_variant
 
+    if bundle.manifest.precision.compute == "bfloat16":
+        return "nothing on the CPU: ONNX Runtime has no products of bfloat16 there"
     return f"{best_variant(bundle.manifest, 'cpu')} on the CPU, ONNX Runtime {onnxruntime.__version__}"

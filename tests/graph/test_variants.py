@@ -13,6 +13,7 @@ from retnet_export.cli import app
 from retnet_export.quantize.pipeline import QuantizeOptions, quantize_bundle
 from retnet_export.runtime.backends.onnxruntime_api import best_variant, is_older
 from retnet_export.runtime.bundle.bundle import open_bundle
+from retnet_export.runtime.errors import PrecisionWarning
 from retnet_export.runtime.generate.state import Snapshot
 from retnet_export.runtime.model import load
 from retnet_export.runtime.numerics import TOLERANCES, measure
@@ -109,6 +110,15 @@ def test_the_variant_in_use_is_printed(example_bundle):
     arguments = ["generate", path, "--prompt", "In", "--backend", "onnxruntime", "--max-new-tokens", "2"]
     assert json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)["variant"] == "onnxruntime-cpu"
     assert "onnxruntime, onnxruntime-cpu graphs" in CliRunner().invoke(app, [*arguments, "--stats"]).stderr
+
+
+def test_inspect_names_no_variant_for_products_that_the_cpu_lacks(tmp_path):
+    with pytest.warns(PrecisionWarning, match="no kernels for it on a CPU"):
+        bundle = tiny.bundle(tmp_path, CONFIG, precision="bf16")
+    assert (
+        "nothing on the CPU: ONNX Runtime has no products of bfloat16 there"
+        in CliRunner().invoke(app, ["inspect", str(bundle.path)]).output
+    )
 
 
 def test_a_snapshot_file_moves_between_variants(tmp_path):
