@@ -55,11 +55,11 @@ def _main(
 
 
 COMMANDS = (
-    compile_,
     export,
     verify,
     quantize,
     evaluate,
+    compile_,
     generate,
     chat,
     serve,

@@ -44,9 +44,7 @@ BackendName = Annotated[Backends, typer.Option("--backend", help="Which backend 
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default: the backend decides.")]
 LowMemory = Annotated[
     bool | None,
-    typer.Option(
-        "--low-memory/--no-low-memory", help="Use less memory, or be faster; default: depends on the model and the free memory."
-    ),
+    typer.Option("--low-memory/--no-low-memory", help="On a CPU: use less memory, or be faster; default: depends on the bundle."),
 ]
 
 
