@@ -17,7 +17,7 @@ from clients import Server
 from common import CACHE
 
 from retnet_export.compare.baseline import baseline_for
-from retnet_export.compare.peers.llama_cpp import write_gguf
+from retnet_export.compare.peers.llama_cpp import gguf_format, write_gguf
 from retnet_export.runtime.bundle.bundle import open_bundle
 
 CAPACITY = 4_096
@@ -57,7 +57,8 @@ def serving_llama_cpp(program: Path, bundle: Path, *, threads: int, slots: int, 
         context: tokens of one of them.
     """
     baseline = baseline_for(open_bundle(bundle, check_hashes=False), CACHE, capacity=CAPACITY)
-    path = CACHE / f"transformer-{baseline.config.parameters // 1_000_000}M-{baseline.weights}.gguf"
+    formats = "-".join((baseline.weights, *(gguf_format(baseline, name) for name in ("embedding", "head"))))
+    path = CACHE / f"transformer-{baseline.config.parameters // 1_000_000}M-{formats}.gguf"
     if not path.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         write_gguf(baseline, path)
