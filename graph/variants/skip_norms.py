@@ -3,8 +3,7 @@
     x ─ + ─┬─ Pow … Div ─ · weight ─ n                   x ─┬─ SkipSimplifiedLayerNormalization ─┬─ n
     y ─┘   └─ next residual                    ->        y ─┘                                    └─ next residual
 
-Rule: both are computed in float32 as before; one node less is launched, and the stream is passed over once. (norms.py does the
-same where the stream is cast to the format of the products.)
+Rule: both are computed in float32 as before; one node less is launched, and the stream is passed over once.
 """
 
 from __future__ import annotations
