@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from retnet_export.compare.baseline import Baseline
 from retnet_export.runtime.backends import open_backend
 from retnet_export.runtime.backends.base import NUMPY_DTYPES
-from retnet_export.runtime.backends.onnxruntime_api import ACTIVATION_BLOCK, return_free_memory
+from retnet_export.runtime.backends.onnxruntime_api import ACTIVATION_ENTRY, return_free_memory
 from retnet_export.runtime.bundle.bundle import open_bundle
 from retnet_export.runtime.errors import UserError
 
@@ -96,7 +96,7 @@ class TransformerEngine:
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
         # As the backend of the RetNet does it.
-        options.add_session_config_entry("session.qdq_matmulnbits_block_size", str(ACTIVATION_BLOCK))
+        options.add_session_config_entry(*ACTIVATION_ENTRY)
         try:
             self._session = onnxruntime.InferenceSession(str(baseline.graph), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its errors share no narrower base class

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from retnet_export.compare.baseline import Baseline
 from retnet_export.compare.engines import TransformerEngine
 from retnet_export.compare.results import Cell
+from retnet_export.runtime.backends.onnxruntime_api import ACTIVATION_ENTRY
 from retnet_export.runtime.errors import UserError
 
 MOST_CONTEXT = 8192
@@ -98,8 +99,12 @@ class GenaiEngine:
 
 
 def genai_config(baseline: Baseline, threads: int) -> dict[str, object]:
-    """genai_config.json. Source: onnxruntime.ai/docs/genai/reference/config.html."""
+    """genai_config.json. Source: onnxruntime.ai/docs/genai/reference/config.html.
+
+    It gives entries of `session_options` that it does not know to ONNX Runtime, so products round activations as in the others.
+    """
     config = baseline.config
+    options = {"log_id": "onnxruntime-genai", "intra_op_num_threads": threads, **dict([ACTIVATION_ENTRY]), "provider_options": []}
     return {
         "model": {
             "type": "llama",
@@ -110,7 +115,7 @@ def genai_config(baseline: Baseline, threads: int) -> dict[str, object]:
             "eos_token_id": config.vocab_size - 1,
             "pad_token_id": config.vocab_size - 1,
             "decoder": {
-                "session_options": {"log_id": "onnxruntime-genai", "intra_op_num_threads": threads, "provider_options": []},
+                "session_options": options,
                 "filename": baseline.genai_graph.name,
                 "head_size": config.head_dim,
                 "hidden_size": config.hidden_size,

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from retnet_export.runtime.backends.base import NUMPY_DTYPES, PassCost, State, last_rows, state_from_graph, top_of
 from retnet_export.runtime.backends.onnxruntime_api import (
-    ACTIVATION_BLOCK,
+    ACTIVATION_ENTRY,
     best_variant,
     check_computes,
     check_session,
@@ -77,7 +77,7 @@ class OnnxRuntimeBackend:
         if low_memory and not quantized:
             # Products with quantized weights are twenty times slower unpacked, those with floats a tenth.
             options.add_session_config_entry("session.disable_prepacking", "1")
-        options.add_session_config_entry("session.qdq_matmulnbits_block_size", str(ACTIVATION_BLOCK))
+        options.add_session_config_entry(*ACTIVATION_ENTRY)
         self._tidy = bool(low_memory)
         options.enable_cpu_mem_arena = not self._tidy
         self._options = options

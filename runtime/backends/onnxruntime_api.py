@@ -30,6 +30,8 @@ FUSES_INTEGERS = (1, 25)
 ACTIVATION_BLOCK = 128
 """Numbers that share a scale where products with INT8 weights round what flows into them. ONNX Runtime's own 32 take 45 %
 longer a step, and a quarter more memory for scales; what 128 cost in quality is in docs/lab/cpu-step.md."""
+ACTIVATION_ENTRY = ("session.qdq_matmulnbits_block_size", str(ACTIVATION_BLOCK))
+"""The entry of a session's configuration that says so."""
 
 BFLOAT16_REMEDY = "run it on a GPU (backend=cuda, or compile it for TensorRT), or export it with precision=fp32 or fp16"
 """What to do with a bundle of bfloat16."""
