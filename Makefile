@@ -38,7 +38,7 @@ check: $(VENV)/.installed  ## lint and types
 test-gpu: $(VENV)/.installed  ## tests on an NVIDIA GPU; they skip, and say why, where there is none
 	$(BIN)/pytest tests/gpu
 
-bench-gpu: $(VENV)/.installed  ## decode and prefill on an NVIDIA GPU against its memory bus (docs/guides/gpu.md)
+bench-gpu: $(VENV)/.installed  ## batches and prompts on an NVIDIA GPU against its memory bus (docs/lab/gpu-batches.md)
 	$(BIN)/python benchmarks/batches.py
 
 bench-decode: $(VENV)/.installed  ## decode speed on the CPU, bundled and random 148M model
