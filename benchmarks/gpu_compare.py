@@ -78,7 +78,7 @@ def write_transformer(folder: Path, config: Any, capacity: int) -> None:
     def read(name: str) -> Any:
         return 1 + 0.1 * random.standard_normal(shapes[name], dtype=np.float32)
 
-    with RandomWeightsFile(folder / "weights.bin", matrices_of(config), "fp16") as file:
+    with RandomWeightsFile(folder / "weights.bin", matrices_of(config)) as file:
         model = build_transformer(config, read, file, "float16", capacity)
     ir.save(rewrite(model, (SinkCastsPass, ResidualNormPass, SwishPass)), folder / "transformer.onnx")
 
