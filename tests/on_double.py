@@ -1,6 +1,6 @@
 """A pytest plugin: the session's models run on the TensorRT double, whatever backend a test asks for.
 
-pytest -p on_double tests/runtime/test_session.py tests/runtime/test_batching.py
+pytest -p on_double tests/runtime/generate/test_session.py tests/runtime/generate/test_batching.py
 """
 
 from __future__ import annotations

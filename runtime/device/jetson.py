@@ -1,7 +1,7 @@
 """What a Jetson says of itself: the texts of its files and tools, read into values; and the power it draws.
 
 Rule: a text that is not understood gives None, never an error: boards and releases differ, and a new one must not break
-`doctor`. The parsers are tested on texts of real boards (tests/runtime/test_jetson.py names board, release and source).
+`doctor`. The parsers are tested on texts of real boards (tests/runtime/device/test_jetson.py names board, release and source).
 """
 
 from __future__ import annotations
