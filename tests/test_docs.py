@@ -1,4 +1,4 @@
-"""What the pages name exists: files of the repository, options of the commands, targets of the Makefile."""
+"""What pages and code name exists: files of the repository, options of the commands, targets of the Makefile."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from conftest import ROOT
 from retnet_export.cli import app
 
 PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").rglob("*.md") if page.name != "cli.md")]
-FOLDERS = "benchmarks|commands|compare|examples|export|graph|plan|quantize|runtime|scripts|serve|tests"
-EXTERNAL = {"examples/fairseq/models/retnet.py"}
-"""Files of other projects."""
+FOLDERS = "benchmarks|commands|compare|docs|examples|export|graph|plan|quantize|runtime|scripts|serve|tests"
+FILE = re.compile(rf"(?<![\w./-])(?:{FOLDERS})/[\w./-]*\w\.(?:py|cu|cuh|sh|md)\b")
+EXTERNAL = {"examples/fairseq/models/retnet.py", "docs/reference/cli.md"}
+"""A file of another project, and a page that `make docs` writes."""
 
 
 @pytest.fixture(params=PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -22,8 +23,18 @@ def text(request):
 
 
 def test_files_of_the_repository_exist(text):
-    named = set(re.findall(rf"(?<![\w./-])(?:{FOLDERS})/[\w./-]*\w\.(?:py|cu|cuh|sh|md)\b", text))
-    assert {name for name in named - EXTERNAL if not (ROOT / name).exists()} == set()
+    assert {name for name in set(FILE.findall(text)) - EXTERNAL if not (ROOT / name).exists()} == set()
+
+
+def test_files_that_code_names_exist():
+    """From the root, or from the folder of the tests."""
+    sources = [
+        path for folder in FOLDERS.split("|") for end in ("py", "cu", "cuh", "sh") for path in (ROOT / folder).rglob(f"*.{end}")
+    ]
+    assert sources
+    named = {(str(path.relative_to(ROOT)), name) for path in sources for name in FILE.findall(path.read_text(encoding="utf-8"))}
+    here = (ROOT, ROOT / "tests")
+    assert {each for each in named if each[1] not in EXTERNAL and not any((root / each[1]).exists() for root in here)} == set()
 
 
 def test_targets_of_the_makefile_exist(text):
