@@ -73,8 +73,9 @@ class Commands(typer.core.TyperGroup):
         """The option for the parameter of that name in the command that ran; None if there is none."""
         command = self.commands.get(ctx.invoked_subcommand)
         one = name.removesuffix("ies") + "y" if name.endswith("ies") else name.removesuffix("s")
-        found = [parameter for parameter in getattr(command, "params", ()) if parameter.name in (name, one)]
-        return _spelling(found[0]) if found else None
+        known = {parameter.name: parameter for parameter in getattr(command, "params", ())}
+        found = known.get(name, known.get(one))
+        return None if found is None else _spelling(found)
 
     def _as_typed(self, message: str) -> str:
         """A message of the library with its arguments as command line options: `state=fp32` is `--state fp32`."""

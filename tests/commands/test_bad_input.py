@@ -179,6 +179,7 @@ def test_sampling_options_out_of_range(example_bundle):
         (("--prompt", "a", "--stop", ""), "--stop has an empty text"),
         (("--prompt", "a", "--logprobs", "2"), "--logprobs needs --json or --prompts"),
         (("--prompt", "a", "--prompt-ids", "1"), "--prompt-ids cannot be combined with --prompt"),
+        (("--prompt", "a", "--prompts", "p.txt"), "--prompts cannot be combined with --prompt: give one of them"),
         (("--prompt-ids", "1 x"), "--prompt-ids is '1 x', expected token ids"),
         (("--prompts", "p.txt", "--save-state", "s"), "--save-state cannot be combined with --prompts"),
         (("--prompts", "p.txt", "--ids"), "--ids cannot be combined with --prompts"),
