@@ -280,14 +280,17 @@ class Sequences:
         self._failed = False
 
     def move(self, source: int, target: int) -> None:
-        """Let one sequence go on in another place. Logits that the runner holds stay behind."""
+        """Let one sequence go on in another place."""
         self.check_whole()
         self._end_trial(self._in_use)
+        slot = self.slots[source]
+        if slot.position and slot.logits is None:
+            slot.logits = self._last.row(source).copy()  # the runner has them in a row that another sequence will get
         if self._copying is not None:
             self._copying.copy_state(source, target)
         else:
             self._runner.write_state(target, self._runner.read_state(source))
-        self.slots[target], self.slots[source] = self.slots[source], Slot.empty(self._vocab_size)
+        self.slots[target], self.slots[source] = slot, Slot.empty(self._vocab_size)
 
 
 def _rows(tokens: Sequence[Sequence[int]]) -> Tokens:

@@ -326,7 +326,7 @@ class Session:
         return len(self._kept)
 
     def move(self, source: int, target: int) -> None:
-        """Let one sequence go on in another slot, with its continuation. Its logits stay behind: advance before you choose."""
+        """Let one sequence go on in another slot, with its continuation and its logits."""
         with self._alone:
             self._sequences.move(source, target)
 

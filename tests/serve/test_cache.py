@@ -49,6 +49,32 @@ def test_it_is_a_map_from_beginnings_that_forgets_what_was_used_longest_ago(step
         assert [(tuple(each), kept.position) for each, kept in cache.entries()] == list(expected.items())[::-1]
 
 
+def test_a_reply_that_was_cancelled_after_it_moved_to_another_slot_is_continued_as_it_would_have_gone_on(model):
+    """The first sequence ends, the second takes its place, and its client goes away before the next step."""
+    engine, made = Engine(model.session, 2, cache=PrefixCache(10**6)), {}
+    jobs = [Job([number, 7], [Options(temperature=0.0, max_new_tokens=most, speculate=0)], with_text=False)
+            for number, most in ((1, 12), (2, 40), (3, 1))]  # fmt: skip
+
+    def turn():
+        for event in engine.turn():
+            if isinstance(event, Made):
+                made.setdefault(event.job, []).append(event.piece.token)
+
+    first, second, last = jobs
+    for each in (first, second):
+        engine.add(each)
+        while each not in made:
+            turn()
+    while engine.generating == 2:
+        turn()
+    second.cancelled = True
+    turn()
+    last.tokens = [*second.tokens, *made[second][:-1]]
+    engine.add(last)
+    turn()
+    assert made[last] == made[second][-1:]
+
+
 def test_it_asks_for_snapshots_where_prompts_part_and_every_so_far():
     cache = PrefixCache(10**6)
     first = list(range(100))

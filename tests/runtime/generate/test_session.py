@@ -283,6 +283,8 @@ def test_the_first_sequences_of_a_batch_step_alone_and_another_may_move_into_a_g
         session.restore(alone[slot].snapshot(), slot)
     session.advance([7, 8, 9])
     session.move(2, 1)
+    moved = alone[2].fork()
+    np.testing.assert_allclose(session.snapshot(1).logits, moved.step([9])[0], atol=1e-5)
     session.advance([10, 11])
     logits = session.prefill(np.array([[12, 13], [14, 0]]), np.array([2, 1]))
     for slot, (one, fed) in enumerate([(alone[0], [7, 10, 12, 13]), (alone[2], [9, 11, 14])]):
