@@ -13,6 +13,7 @@ The engine is driven from outside, by `turn`, and belongs to one thread; it know
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Sequence, Set
@@ -22,7 +23,7 @@ import numpy as np
 
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.generate.generation import Continuation, Piece
-from retnet_export.runtime.generate.jobs import Cache, Ended, Event, Job, Made, Read, failure
+from retnet_export.runtime.generate.jobs import Cache, Ended, Event, Failed, Job, Made, Read, failure
 from retnet_export.runtime.generate.loop import Running
 from retnet_export.runtime.generate.reading import OpenSession, Reader, close_gaps
 from retnet_export.runtime.generate.state import Snapshot
@@ -129,8 +130,18 @@ class Engine:
             Continuation(options, np.zeros(vocabulary, np.int32), manifest.eos_ids, tokenizer)
 
     def turn(self) -> list[Event]:
-        """A step for all, a share of the prompts, and a token each; what became of the jobs, in order."""
+        """A step for all, a share of the prompts, and a token each; what became of the jobs, in order.
+
+        It does not raise: if a backend fails, the jobs that this concerns have failed.
+        """
         events: list[Event] = []
+        try:
+            self._turn(events)
+        except Exception as error:  # noqa: BLE001 (whatever a backend raises, and wherever: the jobs are told)
+            self._lose_all(error, events)
+        return events
+
+    def _turn(self, events: list[Event]) -> None:
         self._drop_cancelled()
         began = time.perf_counter()
         self._advance(events)
@@ -144,7 +155,22 @@ class Engine:
             if not self.reading or time.perf_counter() - reading_began >= reading_began - began:
                 break
         self._choose(events)
-        return events
+
+    def _lose_all(self, error: Exception, events: list[Event]) -> None:
+        """A backend failed between two passes, so no state is known: all jobs fail, and the next ones start anew."""
+        ended = {(event.job, event.index) for event in events if isinstance(event, Ended)}
+        told = {event.job for event in events if isinstance(event, Failed)}
+        begun: list[_Ready | _Sequence] = [*self._ready, *self._sequences]
+        unfinished = [each.job for each in begun if (each.job, each.index) not in ended]
+        lost = dict.fromkeys((*self._waiting, *self._reader.jobs, *unfinished))
+        events += [failure(job, error) for job in lost if job not in told]
+        self._waiting.clear()
+        self._ready.clear()
+        self._sequences.clear()
+        for reset in (self._generator.reset, self._reader.reset):
+            # A backend that is lost does not take an initial state either: then the next turn fails, and its jobs are told.
+            with contextlib.suppress(Exception):
+                reset()
 
     def _drop_cancelled(self) -> None:
         for slot, sequence in enumerate(self._sequences):
@@ -182,7 +208,8 @@ class Engine:
             and self.reading + len(self._ready) + len(self._sequences) < self.slots
             and self._reader.has_room_for(self._waiting[0], self._budget)
         ):
-            known = self._reader.begin(self._waiting.popleft())
+            known = self._reader.begin(self._waiting[0])
+            self._waiting.popleft()
             self._take([] if known is None else [known], events)
 
     def _take(self, found: Sequence[Event], events: list[Event]) -> None:
@@ -200,8 +227,9 @@ class Engine:
     def _join(self) -> None:
         """Give free slots to prompts that were read."""
         while self._ready and len(self._sequences) < self.slots:
-            ready, slot = self._ready.popleft(), len(self._sequences)
+            ready, slot = self._ready[0], len(self._sequences)
             self._generator.restore(ready.snapshot, slot)
+            self._ready.popleft()
             continuation = self._generator.continuation(ready.job.options[ready.index], ready.job.with_text, slot)
             self._sequences.append(_Sequence(ready.job, ready.index, self._loop.begin(continuation, slot)))
 
@@ -222,10 +250,11 @@ class Engine:
                         events.append(Made(job, sequence.index, Piece(None, text)))
                     ended.add(slot)
                     events.append(Ended(job, sequence.index, continuation.finish))
-                    self._keep(sequence, slot)
             except Exception as error:  # noqa: BLE001 (one request's fault is its own)
                 failed.add(job)
                 events.append(failure(job, error))
+            if slot in ended:
+                self._keep(sequence, slot)
         close_gaps(self._generator, self._sequences, ended)
         self._drop(failed)
 

@@ -122,6 +122,13 @@ class Reader:
         self._scoring = deque(each for each in self._scoring if each.job not in jobs)
         close_gaps(self.session, self._readings, {row for row, each in enumerate(self._readings) if each.job in jobs})
 
+    def reset(self) -> None:
+        """Forget all, whatever has happened."""
+        self._readings.clear()
+        self._scoring.clear()
+        self._scorer = None
+        self.session.reset()
+
     def _read(self, budget: int) -> list[Event]:
         if not self._readings:
             return []
@@ -180,8 +187,9 @@ class Reader:
         reading.done += len(part)
         if reading.done < len(job.tokens):
             return []
+        snapshot = session.snapshot()
         self._scoring.popleft()
-        return [reading.read_to_the_end(session.snapshot())]
+        return [reading.read_to_the_end(snapshot)]
 
 
 def score(token: int, logits: Logits | None, count: int) -> Piece:

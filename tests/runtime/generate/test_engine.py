@@ -161,6 +161,40 @@ def test_a_backend_that_fails_costs_those_it_failed_for_and_the_engine_goes_on(m
     assert tokens(run(engine), fine) == alone(model, [1], options)
 
 
+@pytest.mark.parametrize("method", ["read_state", "write_state"])
+def test_a_backend_that_fails_between_two_passes_leaves_no_job_without_an_answer(model, method):
+    """A GPU that is lost refuses every call, those that begin anew among them."""
+    lost = False
+
+    def alter(runner):
+        working = getattr(runner, method)
+
+        def failing(*arguments):
+            if lost:
+                raise RuntimeError("lost")
+            return working(*arguments)
+
+        setattr(runner, method, failing)
+
+    engine, options = Engine(with_runners(model, alter).session, 2), Options(temperature=0.0, max_new_tokens=30, speculate=0)
+    jobs = [job([number], options, scores=scores) for number, scores in ((1, None), (2, 1), (3, None), (4, 1))]
+    for each in jobs[:-1]:
+        engine.add(each)
+    events = engine.turn()
+    lost = True
+    events += run(engine)
+    engine.add(jobs[-1])
+    events += run(engine)
+    for each in jobs:
+        results = [event for event in events if isinstance(event, (Ended, Failed)) and event.job is each]
+        assert len(results) == 1
+        assert isinstance(results[0], Ended) or str(results[0].error) == "lost"
+    assert isinstance(results[0], Failed)
+    lost = False
+    engine.add(fine := job([1], options))
+    assert tokens(run(engine), fine) == alone(model, [1], options)
+
+
 def test_what_cannot_be_done_is_refused_before_it_waits(model):
     engine = Engine(model.session, 1)
     for bad, message in [
