@@ -105,7 +105,7 @@ def generate_many(
         raise ArgumentError("prompts", "is a single text, expected several: generate_many([text])")
     if batch < 1:
         raise ArgumentError("batch", f"is {batch}, expected at least 1")
-    return _in_order(_run(open_session, enumerate(prompts), chosen, batch, after, stats or Stats()))
+    return _in_order(_run(open_session, enumerate(prompts), chosen, batch, after, stats))
 
 
 def _in_order(completions: Iterator[Completion]) -> Iterator[Completion]:
@@ -124,7 +124,7 @@ def _run(
     options: Options,
     batch: int,
     after: Snapshot | None,
-    stats: Stats,
+    stats: Stats | None,
 ) -> Iterator[Completion]:
     """Completions as they end."""
     first = list(islice(prompts, batch))

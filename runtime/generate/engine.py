@@ -71,7 +71,8 @@ class Engine:
         cache: Cache | None = None,
         stats: Stats | None = None,
     ) -> None:
-        self.slots, self.cache, self.stats, self.read_tokens = slots, cache, stats or Stats(), read_tokens
+        self.slots, self.cache, self.read_tokens = slots, cache, read_tokens
+        self.stats = Stats(keep_steps=False) if stats is None else stats
         self._generator, self._reader = open_session(slots), Reader(open_session, slots, cache, self.stats)
         self._loop = self._generator.loop(self.stats)
         self._waiting: deque[Job] = deque()

@@ -83,7 +83,8 @@ class Loop:
     """
 
     def __init__(self, sequences: Sequences, budget: Budget, stats: Stats | None = None) -> None:
-        self._sequences, self._budget, self._stats = sequences, budget, Stats() if stats is None else stats
+        self._sequences, self._budget = sequences, budget
+        self._stats = Stats(keep_steps=False) if stats is None else stats
         backend = sequences.backend
         self._pays = isinstance(backend, Checking)
         self._cost = backend.pass_cost if isinstance(backend, Checking) else FREE

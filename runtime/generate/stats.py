@@ -20,6 +20,7 @@ class Stats:
         new_tokens: generated, in all sequences.
         drafted, accepted: tokens guessed ahead, and those of them that were then chosen (speculation.py).
         graph_ms, sampling_ms, total_ms: per step, a run of the graph: in the graph, in sampling, and all together.
+        keep_steps: whether these are kept. They grow by 0.1 kB a step, in a server for days.
     """
 
     prompt_tokens: int = 0
@@ -31,6 +32,7 @@ class Stats:
     graph_ms: list[float] = field(default_factory=list)
     sampling_ms: list[float] = field(default_factory=list)
     total_ms: list[float] = field(default_factory=list)
+    keep_steps: bool = True
 
     def add_prompt(self, tokens: int, seconds: float) -> None:
         """Count a text that was read."""
@@ -41,14 +43,17 @@ class Stats:
         """Count a step, and the time in which its tokens were chosen."""
         if self.first_token_ms is None:
             self.first_token_ms = 1e3 * self.prompt_seconds + total_ms
+        if not self.keep_steps:
+            return
         self.graph_ms.append(graph_ms)
         self.sampling_ms.append(sampling_ms)
         self.total_ms.append(total_ms)
 
     def add_to_step(self, sampling_ms: float, total_ms: float) -> None:
         """Add the time of one more token of the last step, which had shown its logits already."""
-        self.sampling_ms[-1] += sampling_ms
-        self.total_ms[-1] += total_ms
+        if self.keep_steps:
+            self.sampling_ms[-1] += sampling_ms
+            self.total_ms[-1] += total_ms
 
     def summary(self, state_bytes: int) -> dict[str, float | None]:
         """All figures by name, with their units; None if there was nothing to measure.

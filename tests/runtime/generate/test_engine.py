@@ -13,6 +13,7 @@ from retnet_export.runtime.generate.generation import Options
 from retnet_export.runtime.generate.jobs import Ended, Failed, Job, Made, Read
 from retnet_export.runtime.generate.sampling import log_softmax
 from retnet_export.runtime.generate.speculation import History
+from retnet_export.runtime.generate.stats import Stats
 
 
 def alone(model, prompt, options) -> list[int]:
@@ -90,6 +91,16 @@ def test_prompts_that_fit_one_piece_are_read_whole(model):
     events += run(engine)
     for each in short:
         assert tokens(events, each) == alone(model, each.tokens, options)
+
+
+def test_an_engine_whose_times_nobody_asked_for_does_not_keep_them(model):
+    """A server takes millions of steps."""
+    for stats, kept in ((None, 0), (Stats(), 8)):
+        engine = Engine(model.session, 2, stats=stats)
+        engine.add(job([3, 1, 4], Options(temperature=0.0, max_new_tokens=9, speculate=0)))
+        run(engine)
+        assert [len(times) for times in (engine.stats.graph_ms, engine.stats.sampling_ms, engine.stats.total_ms)] == [kept] * 3
+        assert engine.stats.new_tokens == 9
 
 
 def test_several_continuations_read_their_prompt_once(model):
