@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING
 
 from retnet_export.runtime.errors import UserError
-from retnet_export.runtime.generate.jobs import Ended, Event, Failed, Job
+from retnet_export.runtime.generate.jobs import Ended, Event, Failed, Job, is_the_jobs
 from retnet_export.serve.errors import ApiError
 from retnet_export.serve.scheduler import BusyError, ClosedError, Ticket
 
@@ -93,6 +93,7 @@ def failure(error: Exception) -> ApiError:
     """What a client hears of a job that failed."""
     if isinstance(error, ClosedError):
         return ApiError(503, str(error), code="shutting_down")
-    if isinstance(error, UserError):
+    if is_the_jobs(error):
         return ApiError(400, str(error))
-    return ApiError(500, "the model failed; the server's log says why", code="model_failed")
+    why = str(error) if isinstance(error, UserError) else "the model failed; the server's log says why"
+    return ApiError(500, why, code="model_failed")

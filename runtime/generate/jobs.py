@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from retnet_export.runtime.device.cuda import CudaMemoryError, DeviceLostError
 from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.generate.generation import Finish, Options, Piece
 from retnet_export.runtime.generate.state import Snapshot
@@ -98,8 +99,13 @@ class Cache(Protocol):
         """Remember a sequence."""
 
 
+def is_the_jobs(error: Exception) -> bool:
+    """Whether a job is at fault, and not the backend or the GPU."""
+    return isinstance(error, UserError) and not isinstance(error, (CudaMemoryError, DeviceLostError))
+
+
 def failure(job: Job, error: Exception) -> Failed:
     """What a job's clients are told; a fault that is not the job's own goes to the log, too."""
-    if not isinstance(error, UserError):
+    if not is_the_jobs(error):
         logger.error("a request failed by an error that is not its own", exc_info=error)
     return Failed(job, error)

@@ -8,9 +8,12 @@ import threading
 
 import pytest
 
+from retnet_export.runtime.device import cuda
 from retnet_export.runtime.errors import UserError
+from retnet_export.runtime.generate import jobs
 from retnet_export.runtime.generate.generation import Options
 from retnet_export.runtime.generate.jobs import Ended, Failed, Job, Made
+from retnet_export.serve.runs import failure
 from retnet_export.serve.scheduler import BusyError, ClosedError, Scheduler
 
 
@@ -109,6 +112,24 @@ def test_closing_waits_for_what_runs_and_cuts_off_what_takes_too_long(model):
     *_, last = list(endless.queue)
     assert isinstance(last, Failed)
     assert "shutting down" in str(last.error)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (UserError("top_k is -1"), 400),
+        (RuntimeError("a bug"), 500),
+        (cuda.CudaMemoryError("the GPU has no memory for 8 bytes"), 500),
+        (cuda.failure("cudaStreamSynchronize", "cudaErrorLaunchFailure", "unspecified launch failure"), 500),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_only_what_a_request_asks_for_is_the_requests_fault(error, status, caplog):
+    told = failure(error)
+    assert told.status == status
+    assert (str(error) in told.message) == isinstance(error, UserError)
+    jobs.failure(job([1]), error)
+    assert bool(caplog.records) == (status == 500)
 
 
 def test_a_listener_that_fails_ends_its_own_job_only(model, scheduler):
