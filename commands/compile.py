@@ -27,15 +27,20 @@ def compile_(
     ] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="The most sequences that step together.")] = 1,
     candidates: Annotated[int, typer.Option(min=0, help="How many of the largest logits a step picks on the GPU.")] = 64,
-    workspace: Annotated[
-        int | None, typer.Option(min=1, metavar="MB", help="Scratch memory for building; default: TensorRT decides.")
+    workspace_mb: Annotated[
+        int | None, typer.Option("--workspace", min=1, metavar="MB", help="Scratch memory for building; default: TensorRT decides.")
     ] = None,
     timing_cache: Annotated[
         Path | None, typer.Option(metavar="FILE", help="File for the times of kernels; makes the next build faster.")
     ] = None,
-    largest_weight: Annotated[
+    largest_weight_mb: Annotated[
         int | None,
-        typer.Option(min=1, metavar="MB", help="Cut larger weights, where one large allocation fails though memory is free."),
+        typer.Option(
+            "--largest-weight",
+            min=1,
+            metavar="MB",
+            help="Cut larger weights, where one large allocation fails though memory is free.",
+        ),
     ] = None,
     separate: Annotated[
         bool, typer.Option("--separate", help="Build one engine for decode and one for prefill; stores the weights twice.")
@@ -52,9 +57,9 @@ def compile_(
         compute_capabilities=tuple(compute_capability or ()),
         max_batch=max_batch,
         candidates=candidates,
-        workspace_mb=workspace,
+        workspace_mb=workspace_mb,
         timing_cache=timing_cache,
-        largest_weight_mb=largest_weight,
+        largest_weight_mb=largest_weight_mb,
         form="separate" if separate else None,
     )
     opened = open_bundle(bundle)

@@ -72,9 +72,8 @@ class Commands(typer.core.TyperGroup):
     def _flag(self, ctx: Any, name: str) -> str | None:
         """The option for the parameter of that name in the command that ran; None if there is none."""
         command = self.commands.get(ctx.invoked_subcommand)
-        one = name.removesuffix("ies") + "y" if name.endswith("ies") else name.removesuffix("s")
         known = {parameter.name: parameter for parameter in getattr(command, "params", ())}
-        found = known.get(name, known.get(one))
+        found = known.get(name, known.get(_one_of(name)))
         return None if found is None else _spelling(found)
 
     def _as_typed(self, message: str) -> str:
@@ -87,7 +86,8 @@ class Commands(typer.core.TyperGroup):
         }
 
         def typed(found: re.Match[str]) -> str:
-            flag = flags.get(found[1] or found[3])
+            name = found[1] or found[3]
+            flag = flags.get(name) or flags.get(_one_of(name))
             return found[0] if flag is None else flag if found[2] else f"{flag} "
 
         return ARGUMENT.sub(typed, message)
@@ -99,6 +99,11 @@ class Commands(typer.core.TyperGroup):
             print_warning(self._as_typed(str(message)))
         else:
             typer.echo(warnings.formatwarning(message, category, filename, lineno, line), err=True, nl=False)
+
+
+def _one_of(name: str) -> str:
+    """The singular of an argument that takes several: the option for it may be repeated."""
+    return name.removesuffix("ies") + "y" if name.endswith("ies") else name.removesuffix("s")
 
 
 def _spelling(parameter: Any) -> str:

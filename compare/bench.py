@@ -78,7 +78,7 @@ def trials_of(prompts: Sequence[int], new: Sequence[int], batches: Sequence[int]
         for lengths in (*((length, 0) for length in prompts if length), *((0, length) for length in new if length))
     ]
     if not tests:
-        raise ArgumentError("prompt", "and --new leave nothing to test; give one of them a number of tokens")
+        raise ArgumentError("prompt", "is 0 and new=0 as well, so there is nothing to test; give one of them a number of tokens")
     return tests
 
 

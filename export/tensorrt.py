@@ -263,9 +263,9 @@ def _capabilities(module: Any, options: CompileOptions) -> tuple[tuple[str, ...]
             raise UserError(
                 f"{options.target}: this machine has no GPU that CUDA can use, so there is nothing to build for; "
                 + (
-                    "name the GPUs: --compute-capability 8.6"
+                    "name the GPUs: compute_capabilities=8.6"
                     if TARGETS[options.target].capabilities
-                    else "compile on the device itself, or take --target tensorrt-rtx for an RTX GPU"
+                    else "compile on the device itself, or take target=tensorrt-rtx for an RTX GPU"
                 )
             )
         wanted = (here,)
@@ -334,7 +334,7 @@ def _reason(errors: Sequence[str]) -> str:
     reason = errors[-1] if errors else "it gave no reason"
     if not any(NO_MEMORY.search(error) for error in errors):
         return reason
-    return f"{reason}. What to do: close other programs, or cut large weights with --largest-weight 64"
+    return f"{reason}. What to do: close other programs, or cut large weights with largest_weight_mb=64"
 
 
 def _load_timing_cache(config: trt.IBuilderConfig, path: Path | None) -> trt.ITimingCache | None:

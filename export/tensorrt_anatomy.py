@@ -86,7 +86,9 @@ def _layers(
             pass  # the log says the same of sizes that are fixed
     # A step's open sizes are all 1. Those of a chunk may be a batch, or a batch of tokens in a row, and the log does not say which.
     if tokens > 1 and (part.min_tokens < tokens or largest_batch(bundle.manifest.graphs[part.graph], max_batch) > 1):
-        raise UnreadableLayersError("the log leaves sizes of a chunk open, as this engine does; compile it with --max-batch 1")
+        raise UnreadableLayersError(
+            "the log leaves sizes of a chunk open, as this engine does; one for single sequences leaves none open"
+        )
     return layers_of_log(log), "builder's log"
 
 

@@ -69,7 +69,7 @@ def check_format(where: str, manifest: Manifest, capability: str) -> None:
         if floor is not None and parse_capability(capability) < floor:
             raise UserError(
                 f"{where}: {what} in {name} need compute capability {floor[0]}.{floor[1]} or later, this is for {capability}, "
-                f"which has {', '.join(formats_of(capability))}; quantize to int8 or int4, or export with --precision fp16"
+                f"which has {', '.join(formats_of(capability))}; quantize to int8 or int4, or export with precision=fp16"
             )
 
 
@@ -83,7 +83,7 @@ def check_groups(path: Path, manifest: Manifest, target: str) -> None:
     if target == "tensorrt" and manifest.precision.weights == "int8" and group is not None:
         raise UserError(
             f"{path}: INT8 weights with a scale for every {group} inputs; {target} takes such groups of INT4 weights only: "
-            "quantize with --weights int8 and no --group-size, or with --weights int4"
+            "quantize with weights=int4, or without groups"
         )
 
 
@@ -118,12 +118,12 @@ def nearest_fit(manifest: Manifest, available: float, batch: int) -> str:
     """The least change that makes a bundle fit: a smaller batch, then smaller weights."""
     chunk = manifest.graphs["prefill"].chunk_size
     if fitting := largest_batch(sizes_of_bundle(manifest), available, chunk):
-        return f"it fits with --max-batch {fitting}"
+        return f"it fits with max_batch={fitting}"
     present = sizes_of_bundle(manifest).weights_bytes
     for weights in ("float16", "int8", "int4"):
         sizes = sizes_of_model(manifest.model, weights, group_size=None if weights != "int4" else 128)
         if sizes.weights_bytes < present and needed_bytes(sizes, 1, chunk) <= available:
-            option = "export it with --precision fp16" if weights == "float16" else f"quantize it with --weights {weights}"
+            option = "export it with precision=fp16" if weights == "float16" else f"quantize it with weights={weights}"
             return f"{option}: {needed_bytes(sizes, 1, chunk) / 1e9:.2f} GB at batch 1"
     return "no weight format makes it fit; take a smaller model or a device with more memory"
 

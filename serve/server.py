@@ -112,4 +112,4 @@ def _listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
-        raise UserError(f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --host or --port") from error
+        raise UserError(f"cannot listen on {host}:{port}: {error.strerror or error}; choose another host or port") from error

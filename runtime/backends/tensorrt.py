@@ -121,7 +121,7 @@ class TensorRtBackend:
         if not 1 <= batch <= self.record.max_batch or fixed not in (-1, batch):
             expected = f"1 to {self.record.max_batch}" if fixed == -1 else str(fixed)
             raise UserError(
-                f"{self.name}: asked for a batch of {batch}, the engine takes {expected}; compile it with --max-batch {batch}"
+                f"{self.name}: asked for a batch of {batch}, the engine takes {expected}; compile it with max_batch={batch}"
             )
         return TensorRtRunner(self, batch)
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 import shutil
 
 import pytest
-from conftest import EXAMPLE, edit_json
+from conftest import EXAMPLE, ROOT, edit_json
 from typer.testing import CliRunner
 
 from retnet_export.cli import app
+from retnet_export.runtime.bundle import bundle as bundles
+from retnet_export.runtime.errors import UserError
 
 
 def refused(*arguments: object) -> str:
@@ -228,3 +232,35 @@ def test_export_warns_that_bfloat16_is_for_gpus_and_a_cpu_refuses_it_with_what_w
         assert "--backend cuda" in message
         assert "--precision fp32 or fp16" in message
         assert "NOT_IMPLEMENTED" not in message
+
+
+def test_the_library_names_arguments_and_the_command_line_flags(tmp_path, monkeypatch):
+    def refuse(path):
+        raise UserError(f"{path}: max_batch=4, precision=fp16, target=tensorrt-rtx, compute_capabilities=8.6, largest_weight_mb=64")
+
+    monkeypatch.setattr(bundles, "open_bundle", refuse)
+    result = CliRunner().invoke(app, ["compile", "x.retnet"])
+    assert result.exit_code == 1
+    expected = "x.retnet: --max-batch 4, --precision fp16, --target tensorrt-rtx, --compute-capability 8.6, --largest-weight 64"
+    assert expected in result.stderr.replace("\n", " ")
+
+
+LIBRARY = ("runtime", "plan", "export", "graph", "quantize", "compare")
+COMMAND = re.compile("retnet-export |`generate |pip install|--system-site-packages|--ptxas-options|:root {")
+"""Whole commands are typed in a shell, whoever reads them; and a style sheet has variables."""
+
+
+def test_no_text_of_the_library_names_a_flag():
+    found = []
+    for path in (each for folder in LIBRARY for each in (ROOT / folder).rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        texts = {node: str(node.value) for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Expr):
+                texts.pop(node.value, None)  # a docstring
+            elif isinstance(node, ast.JoinedStr):
+                texts[node] = "".join(texts.pop(part, "{}") for part in node.values)
+        for node, text in texts.items():
+            if re.search(r"(?<![\w(-])--[a-z]", text) and not COMMAND.search(text):
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {text}")
+    assert found == []

@@ -37,7 +37,7 @@ def test_tests_are_named_as_llama_bench_names_them():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (([0], [0], [1], [0]), "leave nothing to test"),
+        (([0], [0], [1], [0]), "there is nothing to test"),
         (([8], [8], [0], [0]), "has 0, expected 1 or more"),
         (([8], [8], [1], [-2]), "has -2, expected 0 or more"),
     ],

@@ -200,7 +200,7 @@ def test_options_that_cannot_be_are_refused(options, message):
 
 def test_bfloat16_is_refused_on_a_gpu_without_it(tmp_path):
     bundle = tiny.bundle(tmp_path, tiny.CONFIGS["fla"], precision="bf16")
-    with pytest.raises(UserError, match=r"bfloat16 need compute capability 8\.0 or later, this is for 7\.5.*--precision fp16"):
+    with pytest.raises(UserError, match=r"bfloat16 need compute capability 8\.0 or later, this is for 7\.5.*precision=fp16"):
         compile_bundle(bundle, rtx(compute_capabilities=("7.5",)))
 
 

@@ -77,9 +77,9 @@ def test_formats_that_a_gpu_lacks_are_refused():
 def test_the_nearest_fit_is_a_smaller_batch_then_smaller_weights(tmp_path):
     manifest = tiny.bundle(tmp_path, tiny.config(vocab_size=8192, hidden_size=512), chunk=8).manifest
     sizes = sizes_of_bundle(manifest)
-    assert nearest_fit(manifest, needed_bytes(sizes, 3, 8), 9) == "it fits with --max-batch 3"
+    assert nearest_fit(manifest, needed_bytes(sizes, 3, 8), 9) == "it fits with max_batch=3"
     smaller = nearest_fit(manifest, needed_bytes(sizes, 1, 8) - sizes.weights_bytes / 3, 1)
-    assert smaller.startswith("export it with --precision fp16: 0.6")
+    assert smaller.startswith("export it with precision=fp16: 0.6")
     assert nearest_fit(manifest, 1e6, 1).startswith("no weight format makes it fit")
 
 

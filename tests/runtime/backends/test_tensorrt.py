@@ -242,7 +242,7 @@ def test_all_device_memory_comes_back(bundle, cuda):
 
 
 def test_a_batch_that_the_engine_does_not_take_is_refused(bundle):
-    with pytest.raises(UserError, match=r"asked for a batch of 4, the engine takes 1 to 3; compile it with --max-batch 4"):
+    with pytest.raises(UserError, match=r"asked for a batch of 4, the engine takes 1 to 3; compile it with max_batch=4"):
         open_backend("tensorrt", bundle).open_runner(4)
 
 
@@ -308,7 +308,7 @@ def test_what_does_not_fit_the_gpu_is_refused_before_building(tmp_path, cuda):
     bundle = tiny.bundle(tmp_path, tiny.config(vocab_size=4096, hidden_size=512), chunk=8)
     cuda.memory = int(needed_bytes(sizes_of_bundle(bundle.manifest), 1, 8) - 1e6)
     with pytest.raises(
-        UserError, match=r"needs 0\.6\d GB at batch 1 .* this GPU has 0\.6\d GB free; export it with --precision fp16"
+        UserError, match=r"needs 0\.6\d GB at batch 1 .* this GPU has 0\.6\d GB free; export it with precision=fp16"
     ):
         compile_bundle(bundle, CompileOptions())
     assert not (bundle.path / FOLDER).exists()
