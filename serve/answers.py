@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -230,7 +230,7 @@ class AnswerWriter:
         choices = [self._form.choice(index, answer) for index, answer in enumerate(self._answers)]
         return {**self._about, "object": self._form.whole, "choices": choices, "usage": self._usage}
 
-    async def stream(self, run: Run, *, with_usage: bool) -> AsyncIterator[bytes]:
+    async def stream(self, run: Run, *, with_usage: bool) -> AsyncGenerator[bytes]:
         """Server-sent events, the last of which says `[DONE]`; a fault is one, too."""
         rest = {"usage": None} if with_usage else {}
         try:

@@ -158,7 +158,8 @@ class PrefixCache:
 
 def bytes_of(snapshot: Snapshot) -> int:
     """What holding a snapshot costs."""
-    return snapshot.bytes + snapshot.read.nbytes + (0 if snapshot.logits is None else snapshot.logits.nbytes)
+    logits = 0 if snapshot.logits is None else snapshot.logits.nbytes
+    return snapshot.bytes + snapshot.read.nbytes + snapshot.history.nbytes + logits
 
 
 def _split(node: _Node, at: int) -> _Node:

@@ -120,15 +120,7 @@ class Endpoints:
                 return JSONResponse(await _unless_gone(request, writer.whole(run)), headers=headers)
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         run.__enter__()  # now, so that a full queue is a status and not an event; the stream leaves it
-
-        async def events() -> AsyncGenerator[bytes]:
-            try:
-                async for event in writer.stream(run, with_usage=with_usage):
-                    yield event
-            finally:
-                run.__exit__()
-
-        return _Stream(events(), headers)
+        return _Stream(writer.stream(run, with_usage=with_usage), run, headers)
 
     async def tokenize(self, request: Request) -> Response:
         service, (body, ignored) = self._ready, await self._body(request, TokenizeBody)
@@ -202,11 +194,11 @@ class Endpoints:
 
 
 class _Stream(StreamingResponse):
-    """A stream whose source is closed when the client goes away, also while there is nothing to send."""
+    """A stream whose source is closed, and whose run is left, when the client goes away, also while there is nothing to send."""
 
-    def __init__(self, source: AsyncGenerator[bytes], headers: Mapping[str, str]) -> None:
+    def __init__(self, source: AsyncGenerator[bytes], run: Run, headers: Mapping[str, str]) -> None:
         super().__init__(source, media_type="text/event-stream", headers={"Cache-Control": "no-store", **headers})
-        self._source = source
+        self._source, self._run = source, run
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         sending = asyncio.ensure_future(self.stream_response(send))
@@ -214,6 +206,7 @@ class _Stream(StreamingResponse):
         try:
             await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            self._run.__exit__()  # not in the source: what never began does not come to its end
             gone.cancel()
             if not sending.done():
                 sending.cancel()

@@ -77,7 +77,8 @@ class Sequences:
             UserError: an earlier pass failed, so that the state is unknown.
         """
         if self._failed:
-            raise UserError("an earlier step of this session failed, so its state is unknown; call reset() or restore()")
+            remedy = "reset() or restore()" if self.batch == 1 else "reset()"
+            raise UserError(f"an earlier step of this session failed, so its state is unknown; call {remedy}")
 
     @property
     def logits(self) -> Logits | None:

@@ -285,7 +285,9 @@ class Session:
             return self._sequences.snapshot(slot)
 
     def restore(self, snapshot: Snapshot, slot: int = 0) -> None:
-        """Continue from a snapshot of this model, taken in any session on any backend. It also recovers a session that failed.
+        """Continue from a snapshot of this model, taken in any session on any backend.
+
+        A session of one sequence that failed works again; one of several needs `reset`, since the others are lost as well.
 
         Raises:
             UserError: it belongs to another model or to a bundle with another state type.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -19,6 +21,10 @@ from hypothesis import strategies as st
 from serving import server
 
 from retnet_export.serve.bodies import ChatBody, CompletionBody, DetokenizeBody, StateBody, TokenizeBody
+from retnet_export.serve.endpoints import Endpoints
+from retnet_export.serve.server import guards
+from retnet_export.serve.service import Limits
+from retnet_export.serve.settings import Settings, build
 
 KEYS = ("first-key", "zweiter-Schlüssel")
 
@@ -31,6 +37,26 @@ def guarded(model):
 
 def key(value: str) -> dict[str, str]:
     return {"Authorization": b"Bearer " + value.encode()}
+
+
+def test_a_client_that_goes_away_before_its_stream_begins_leaves_no_job(model):
+    chosen = Settings(bundle=Path("."), limits=Limits(tokens=10**9))
+    endpoints = Endpoints(chosen.limits.body)
+    endpoints.service = service = build(chosen, model)
+    body = json.dumps({"prompt": [1, 2, 3], "stream": True, "max_tokens": 10**9, "ignore_eos": True}).encode()
+    messages = [{"type": "http.request", "body": body, "more_body": False}, {"type": "http.disconnect"}]
+    path = "/v1/completions"
+    scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": [(b"host", b"localhost")]}
+
+    async def receive():
+        return messages.pop(0)
+
+    async def send(message):  # the network is stuck
+        await asyncio.Event().wait()
+
+    asyncio.run(endpoints.app(guards(chosen))(scope, receive, send))
+    assert not messages
+    assert service.scheduler.close()
 
 
 def test_without_a_key_nothing_but_the_page_and_the_health_is_given(guarded):

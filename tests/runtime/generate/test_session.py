@@ -225,6 +225,15 @@ def test_a_session_that_failed_in_a_step_says_so_until_it_is_restored(model):
             action()
     session.restore(snapshot)
     assert written(session) == written(fed(model))
+    lost, several = True, with_runners(model, fails).session(2)
+    with pytest.raises(RuntimeError, match="device lost"):
+        several.step([1, 2])
+    lost = False
+    with pytest.raises(UserError, match=r"call reset\(\)$"):  # one that is restored does not bring back the other
+        several.restore(snapshot)
+    several.reset()
+    several.restore(snapshot, 1)
+    np.testing.assert_array_equal(several.snapshot(1).logits, snapshot.logits)
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 1.0}, {"top_k": 3}], ids=str)
