@@ -57,8 +57,9 @@ class Metrics:
         self._first.observe(seconds)
         self._generated.inc()
 
-    def token(self, seconds: float) -> None:
-        self._token.observe(seconds)
+    def token(self, seconds: float | None) -> None:
+        if seconds is not None:
+            self._token.observe(seconds)
         self._generated.inc()
 
     def ended(self, result: str, tokens: int) -> None:

@@ -52,8 +52,8 @@ class Observer(Protocol):
     def first_token(self, seconds: float) -> None:
         """A job gave its first token, so long after it was submitted."""
 
-    def token(self, seconds: float) -> None:
-        """A sequence gave a token, so long after the one before."""
+    def token(self, seconds: float | None) -> None:
+        """A sequence gave a token, so long after the one before; None if it is the first of a further answer."""
 
     def ended(self, result: str, tokens: int) -> None:
         """A job is over: "done", "failed" or "cancelled"."""
@@ -217,8 +217,8 @@ class Scheduler:
         if self._observer is not None:
             if not ticket.last:
                 self._observer.first_token(now - ticket.submitted)
-            if index in ticket.last:
-                self._observer.token(now - ticket.last[index])
+            else:
+                self._observer.token(now - ticket.last[index] if index in ticket.last else None)
         ticket.last[index] = now
         ticket.tokens += 1
 

@@ -147,7 +147,7 @@ class Engine:
         began = time.perf_counter()
         self._advance(events)
         reading_began = time.perf_counter()
-        if self.reading or self._waiting:
+        if self.reading or self._waiting or (self._ready and len(self._sequences) < self.slots):
             self._loop.interrupted()
         while True:
             self._admit(events)

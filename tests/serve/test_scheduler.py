@@ -13,6 +13,7 @@ from retnet_export.runtime.errors import UserError
 from retnet_export.runtime.generate import jobs
 from retnet_export.runtime.generate.generation import Options
 from retnet_export.runtime.generate.jobs import Ended, Failed, Job, Made
+from retnet_export.serve.metrics import Metrics
 from retnet_export.serve.runs import failure
 from retnet_export.serve.scheduler import BusyError, ClosedError, Scheduler
 
@@ -73,6 +74,16 @@ def test_beyond_the_queue_there_is_no_room_until_somebody_is_done(scheduler):
         scheduler.submit([job([1]) for _ in range(9)], events.put)
     scheduler.cancel(tickets[:6])
     collect(finished(scheduler, job([2])))
+
+
+def test_every_token_of_every_answer_is_counted(model):
+    metrics, events = Metrics(), queue.Queue()
+    scheduler = Scheduler(model, slots=2, observer=metrics)
+    scheduler.submit([Job([1, 2], [Options(max_new_tokens=count) for count in (4, 5, 6)], with_text=False)], events.put)
+    for _ in range(3):
+        collect(events)
+    assert scheduler.close()
+    assert b"retnet_generated_tokens_total 15.0" in metrics.text()
 
 
 def finished(scheduler, job) -> queue.Queue:

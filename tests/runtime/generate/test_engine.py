@@ -263,3 +263,13 @@ def test_steps_during_which_prompts_are_read_do_not_say_how_long_a_step_takes(mo
     for _ in range(3):
         engine.turn()
     assert noted == [1, 1, 1]
+
+
+def test_a_step_during_which_another_sequence_joins_does_not_say_how_long_a_step_takes(model, monkeypatch):
+    noted, stats = [], Stats()
+    monkeypatch.setattr(Budget, "note_step", lambda self, sequences, seconds: noted.append(sequences))
+    monkeypatch.setattr(History, "guesses", False)
+    engine = Engine(model.session, 2, stats=stats)
+    engine.add(job([3, 1, 4], *(Options(temperature=0.0, max_new_tokens=count) for count in (5, 20, 20))))
+    run(engine)
+    assert len(noted) == len(stats.total_ms) - 1
