@@ -5,7 +5,7 @@ again. The state of a RetNet has one size, however much was read: a remembered b
 budget is spent, the snapshot that was used longest ago goes.
 
 Where a prompt parts from those seen before is only known when the second one comes: the tree knows the place, and the cache
-asks for a snapshot there. From the third on it is found.
+asks for a snapshot there. The third prompt finds it.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class Service:
 
     @functools.cached_property
     def courier(self) -> Courier:
-        """Of the event loop in which it is asked for first."""
+        """Brings events into the event loop that asks for it first."""
         return Courier(asyncio.get_running_loop())
 
     @property

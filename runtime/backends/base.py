@@ -113,8 +113,8 @@ class PassCost:
 
     Attributes:
         fixed, token: as above.
-        again: whether tokens that were drafts of the last pass, and came true, are among the n when the state takes them in; not
-            where the runner has kept what that needs.
+        again: whether drafts that came true are among the n of the next pass, which lets the state take them in; False if the
+            runner keeps what that needs of them.
     """
 
     fixed: float

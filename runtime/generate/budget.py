@@ -13,11 +13,11 @@ FIRST = 1.5
 SHARE = 0.01
 """Of each step without drafts, for drafts to come."""
 MOST_SAVED = 16.0
-"""Steps that are kept for bad times, at most."""
+"""Steps that can be saved up."""
 UP, DOWN = 1 / 8, 1 / 4
-"""Weight of the newest step in the time of one, if it took longer and if it took less: others disturb a step, nobody helps it."""
+"""Weight of the newest step in the time of one, if it took longer and if it took less: a busy machine only makes a step longer."""
 WORST = 4.0
-"""What takes longer than so many times what was expected was disturbed, unless it does so twice in a row."""
+"""A pass that takes longer than so many times what was expected was disturbed, unless the pass before it did, too."""
 
 
 class Budget:
@@ -40,7 +40,7 @@ class Budget:
         self._add(SHARE)
 
     def note_pass(self, sequences: int, seconds: float, expected: float) -> None:
-        """A pass over drafts, or over what was accepted before, took so long, and not a step and `expected` steps more."""
+        """A pass over drafts, or over tokens accepted before, took so long; a step and `expected` steps more were expected."""
         step = self._step_seconds.get(sequences)
         ratio = (seconds / step - 1) / expected if step else 1.0
         self.spend(expected * min(ratio, max(WORST, self._last_ratio)))

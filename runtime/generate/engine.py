@@ -96,7 +96,7 @@ class Engine:
 
     @property
     def free(self) -> int:
-        """Slots that no job has a claim to yet."""
+        """Slots that no job needs yet."""
         claims = sum(len(job.options) for job in (*self._waiting, *self._reader.jobs))
         return self.slots - claims - len(self._ready) - len(self._sequences)
 
@@ -203,7 +203,7 @@ class Engine:
             self._drop(jobs.keys())
 
     def _admit(self, events: list[Event]) -> None:
-        """Begin prompts, as many as can be read and have a slot to look forward to."""
+        """Begin prompts: as many as can be read side by side, and as will have a slot."""
         while (
             self._waiting
             and self.reading + len(self._ready) + len(self._sequences) < self.slots

@@ -1,4 +1,4 @@
-"""What the engine is given and what it tells: jobs, the events that become of them, and the cache it asks."""
+"""What goes into the engine and what comes out of it: jobs, their events, and the cache that it asks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that became of a job."""
+    """Something that happened to a job."""
 
     job: Job
 
@@ -81,7 +81,7 @@ class Ended(Event):
 
 @dataclass(frozen=True)
 class Failed(Event):
-    """The job cannot be done, or not to its end; nothing more will come of it."""
+    """The job cannot be done, or not finished; no other event follows."""
 
     error: Exception
 

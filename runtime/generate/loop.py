@@ -23,7 +23,7 @@ from retnet_export.runtime.generate.speculation import MOST, Draft, plan_drafts
 from retnet_export.runtime.generate.stats import Stats
 
 FREE = PassCost(0.0, 0.0)
-"""Where drafts were asked for, nobody asks what they cost."""
+"""Of drafts that were asked for: they are made whatever they cost."""
 
 
 @dataclass(eq=False)
@@ -35,8 +35,8 @@ class Running:
         continuation: what chooses.
         most: tokens drafted at most; 0 for none.
         asked: whether so many are to be drafted whenever there is a guess, whatever that costs.
-        position: of the sequence after what it was given here; it has been tampered with if it is elsewhere.
-        draft: what the last pass has shown.
+        position: where the sequence stands after the tokens chosen here; if it stands elsewhere, something else has used it.
+        draft: the draft of the last pass, and the logits that it has shown.
         made: the tokens chosen.
         waits: whether the last one of these has not been read.
     """
@@ -63,7 +63,7 @@ class _Pass:
     Attributes:
         drafts: what it looks at, of each sequence.
         on_trial: how many of these tokens the state takes in.
-        expected: steps that it should take beyond one; None if the budget has nothing to do with it, or knows of it already.
+        expected: steps that it should take beyond one; None if the budget does not count it, or has counted it.
         seconds: how long it took.
     """
 
@@ -138,18 +138,18 @@ class Loop:
         for each in running:
             self._take(each, each.made[-1], None)
             each.waits = False
-        this = self._plan(running)
-        shown = self._sequences.take_in(this.drafts, this.on_trial)
-        for each, draft, rows in zip(running, this.drafts, shown, strict=True):
+        planned = self._plan(running)
+        shown = self._sequences.take_in(planned.drafts, planned.on_trial)
+        for each, draft, rows in zip(running, planned.drafts, shown, strict=True):
             each.draft = Draft(draft, rows)
             self._stats.drafted += len(draft)
         seconds = time.perf_counter() - began
-        this.seconds, self._last = seconds, this
+        planned.seconds, self._last = seconds, planned
         self._stats.add_step(1e3 * seconds, self._sampling_ms, 1e3 * seconds + self._choosing_ms)
         self._sampling_ms = self._choosing_ms = 0.0
 
     def interrupted(self) -> None:
-        """Something else ran after the last pass: how long that took on a GPU is not known, and taken to be what was expected."""
+        """Something else ran after the last pass, so its time on a GPU is not known: the budget pays what was expected."""
         if self._last.expected:
             self._budget.spend(self._last.expected)
         self._last.expected = None
@@ -187,7 +187,7 @@ class Loop:
         return _Pass(drafts, on_trial, 0.0 if steps else self._cost.surplus(len(running), tokens))
 
     def _note_time(self, choosing: float) -> None:
-        """The first choice after a pass was made: a step on a GPU has come to its end with it."""
+        """Tell the budget how long the last pass took. A GPU has finished it when the first token after it is chosen."""
         last = self._last
         if last.expected is None:
             return

@@ -77,9 +77,9 @@ class Reader:
         return [reading.job for reading in (*self._readings, *self._scoring)]
 
     def has_room_for(self, job: Job, budget: int) -> bool:
-        """Whether a prompt may begin: the others leave room for it, or none of them is near its end, so that it overtakes them.
+        """Whether a prompt may begin now: it fits into the next piece beside the others, or they are all far from their ends.
 
-        Each piece of a prompt goes over its state anew, so that those of which one piece is all are read whole, one after another.
+        Each piece costs a pass over the prompt's state. So prompts that fit into one piece are read whole, one after another.
         """
         if not self._readings or job.scores is not None:
             return True
@@ -95,7 +95,7 @@ class Reader:
         return self._cache if job.cached and job.after is None else None
 
     def begin(self, job: Job) -> Read | None:
-        """Take a prompt; what became of it, if the cache has all of it."""
+        """Take a prompt; the event that it was read, if the cache has all of it."""
         if job.scores is not None:
             self._scoring.append(_Reading(job, 0, 0))
             return None
@@ -114,7 +114,7 @@ class Reader:
         return None
 
     def read(self, budget: int) -> list[Event]:
-        """Read so many tokens of the prompts, and of the first one that is to be scored; what became of them."""
+        """Read so many tokens of the prompts, and of the first one that is to be scored; the events of that."""
         return [*self._read(budget), *self._score(budget)]
 
     def drop(self, jobs: Set[Job]) -> None:

@@ -1,7 +1,7 @@
 """The sequences of a runner: they read, they show their logits, and they may be some tokens ahead of the runner's state.
 
-Rule: whoever looks sees each sequence after its last token. Which tokens the state has taken in is known here alone: a chosen token
-enters it with the next pass, and one whose logits a pass over a draft has shown already need not enter before something asks for
+Rule: callers see each sequence after its last token; only this module knows which tokens the state has taken in. A chosen token
+enters the state with the next pass. If a pass over a draft has already shown the logits after it, it may wait until something needs
 the state itself. Where the runner can undo a pass, guesses enter the state on trial: if they come true, nothing is read twice.
 """
 

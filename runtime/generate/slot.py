@@ -25,7 +25,7 @@ class Slot:
         read: int32 (V,), how often each token was read; a continuation looks at this very array.
         position: tokens read so far.
         tail: the last of them.
-        unread: spaces at the end of the text, for a tokenizer that reads them with what follows only.
+        unread: spaces at the end of the text, for a tokenizer that reads them only together with what follows.
         history: more of the last tokens, which drafts are looked up in.
         ahead: the last tokens, as far as the state has not taken them in; they count everywhere else.
         logits: (V,) after the last token, where the runner does not hold them; None where it does.

@@ -34,13 +34,13 @@ RESUMED = 3
 MISSES = 3
 """Tokens wrong in a row after which a match is given up."""
 PRIOR = (0.2, 0.3, 0.4, 0.6, 0.8, 0.9, 0.3, 0.5, 0.6, 0.7, 0.2)
-"""How often a match of each class is taken to predict the next token before anything is known: by length, resumed ones, and where
-the token that is expected was itself not the expected one: a number that counts changes in the next line, too."""
+"""How often a match of each class predicts the next token, as assumed before anything is known: by length; then resumed ones; and
+last, where the expected token was a surprise itself: a number that counts up in every line will be another one in the next, too."""
 SURPRISE = len(PRIOR) - 1
 RATE = 1 / 16
 """Weight of the newest guess in those shares."""
 GAIN = 1.1
-"""Tokens for the time of one that a pass must promise; less is not worth the risk."""
+"""A pass must promise so many tokens in the time of one; less is not worth the risk."""
 LEAST = 0.1
 """A draft ends where it is less probable than this."""
 
@@ -63,7 +63,8 @@ class History:
         self._forget()
 
     def _forget(self) -> None:
-        # Where the token after a run stands, by length, the shortest first: its last occurrence that no shorter run has.
+        # For runs of each length, the shortest first, the place of the token after them. A run of two has its last place; the place
+        # that it had before goes to the run of three that ends there, and so on: every place is entered once.
         self._after: dict[int, dict[tuple[int, ...], int]] = {order: {} for order in reversed(ORDERS)}
         self._indexed = 0
         self._next: int | None = None  # the place of the token that is expected next
@@ -112,7 +113,7 @@ class History:
                 missed,
             )
         elif not right and (resumed or matched >= ORDERS[0]) and missed <= MISSES:
-            # One token was another one: a word that was edited, a number that counts. The old place goes on behind it.
+            # One token differs: a word that was edited, a number that counts. The match goes on behind it.
             self._look_up(ORDERS[0])
             if self._next is None:
                 self._next, self._matched, self._resumed, self._missed = expected + 1, 0, True, missed
@@ -142,7 +143,7 @@ class History:
         return [self._tokens[self._source(number)] for number in range(count)]
 
     def _source(self, number: int) -> int:
-        """Where the guess of that number stands, from 0; one that runs into its own beginning goes on with what repeats."""
+        """The place of a guess by its number, from 0. A draft that reaches the end of the history repeats what it began with."""
         assert self._next is not None
         return self._next + number % (len(self._tokens) - self._next)
 

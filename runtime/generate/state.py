@@ -54,7 +54,7 @@ class Snapshot:
         tail: the last tokens read, which the next piece of text joins on to.
         history: int32 (n,), more of the last tokens, which drafts are looked up in (speculation.py); of bounded length.
         chat: what a conversation remembers beside the state, as JSON; empty if it is none.
-        unread: spaces at the end of the text, for a tokenizer that reads them with what follows only.
+        unread: spaces at the end of the text, for a tokenizer that reads them only together with what follows.
         source: the file it was loaded from, or "a snapshot", for messages.
     """
 
