@@ -83,6 +83,8 @@ class Sequences:
     @property
     def logits(self) -> Logits | None:
         """Float32 (B, V) after the last tokens, valid until the next pass; None if nothing was read."""
+        if any(slot.ahead and slot.logits is None for slot in self.slots):
+            self.settle()
         return self._last.table() if any(slot.position for slot in self.slots) else None
 
     def last(self) -> Logits:
@@ -92,6 +94,8 @@ class Sequences:
     def view(self, place: int) -> View:
         """One sequence's logits, for a continuation to choose from."""
         self.check_whole()
+        if self.slots[place].ahead and self.slots[place].logits is None:
+            self.settle()  # something came in the way of the pass that was to read it
         return self._last.views[place]
 
     # Passes
@@ -192,11 +196,15 @@ class Sequences:
         slots = self.slots[: self._in_use]
         if not any(slot.ahead for slot in slots):
             return
+        for place, slot in enumerate(slots):
+            if slot.position and slot.logits is None and not slot.ahead:
+                slot.logits = self._last.row(place).copy()  # the runner will have others
         self._failed = True
         lengths = np.array([len(slot.ahead) for slot in slots])
         self._read(_rows([slot.ahead for slot in slots]), lengths)
         for slot in slots:
             slot.ahead = []
+        self._last.changed()
         self._failed = False
 
     def _end_trial(self, count: int) -> None:
@@ -209,9 +217,11 @@ class Sequences:
             for slot, guess in zip(slots, guessed, strict=False):
                 del slot.ahead[: len(guess)]
         else:
+            self._failed = True
             self._undoing.undo()
             for slot, own in zip(slots, certain, strict=False):
                 slot.ahead = [*own, *slot.ahead]
+            self._failed = False
 
     def _pass(
         self, certain: Sequence[Sequence[int]], guessed: Sequence[Sequence[int]], drafts: Sequence[Sequence[int]]

@@ -171,6 +171,50 @@ def test_a_session_stands_where_the_text_does_after_any_piece(model, taken, then
         assert_same_place(ours, theirs)
 
 
+@pytest.mark.parametrize("then", ["generate", "logits", "snapshot"])
+@pytest.mark.parametrize("at", [1, 4])
+def test_a_session_goes_on_where_it_stands_after_something_came_in_the_way_of_a_pass(model, monkeypatch, at, then):
+    """A KeyboardInterrupt, say, after a token was chosen and before it was read."""
+    expected = list(fed(model, REPEATING).generate_tokens(temperature=0, max_new_tokens=20, speculate=0))
+    session, waiting, calls = fed(model, REPEATING), sequences.Sequences.waiting, itertools.count(1)
+
+    def interrupted(self, count):
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        return waiting(self, count)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sequences.Sequences, "waiting", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(session.generate_tokens(temperature=0, max_new_tokens=20, speculate=4))
+    made = session.position - len(REPEATING)
+    assert made >= at
+    if then == "logits":
+        assert session.logits[0].argmax() == expected[made]
+    elif then == "snapshot":
+        assert session.snapshot().logits.argmax() == expected[made]
+    assert next(session.generate_tokens(temperature=0)) == expected[made]
+
+
+def test_a_trial_that_cannot_be_undone_leaves_no_state_to_go_on_from(model, monkeypatch):
+    def alter(runner):
+        def failing():
+            raise RuntimeError("no")
+
+        runner.undo = failing
+
+    monkeypatch.setattr(History, "chances", lambda self, most: [1.0] * most)
+    monkeypatch.setattr(History, "expected", lambda self, count: [49] * count)
+    session = fed(with_runners(model, alter), REPEATING)
+    with pytest.raises(RuntimeError, match="no"):
+        list(session.generate_tokens(temperature=0, max_new_tokens=20, speculate=4))
+    with pytest.raises(UserError, match="state is unknown"):
+        session.step([1])
+    session.reset()
+    session.feed(REPEATING)
+    assert next(session.generate_tokens(temperature=0)) == next(fed(model, REPEATING).generate_tokens(temperature=0))
+
+
 def test_the_history_is_saved_with_the_state_and_bounded(model, tmp_path):
     session = fed(model, REPEATING * (HISTORY // len(REPEATING) + 2))
     session.snapshot().save(tmp_path / "it.state")
