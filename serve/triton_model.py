@@ -23,6 +23,7 @@ from retnet_export.runtime.model import load
 from retnet_export.serve.answers import FINISHES
 from retnet_export.serve.bodies import CompletionBody, parse
 from retnet_export.serve.errors import ApiError
+from retnet_export.serve.runs import failure
 from retnet_export.serve.scheduler import BusyError, ClosedError, Ticket
 from retnet_export.serve.service import Limits, Service
 from retnet_export.serve.settings import Settings, build
@@ -111,13 +112,12 @@ class _Answer:
         self.open, self.each, self.closed = 0, 1, False
 
     def take(self, event: Event) -> None:
-        """Send what became of a job."""
+        """Send what happened to a job."""
         if self.closed:
             return
         if isinstance(event, Failed):
-            known = isinstance(event.error, UserError)
-            message = str(event.error) if known else "the model failed; the server's log says why"
-            self.fail(message, self._pb.TritonError.INVALID_ARG if known else self._pb.TritonError.INTERNAL)
+            error, codes = failure(event.error), self._pb.TritonError
+            self.fail(error.message, {400: codes.INVALID_ARG, 503: codes.UNAVAILABLE}.get(error.status, codes.INTERNAL))
         elif isinstance(event, Made):
             index = self.numbers[id(event.job)] * self.each + event.index
             self._send(index, event.piece.text, -1 if event.piece.token is None else event.piece.token, "")
