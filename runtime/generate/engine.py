@@ -153,7 +153,7 @@ class Engine:
             self._admit(events)
             self._take(self._reader.read(self._budget), events)
             self._join()
-            if not self.reading or time.perf_counter() - reading_began >= reading_began - began:
+            if not (self.reading or self._may_begin) or time.perf_counter() - reading_began >= reading_began - began:
                 break
         self._choose(events)
 
@@ -202,13 +202,18 @@ class Engine:
             self._generator.reset()
             self._drop(jobs.keys())
 
-    def _admit(self, events: list[Event]) -> None:
-        """Begin prompts: as many as can be read side by side, and as will have a slot."""
-        while (
+    @property
+    def _may_begin(self) -> bool:
+        """Whether the first prompt that waits can be read beside the others, and will have a slot."""
+        return bool(
             self._waiting
             and self.reading + len(self._ready) + len(self._sequences) < self.slots
             and self._reader.has_room_for(self._waiting[0], self._budget)
-        ):
+        )
+
+    def _admit(self, events: list[Event]) -> None:
+        """Begin as many prompts as can be read side by side."""
+        while self._may_begin:
             known = self._reader.begin(self._waiting[0])
             self._waiting.popleft()
             self._take([] if known is None else [known], events)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 from altered import with_runners
@@ -244,6 +246,22 @@ def test_an_end_is_not_chosen_before_its_time(model, monkeypatch, changes, how):
     early = 4 if "min_new_tokens" in changes else 12
     assert len(held) >= early
     assert free[1] not in held[:early]
+
+
+def test_prompts_are_read_for_as_long_as_the_step_took_however_short_they_are(model):
+    """One for each step kept 64 clients waiting for seconds."""
+
+    def slow(runner):
+        step = runner.step
+        runner.step = lambda tokens: (time.sleep(0.2), step(tokens))
+
+    engine = Engine(with_runners(model, slow).session, 12, read_tokens=4)
+    options = Options(temperature=0.0, max_new_tokens=40, speculate=0)
+    engine.add(job([3, 1, 4], options))
+    engine.turn()
+    for count in range(8):
+        engine.add(job([count + 1] * 4, options))
+    assert sum(isinstance(event, Read) for event in engine.turn()) == 8
 
 
 def test_steps_during_which_prompts_are_read_do_not_say_how_long_a_step_takes(model, monkeypatch):
