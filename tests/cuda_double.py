@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import gc
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -119,10 +120,20 @@ class CudaDouble:
 
     def _finish(self) -> None:
         """Freeing memory waits for the device, as the real one does."""
-        for stream in self.pending:
-            work, self.pending[stream] = self.pending[stream], []
-            for item in work:
+        for stream in list(self.pending):
+            self._run(stream)
+
+    def _run(self, stream: int) -> None:
+        """Do what is pending, item by item: if one lets Python collect a buffer, what else uses that is done before it is freed."""
+        work, collects = self.pending[stream], gc.isenabled()
+        while work:
+            item = work.pop(0)
+            gc.disable()  # a device does not collect in the middle of its work
+            try:
                 item()
+            finally:
+                if collects:
+                    gc.enable()
 
     def _allocate(self, table: dict[int, ctypes.Array], size: int) -> int:
         block = (ctypes.c_ubyte * size)(*([0xAA] * min(size, 64)))  # never zero by chance
@@ -152,9 +163,7 @@ class CudaDouble:
             self.invalidated.add(stream)
             return (cudaError_t.cudaErrorStreamCaptureUnsupported,)
         self.synchronizations += 1
-        work, self.pending[stream] = self.pending[stream], []
-        for item in work:
-            item()
+        self._run(stream)
         return (OK,)
 
     def cudaMemsetAsync(self, address, value, size, stream):

@@ -47,8 +47,11 @@ class LastLogits:
 
     def __init__(self, runner: Runner, slots: Sequence[Slot], specs: Sequence[StateSpec]) -> None:
         self._runner, self._slots, self._specs = runner, slots, specs
-        self.views = [View(self, place) for place in range(len(slots))]
         self._tops: dict[int, tuple[Tokens, Logits]] = {}  # what was asked of the runner since its last pass, for all sequences
+
+    def view(self, place: int) -> View:
+        """One sequence's, for a continuation; made anew, because one that is kept would keep the runner and its memory."""
+        return View(self, place)
 
     def changed(self) -> None:
         """The runner's are others now."""

@@ -96,7 +96,7 @@ class Sequences:
         self.check_whole()
         if self.slots[place].ahead and self.slots[place].logits is None:
             self.settle()  # something came in the way of the pass that was to read it
-        return self._last.views[place]
+        return self._last.view(place)
 
     # Passes
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -318,3 +320,24 @@ def test_a_continuation_follows_its_sequence_to_another_slot(model):
             session.advance([0, made[-1]] if slot else [made[-1]])
         made.append(session.choose(continuation, slot))
     assert made == expected
+
+
+def test_a_session_that_is_let_go_frees_its_state_at_once(model):
+    """Not when Python next collects cycles: until then the memory of a GPU would be full of states that nobody uses."""
+    runners = []
+    watched = with_runners(model, lambda runner: runners.append(weakref.ref(runner)))
+    gc.collect()
+    gc.disable()
+    try:
+        session = watched.session()
+        session.feed(PROMPT)
+        written(session)
+        half = session.generate_tokens(GREEDY)
+        next(half)
+        session.snapshot()
+        del session, half
+        list(watched.generate_many([PROMPT, PROMPT[:3]], GREEDY, batch=2))
+        assert len(runners) > 1
+        assert [runner for runner in runners if runner() is not None] == []
+    finally:
+        gc.enable()
