@@ -337,12 +337,3 @@ class Session:
         tokenizer = self.tokenizer if with_text else None
         own = self._sequences.slots[slot]
         return Continuation(options, own.read, self.manifest.eos_ids, tokenizer, tuple(own.tail))
-
-    def choose(self, continuation: Continuation, slot: int) -> int | None:
-        """Let a continuation choose a sequence's next token; None if that ends its text.
-
-        Raises:
-            UserError: the logits are not finite; the message names the step and the layer.
-        """
-        with self._alone:
-            return continuation.choose(self._sequences.view(slot))

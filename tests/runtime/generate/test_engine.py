@@ -253,7 +253,7 @@ def test_prompts_are_read_for_as_long_as_the_step_took_however_short_they_are(mo
 
     def slow(runner):
         step = runner.step
-        runner.step = lambda tokens: (time.sleep(0.2), step(tokens))
+        runner.step = lambda tokens: (time.sleep(1), step(tokens))  # far longer than eight prompts take
 
     engine = Engine(with_runners(model, slow).session, 12, read_tokens=4)
     options = Options(temperature=0.0, max_new_tokens=40, speculate=0)

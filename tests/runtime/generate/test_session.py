@@ -308,17 +308,20 @@ def test_the_first_sequences_of_a_batch_step_alone_and_another_may_move_into_a_g
 def test_a_continuation_follows_its_sequence_to_another_slot(model):
     session, one = model.session(2), model.session()
     one.feed([3, 1, 4])
-    options = Options(temperature=0.0, repetition_penalty=3.0, max_new_tokens=12)
+    options = Options(temperature=0.0, repetition_penalty=3.0, max_new_tokens=12, speculate=0)
     expected = list(one.fork().generate_tokens(options))
-    session.restore(one.snapshot(), 1)
-    continuation, made = session.continuation(options, False, 1), []
-    for slot in [1, 1, 1, *[0] * 9]:
-        if len(made) == 3:
+    for slot in (0, 1):
+        session.restore(one.snapshot(), slot)
+    loop, made = session.loop(), []
+    first, second = (loop.begin(session.continuation(options, False, slot), slot) for slot in (0, 1))
+    rows = [first, second]
+    for count in range(12):
+        if count == 3:
             session.move(1, 0)
-            session.advance([made[-1]])
-        elif made:
-            session.advance([0, made[-1]] if slot else [made[-1]])
-        made.append(session.choose(continuation, slot))
+            rows = [second]
+        pieces = [loop.choose(running, slot) for slot, running in enumerate(rows)]
+        made.append(pieces[-1].token)
+        loop.advance(rows)
     assert made == expected
 
 
